@@ -1,0 +1,13 @@
+"""Sparse window + global + LSH attention for Hugging Face Transformers.
+
+Importing this package registers `attn_implementation="sparse"`; nothing else is changed.
+"""
+
+from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.integration import record_density, register
+from hf_sparse_attn.ops import sparse_attention
+
+__version__ = "0.1.0"
+__all__ = ["SparseAttentionConfig", "record_density", "sparse_attention"]
+
+register()

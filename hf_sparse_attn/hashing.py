@@ -1,0 +1,120 @@
+"""Hash families: which bucket a key falls into.
+
+Both families are one thing: per KV head a few codebooks, each of which gives the key the code of its best-scoring
+codeword, `argmax_c key . weight[:, c] + bias[c]`. The bucket number spells the codes as digits. Random hyperplanes
+(SimHash, Charikar 2002) are codebooks of the two codewords -h and +h. The calibrated hash is a product quantizer
+(Jegou, Douze and Schmid 2011) fitted in the metric of the head's queries: nearest-codeword search is linear in the
+key once the squared norm of the codeword is part of the bias.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.config import SparseAttentionConfig
+
+_LEVELS = 127  # of the symmetric int8 code that stores the calibrated weights
+
+
+@dataclass(frozen=True)
+class BucketHash:
+    """The hash of one layer.
+
+    Args:
+        weight: [num_key_value_heads, head_dim, num_codebooks, codebook_size] codewords.
+        bias: [num_key_value_heads, num_codebooks, codebook_size].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def num_buckets(self) -> int:
+        return int(self.bias.shape[-1] ** self.bias.shape[-2])
+
+    def assign(self, key: Tensor) -> Tensor:
+        """Bucket of every key: [num_key_value_heads, N, head_dim] -> [num_key_value_heads, N], int64."""
+        num_codebooks, codebook_size = self.bias.shape[-2:]
+        weight, bias = self.weight.to(key), self.bias.to(key)
+        scores = torch.baddbmm(bias.flatten(1).unsqueeze(1), key, weight.flatten(2))
+        codes = scores.unflatten(-1, (num_codebooks, codebook_size)).argmax(-1)  # [Hkv, N, num_codebooks]
+        return sum(codes[..., i] * codebook_size ** (num_codebooks - 1 - i) for i in range(num_codebooks))  # type: ignore[return-value]
+
+
+def layer_hash(config: SparseAttentionConfig, layer_idx: int, num_kv_heads: int, head_dim: int) -> BucketHash:
+    """The hash that `config` gives a layer, on the CPU in float32.
+
+    Raises:
+        ValueError: if the calibrated hash is damaged or was fitted for a model of another shape.
+    """
+    if config.hash == "random":
+        return _random_hyperplanes(config.num_hash_bits, config.seed, layer_idx, num_kv_heads, head_dim)
+    assert config.calibrated_hash is not None  # the config's own check
+    weight, bias = _decode(config.calibrated_hash)
+    fitted = (weight.shape[0], weight.shape[1], weight.shape[2])
+    if layer_idx >= fitted[0] or (num_kv_heads, head_dim) != fitted[1:]:
+        raise ValueError(
+            f"calibrated_hash was fitted for {fitted[0]} layers, {fitted[1]} KV heads and head_dim {fitted[2]}, but the "
+            f"model has a layer {layer_idx} with {num_kv_heads} KV heads and head_dim {head_dim}"
+        )
+    return BucketHash(weight[layer_idx], bias[layer_idx])
+
+
+def encode_calibrated_hash(weight: Tensor, bias: Tensor) -> str:
+    """Text for `SparseAttentionConfig.calibrated_hash`: base64 of a safetensors file.
+
+    It travels inside the model's config because that is the one thing that stock Transformers code copies wherever a
+    model goes (save_pretrained, Trainer checkpoints, the Hub, PEFT's base model), forward pass or not.
+
+    Args:
+        weight: [num_layers, num_key_value_heads, head_dim, num_codebooks, codebook_size]; stored as int8 with one
+            scale per codeword, so pass it through `quantize_codewords` first to fit `bias` to what is stored.
+        bias: [num_layers, num_key_value_heads, num_codebooks, codebook_size]; stored as float32.
+    """
+    from safetensors.torch import save
+
+    scale = weight.abs().amax(2, keepdim=True).clamp(min=1e-12) / _LEVELS
+    tensors = {
+        "weight": (weight / scale).round().to(torch.int8).contiguous(),
+        "scale": scale.float().contiguous(),
+        "bias": bias.float().contiguous(),
+    }
+    return base64.b64encode(save(tensors)).decode("ascii")
+
+
+def quantize_codewords(weight: Tensor) -> Tensor:
+    """`weight` [..., head_dim, num_codebooks, codebook_size] as it comes back from `encode_calibrated_hash`."""
+    scale = weight.abs().amax(-3, keepdim=True).clamp(min=1e-12) / _LEVELS
+    return (weight / scale).round() * scale
+
+
+@functools.lru_cache(maxsize=4)
+def _decode(text: str) -> tuple[Tensor, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(base64.b64decode(text, validate=True))
+        weight = tensors["weight"].float() * tensors["scale"]
+        bias = tensors["bias"]
+        if weight.ndim != 5 or bias.shape != weight.shape[:2] + weight.shape[3:]:
+            raise ValueError(f"weight of shape {tuple(weight.shape)} with bias of shape {tuple(bias.shape)}")
+    except (binascii.Error, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"calibrated_hash is damaged ({error}); convert the checkpoint again with scripts/convert.py"
+        ) from error
+    return weight, bias
+
+
+def _random_hyperplanes(
+    num_bits: int, seed: int, layer_idx: int, num_kv_heads: int, head_dim: int
+) -> BucketHash:
+    generator = torch.Generator().manual_seed(seed * 100_003 + layer_idx)
+    normals = torch.randn(num_kv_heads, head_dim, num_bits, 1, generator=generator)
+    return BucketHash(torch.cat([-normals, normals], -1), torch.zeros(num_kv_heads, num_bits, 2))

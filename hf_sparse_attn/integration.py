@@ -1,0 +1,154 @@
+"""The two functions that Transformers calls, and their registration; the only file that knows its registries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_sparse_attn import ops
+from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.masking import documents, signed_positions
+from hf_sparse_attn.recording import DensityRecorder, Recorder
+from hf_sparse_attn.routing import LayerPattern, layer_pattern
+
+NAME = "sparse"
+_CACHED = "_sparse_attention_pattern"
+_RECORDER = "_sparse_attention_recorder"
+
+
+def register() -> None:
+    """Register "sparse" with Transformers' attention and mask registries; idempotent."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, sparse_attention_forward)
+    AttentionMaskInterface.register(NAME, signed_positions)
+
+
+def sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention function.
+
+    Args:
+        module: the attention layer; `module.config.sparse_attention` (a plain dict, or absent) is the configuration.
+        query: [batch, num_heads, Q, head_dim].
+        key, value: [batch, num_key_value_heads, KV, head_dim].
+        attention_mask: what `masking.signed_positions` returned.
+        scaling: factor on query . key; head_dim ** -0.5 if None.
+        position_ids: [1 or batch, Q]; shows where packed documents start.
+        sliding_window: the model's own window for this layer.
+
+    Returns:
+        output [batch, Q, num_heads, head_dim] in query's dtype, and None for the weights, which are never formed.
+
+    Raises:
+        ValueError: for an impossible config, or what this implementation does not support.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    for unsupported, name in (
+        (not causal, "non-causal attention"),
+        (softcap is not None, "attention softcapping"),
+        (s_aux is not None, "attention sinks"),
+        (dropout > 0, f"attention dropout (attention_dropout={dropout})"),
+    ):
+        if unsupported:
+            raise ValueError(f'attn_implementation="sparse" does not support {name}; load the model with "sdpa"')
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    pattern = _module_pattern(module, query, key, sliding_window)
+    recorder = getattr(module, _RECORDER, None)
+
+    batch_size, num_heads, q_length, _ = query.shape
+    kv_length = key.shape[2]
+    dense_rows = pattern.dense_rows()
+    if (
+        attention_mask is None
+        and (dense_rows is None or kv_length <= dense_rows)
+        and (sliding_window is None or kv_length <= sliding_window)
+        and q_length in (1, kv_length)
+        and (position_ids is None or _one_document(position_ids, kv_length))
+    ):
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=q_length > 1, scale=scaling, enable_gqa=True
+        )
+        if recorder is not None:
+            recorder.add_dense(pattern, range(batch_size * num_heads), kv_length - q_length, kv_length)
+        return output.transpose(1, 2).contiguous(), None
+
+    output = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])
+    for document in documents(attention_mask, position_ids, batch_size, q_length, kv_length):
+        heads_first = ops.document_attention(
+            query[document.batch][:, document.queries],
+            key[document.batch][:, document.keys],
+            value[document.batch][:, document.keys],
+            pattern=pattern,
+            query_offset=document.query_offset,
+            key_offset=document.key_offset,
+            scaling=scaling,
+            recorder=recorder,
+        )
+        output[document.batch, document.queries] = heads_first.transpose(0, 1).to(output.dtype)
+    return output, None
+
+
+def _one_document(position_ids: Tensor, kv_length: int) -> bool:
+    """Whether the positions run on without a new start and reach back to the first key."""
+    q_length = position_ids.shape[-1]
+    if q_length == 1:
+        return bool((position_ids >= kv_length - 1).all())
+    return bool((position_ids[:, 1:] > position_ids[:, :-1]).all())
+
+
+def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_window: int | None) -> LayerPattern:
+    """The layer's pattern, built once per module and rebuilt when the configuration, device or dtype changes."""
+    fields = getattr(module.config, "sparse_attention", None)
+    dtype = ops.compute_dtype(query, key)
+    layer = (sliding_window, query.shape[1], key.shape[1], query.shape[-1], query.device, dtype)
+    cached = module.__dict__.get(_CACHED)
+    if cached is None or cached[0] != fields or cached[1] != layer:
+        config = SparseAttentionConfig.from_dict(fields)
+        layer_idx = int(getattr(module, "layer_idx", 0) or 0)
+        pattern = layer_pattern(
+            config, layer_idx, query.shape[1], key.shape[1], query.shape[-1], query.device, dtype, sliding_window
+        )
+        cached = (None if fields is None else dict(fields), layer, pattern)
+        module.__dict__[_CACHED] = cached
+    return cached[2]
+
+
+@contextmanager
+def record(model: nn.Module, recorder: Recorder) -> Iterator[Recorder]:
+    """Have `recorder` told what every row reads in the forwards of this block."""
+    modules = list(model.modules())
+    for module in modules:
+        module.__dict__[_RECORDER] = recorder
+    try:
+        yield recorder
+    finally:
+        for module in modules:
+            module.__dict__.pop(_RECORDER, None)
+
+
+@contextmanager
+def record_density(model: nn.Module) -> Iterator[DensityRecorder]:
+    """Count attended and admissible (row, key) pairs of the forwards in this block, over all sparse layers."""
+    recorder = DensityRecorder()
+    with record(model, recorder):
+        yield recorder

@@ -1,0 +1,102 @@
+"""The operation and its implementations, which never import each other."""
+
+from __future__ import annotations
+
+import torch as _torch
+from torch import Tensor
+
+from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.routing import LayerPattern, layer_pattern
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: SparseAttentionConfig,
+    layer_idx: int = 0,
+    scaling: float | None = None,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Causal sparse attention over whole documents: softmax(scaling * query . key over S(row)) . value.
+
+    S(row) is defined in `SparseAttentionConfig`. The last query belongs to the last key, so Q < N continues a document
+    whose first N - Q keys are cached.
+
+    Args:
+        query: [batch, num_heads, Q, head_dim]; any float dtype, computed in float32 or float64.
+        key, value: [batch, num_key_value_heads, N, head_dim].
+        config: which keys each row reads, and `config.implementation`.
+        layer_idx: layer whose budget and hash apply.
+        scaling: factor on query . key; head_dim ** -0.5 if None.
+        recorder: is told which keys each row read.
+
+    Returns:
+        [batch, num_heads, Q, head_dim], in query's dtype.
+
+    Raises:
+        ValueError: for shapes that do not fit together.
+    """
+    if query.ndim != 4 or key.ndim != 4 or key.shape[:3] != value.shape[:3] or query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            "query, key and value must be [batch, heads, tokens, head_dim] with one head_dim; got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if len(query) != len(key) or query.shape[1] % key.shape[1] or query.shape[2] > key.shape[2]:
+        raise ValueError(
+            "query must have key's batch, a multiple of its heads and at most its tokens; got "
+            f"query {tuple(query.shape)} and key {tuple(key.shape)}"
+        )
+    pattern = layer_pattern(
+        config, layer_idx, query.shape[1], key.shape[1], query.shape[-1], query.device, compute_dtype(query, key)
+    )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    offset = key.shape[2] - query.shape[2]
+    outputs = [
+        document_attention(
+            q, k, v, pattern=pattern, query_offset=offset, key_offset=0, scaling=scaling, recorder=recorder
+        )
+        for q, k, v in zip(query, key, value, strict=True)
+    ]
+    return _torch.stack(outputs).to(query.dtype)
+
+
+def document_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pattern: LayerPattern,
+    query_offset: int,
+    key_offset: int,
+    scaling: float,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Attention of one document through the implementation that the config names.
+
+    See `ops.torch.document_attention` for the arguments; any float dtypes are taken and the result is in the dtype
+    that was computed in.
+    """
+    if pattern.config.implementation == "reference":
+        from hf_sparse_attn.ops.reference import document_attention as implementation
+    else:
+        from hf_sparse_attn.ops.torch import document_attention as implementation
+    dtype = compute_dtype(query, key)
+    with _torch.autocast(query.device.type, enabled=False):
+        return implementation(
+            query.to(dtype),
+            key.to(dtype),
+            value.to(dtype),
+            pattern=pattern,
+            query_offset=query_offset,
+            key_offset=key_offset,
+            scaling=scaling,
+            recorder=recorder,
+        )
+
+
+def compute_dtype(query: Tensor, key: Tensor) -> _torch.dtype:
+    """float64 if an input is, else float32."""
+    return _torch.promote_types(_torch.promote_types(query.dtype, key.dtype), _torch.float32)

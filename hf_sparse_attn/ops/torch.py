@@ -1,0 +1,315 @@
+"""Sparse attention in plain torch operations: any device, forward and backward, memory linear in the length.
+
+Rows are computed a chunk at a time. For each query head of a chunk the scores of its static keys, its window and its
+routed keys stand side by side in one [rows, keys] table, so one exact softmax serves them all. Window scores are
+banded matrix products. Routed keys are gathered inside two operations that PyTorch has for embeddings, so that nothing
+of size rows x keys x head_dim exists: `embedding_bag` (a weighted sum of gathered rows) and its gradient in the
+weights (dot products with gathered rows). Under autograd each chunk is recomputed in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, LayerPattern, random_positions, static_positions
+
+_BLOCK = 64  # rows per banded matrix product
+
+
+def document_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pattern: LayerPattern,
+    query_offset: int,
+    key_offset: int,
+    scaling: float,
+    recorder: Recorder | None,
+) -> Tensor:
+    """Causal sparse attention of one document, without padding.
+
+    Args:
+        query: [num_heads, Q, head_dim], float32 or float64, at positions query_offset .. query_offset + Q - 1.
+        key, value: [num_key_value_heads, N, head_dim], at positions key_offset .. key_offset + N - 1; the last key
+            belongs to the last query.
+        pattern: the layer's pattern.
+        query_offset: position of the first query in its document.
+        key_offset: position of the first key (over 0 where a sliding cache has dropped the first ones).
+        scaling: factor on query . key.
+        recorder: is told which keys each row read; None records nothing.
+
+    Returns:
+        [num_heads, Q, head_dim].
+    """
+    end = query_offset + query.shape[1]
+    dense_rows = pattern.dense_rows()
+    dense_end = end if dense_rows is None else max(query_offset, min(dense_rows, end))
+    outputs = []
+    if dense_end > query_offset:
+        num_rows, num_keys = dense_end - query_offset, dense_end - key_offset
+        dense = _dense(query[:, :num_rows], key[:, :num_keys], value[:, :num_keys], pattern, scaling)
+        if recorder is not None:
+            recorder.add_dense(pattern, range(query.shape[0]), query_offset, dense_end)
+        outputs.append(dense)
+    if dense_end < end:
+        rows = query[:, dense_end - query_offset :]
+        outputs.append(_sparse(rows, key, value, pattern, dense_end, key_offset, scaling, recorder))
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, pattern: LayerPattern, scaling: float) -> Tensor:
+    num_rows, num_keys = query.shape[1], key.shape[1]
+    mask = None
+    if num_rows != num_keys or pattern.sliding_window is not None:
+        row = torch.arange(num_keys - num_rows, num_keys, device=key.device)[:, None]
+        column = torch.arange(num_keys, device=key.device)
+        mask = column <= row
+        if pattern.sliding_window is not None:
+            mask &= column > row - pattern.sliding_window
+    query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+    )[0]
+
+
+def _sparse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: LayerPattern,
+    offset: int,
+    key_offset: int,
+    scaling: float,
+    recorder: Recorder | None,
+) -> Tensor:
+    """Rows at positions offset .. offset + Q - 1, all of them sparse."""
+    num_heads, num_rows, _ = query.shape
+    group = num_heads // key.shape[0]
+    routes = pattern.sliding_window is None or pattern.sliding_window > pattern.config.window_size
+    static = static_positions(pattern.config, offset + num_rows, key.device)
+    with torch.no_grad():
+        bucket = pattern.bucket_hash.assign(key)
+    chunk_rows = CHUNK_PAGES * pattern.config.page_size
+    heads_out = []
+    for kv_head in range(key.shape[0]):
+        heads = range(kv_head * group, (kv_head + 1) * group)
+        index = None
+        if routes and any(pattern.budgets[head] for head in heads):
+            index = BucketIndex(key[kv_head], bucket[kv_head], static, offset, key_offset, pattern)
+        chunks = []
+        start = offset
+        while start < offset + num_rows:
+            stop = min((start // chunk_rows + 1) * chunk_rows, offset + num_rows)
+            rows = query[heads.start : heads.stop, start - offset : stop - offset]
+            args = (rows, key[kv_head], value[kv_head], pattern, heads, index, static, start, key_offset, scaling)
+            if torch.is_grad_enabled() and (rows.requires_grad or key.requires_grad or value.requires_grad):
+                chunks.append(checkpoint(_chunk, *args, recorder, use_reentrant=False, preserve_rng_state=False))
+            else:
+                chunks.append(_chunk(*args, recorder))
+            start = stop
+        heads_out.append(torch.cat(chunks, 1))
+    return torch.cat(heads_out)
+
+
+def _chunk(
+    query: Tensor,  # [group, R, head_dim]
+    key: Tensor,  # [N, head_dim]
+    value: Tensor,
+    pattern: LayerPattern,
+    heads: range,
+    index: BucketIndex | None,
+    static: Tensor,
+    start: int,
+    key_offset: int,
+    scaling: float,
+    recorder: Recorder | None,
+) -> Tensor:
+    """One chunk of rows of the query heads that share a KV head: [group, R, head_dim]."""
+    stop = start + query.shape[1]
+    window = pattern.config.window_size
+    if pattern.sliding_window is not None:
+        window = min(window, pattern.sliding_window)
+    position = torch.arange(start, stop, device=key.device)
+    query = query * scaling
+
+    # Static keys that are older than the window of at least one row, and not dropped by a sliding cache.
+    static = static[(static <= stop - 1 - window) & (static >= key_offset)]
+    static_key, static_value = key[static - key_offset], value[static - key_offset]
+    hidden = static > position[:, None] - window
+    if pattern.sliding_window is not None:
+        hidden |= static <= position[:, None] - pattern.sliding_window
+    static_scores = (query @ static_key.T).masked_fill(hidden, -torch.inf)  # [group, R, A]
+
+    band_key, band_value = (_band(x, start, stop, window, key_offset) for x in (key, value))
+    window_scores = _window_scores(query, band_key, start, window, key_offset)  # [group, R, _BLOCK + window - 1]
+
+    with torch.no_grad():
+        chunk = index.rows(start, stop) if index is not None else None
+        drawn = random_positions(pattern.config, position) if pattern.config.num_random_keys else None
+    outputs = []
+    for i, head in enumerate(heads):
+        scores = [static_scores[i], window_scores[i]]
+        gathered = hidden_gathered = None
+        with torch.no_grad():
+            if chunk is not None and pattern.budgets[head]:
+                gathered, count = chunk.select(query[i], pattern.budgets[head])
+                if bool((count < gathered.shape[1]).any()):
+                    hidden_gathered = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
+            if drawn is not None:
+                gathered, hidden_gathered = _with_random(
+                    gathered, hidden_gathered, drawn, position, static, window, key_offset, pattern
+                )
+        if gathered is not None:
+            gathered_scores = _GatherDot.apply(query[i], key, gathered)
+            if hidden_gathered is not None:
+                gathered_scores = gathered_scores.masked_fill(hidden_gathered, -torch.inf)
+            scores.append(gathered_scores)
+        weights = torch.cat(scores, -1).softmax(-1)
+        num_static, num_window = static_scores.shape[-1], window_scores.shape[-1]
+        output = weights[:, :num_static] @ static_value
+        output = output + _window_values(weights[:, num_static : num_static + num_window], band_value)
+        if gathered is not None:
+            output = output + _GatherSum.apply(weights[:, num_static + num_window :], value, gathered)
+        outputs.append(output)
+        if recorder is not None:
+            with torch.no_grad():
+                keys = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
+                if gathered is not None:
+                    keys.append(gathered + key_offset)
+                attended = torch.cat(scores, -1) > -torch.inf
+                recorder.add(pattern, head, position, torch.where(attended, torch.cat(keys, -1), -1))
+    return torch.stack(outputs)
+
+
+def _band(x: Tensor, start: int, stop: int, window: int, key_offset: int) -> Tensor:
+    """Keys that each block of _BLOCK rows can see in its window: [num_blocks, head_dim, _BLOCK + window - 1] view.
+
+    Zeros stand for positions before the first key and after the last row.
+    """
+    low, high = start - window + 1 - key_offset, stop - key_offset
+    tail = -(stop - start) % _BLOCK
+    padded = F.pad(x[max(low, 0) : high], (0, 0, max(-low, 0), tail))
+    return padded.unfold(0, _BLOCK + window - 1, _BLOCK)
+
+
+def _window_scores(query: Tensor, band_key: Tensor, start: int, window: int, key_offset: int) -> Tensor:
+    """[group, R, head_dim] queries -> [group, R, _BLOCK + window - 1]; -inf where a key is outside the row's window.
+
+    Column c of a row in block b is the key at position start + b * _BLOCK - window + 1 + c.
+    """
+    group, num_rows, _ = query.shape
+    num_blocks, _, width = band_key.shape
+    blocks = F.pad(query, (0, 0, 0, num_blocks * _BLOCK - num_rows)).unflatten(1, (num_blocks, _BLOCK))
+    scores = blocks.transpose(0, 1).flatten(1, 2) @ band_key  # [num_blocks, group * _BLOCK, width]
+    row = torch.arange(_BLOCK, device=query.device)[:, None]
+    column = torch.arange(width, device=query.device)
+    outside = (column < row) | (column > row + window - 1)  # [_BLOCK, width]
+    scores = scores.view(num_blocks, group, _BLOCK, width).masked_fill(outside, -torch.inf)
+    missing = key_offset - (start - window + 1)  # columns of the first block that stand before the first key
+    if missing > 0:
+        first = start - window + 1 + _BLOCK * torch.arange(num_blocks, device=query.device)[:, None]
+        scores = scores.masked_fill((first + column < key_offset)[:, None, None], -torch.inf)
+    return scores.transpose(0, 1).flatten(1, 2)[:, :num_rows]
+
+
+def _window_values(weights: Tensor, band_value: Tensor) -> Tensor:
+    """[R, _BLOCK + window - 1] weights -> [R, head_dim]."""
+    num_blocks = len(band_value)
+    num_rows = len(weights)
+    blocks = F.pad(weights, (0, 0, 0, num_blocks * _BLOCK - num_rows)).unflatten(0, (num_blocks, _BLOCK))
+    return (blocks @ band_value.transpose(1, 2)).flatten(0, 1)[:num_rows]
+
+
+def _band_positions(start: int, stop: int, window: int, device: torch.device) -> Tensor:
+    """Position of the key in every column of the window scores: [R, _BLOCK + window - 1]."""
+    block = torch.arange(stop - start, device=device) // _BLOCK * _BLOCK + start - window + 1
+    return block[:, None] + torch.arange(_BLOCK + window - 1, device=device)
+
+
+def _with_random(
+    gathered: Tensor | None,
+    hidden: Tensor | None,
+    drawn: Tensor,
+    position: Tensor,
+    static: Tensor,
+    window: int,
+    key_offset: int,
+    pattern: LayerPattern,
+) -> tuple[Tensor, Tensor]:
+    """Append the random keys that no other part of the pattern reads already."""
+    drawn = drawn.sort(-1).values
+    seen = (drawn > position[:, None] - window) | torch.isin(drawn, static) | (drawn < key_offset)
+    if pattern.sliding_window is not None:
+        seen |= drawn <= position[:, None] - pattern.sliding_window
+    seen[:, 1:] |= drawn[:, 1:] == drawn[:, :-1]
+    drawn = drawn - key_offset
+    if gathered is None:
+        return drawn.clamp_(min=0).int(), seen
+    routed = gathered if hidden is None else gathered.masked_fill(hidden, -1)
+    routed = routed.long().sort(-1).values.contiguous()
+    place = torch.searchsorted(routed, drawn).clamp_(max=routed.shape[-1] - 1)
+    seen |= routed.gather(-1, place) == drawn
+    if hidden is None:
+        hidden = torch.zeros_like(gathered, dtype=torch.bool)
+    return torch.cat([gathered, drawn.clamp_(min=0).int()], -1), torch.cat([hidden, seen], -1)
+
+
+class _GatherDot(torch.autograd.Function):
+    """scores[r, m] = rows[r] . table[index[r, m]]: [R, D], [N, D], [R, M] -> [R, M]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, table, index)
+        return _gather_dot(rows, table, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        rows, table, index = ctx.saved_tensors
+        (grad,) = grad_outputs
+        return _gather_sum(grad, table, index), _scatter_sum(grad, rows, index, len(table)), None
+
+
+class _GatherSum(torch.autograd.Function):
+    """out[r] = sum over m of weights[r, m] * table[index[r, m]]: [R, M], [N, D], [R, M] -> [R, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, table, index)
+        return _gather_sum(weights, table, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        weights, table, index = ctx.saved_tensors
+        (grad,) = grad_outputs
+        grad = grad.contiguous()
+        return _gather_dot(grad, table, index), _scatter_sum(weights, grad, index, len(table)), None
+
+
+def _gather_dot(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    num_rows, width = index.shape
+    offsets = torch.arange(0, num_rows * width, width, device=index.device, dtype=index.dtype)
+    bags = torch.arange(num_rows, device=index.device, dtype=index.dtype)[:, None].expand(-1, width).contiguous().view(-1)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows.contiguous(), table.contiguous(), index.reshape(-1), offsets, bags, 0
+    ).view(num_rows, width)
+
+
+def _gather_sum(weights: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    return F.embedding_bag(index, table.contiguous(), per_sample_weights=weights.contiguous(), mode="sum")
+
+
+def _scatter_sum(weights: Tensor, rows: Tensor, index: Tensor, num_keys: int) -> Tensor:
+    """out[n] = sum of weights[r, m] * rows[r] over all (r, m) with index[r, m] == n: the gather turned around."""
+    keys, order = torch.sort(index.reshape(-1), stable=True)
+    first = torch.searchsorted(keys, torch.arange(num_keys, device=keys.device, dtype=keys.dtype))
+    row = torch.div(order, index.shape[1], rounding_mode="floor")
+    return F.embedding_bag(
+        row, rows.contiguous(), first, per_sample_weights=weights.reshape(-1)[order], mode="sum"
+    )

@@ -1,0 +1,302 @@
+"""Which keys each row reads: bucket index, bucket scoring, selection.
+
+Everything here is causal: what a row is given depends on its own query and on keys at or before it. Positions count
+from the first token of the document. Nothing here carries a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.hashing import BucketHash, layer_hash
+
+CHUNK_PAGES = 16  # pages of rows that are routed and computed together
+_UNROUTABLE = -1e30  # score of a bucket that a row must not take
+
+
+@dataclass(frozen=True)
+class LayerPattern:
+    """What one layer's attention reads: the config, the layer's budgets and hash, the model's own restrictions.
+
+    Args:
+        config: the model's sparse attention config.
+        layer_idx: index of the layer.
+        budgets: routed keys per row for each query head.
+        bucket_hash: the layer's hash.
+        sliding_window: the model's own window (keys with `p - sliding_window < j`), or None.
+    """
+
+    config: SparseAttentionConfig
+    layer_idx: int
+    budgets: list[int]
+    bucket_hash: BucketHash
+    sliding_window: int | None = None
+
+    def dense_rows(self) -> int | None:
+        """Rows at positions under this number read everything; None: all of them."""
+        return None if self.layer_idx in self.config.dense_layers else self.config.dense_below
+
+
+def layer_pattern(
+    config: SparseAttentionConfig,
+    layer_idx: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    sliding_window: int | None = None,
+) -> LayerPattern:
+    """The pattern of one layer, its hash on `device` in `dtype`.
+
+    Raises:
+        ValueError: if the config's budgets or its calibrated hash do not fit the layer.
+    """
+    bucket_hash = layer_hash(config, layer_idx, num_kv_heads, head_dim)
+    bucket_hash = BucketHash(bucket_hash.weight.to(device, dtype), bucket_hash.bias.to(device, dtype))
+    return LayerPattern(config, layer_idx, config.head_budgets(layer_idx, num_heads), bucket_hash, sliding_window)
+
+
+def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device) -> Tensor:
+    """Sorted positions under `stop` that every later row reads: global, explicit and strided keys. int64."""
+    position = torch.arange(stop, device=device)
+    chosen = position < config.num_global_tokens
+    if config.stride:
+        chosen |= position % config.stride == 0
+    if config.global_token_indices:
+        chosen |= torch.isin(position, torch.tensor(config.global_token_indices, device=device))
+    return position[chosen]
+
+
+def random_positions(config: SparseAttentionConfig, position: Tensor) -> Tensor:
+    """The seeded random pattern: [R] positions -> [R, num_random_keys] key positions, each in [0, position].
+
+    Draw i of row p is a 32-bit integer hash (the finaliser of MurmurHash3) of seed, p and i, so it is the same on
+    every device and however the rows are computed.
+    """
+    draw = torch.arange(config.num_random_keys, device=position.device)
+    mask = 0xFFFFFFFF
+    x = (position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + config.seed * 0xC2B2AE3D) & mask
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & mask
+    x = x ^ (x >> 16)
+    return x % (position[:, None] + 1)
+
+
+class BucketIndex:
+    """The routable keys of one KV head of one document, grouped by bucket.
+
+    Args:
+        key: [N, head_dim], the keys at positions key_offset .. key_offset + N - 1.
+        bucket: [N], each key's bucket.
+        static: sorted positions of the static keys; they are not routable.
+        first_row: no row before this position will be asked for.
+        key_offset: position of the first key.
+        pattern: the layer's pattern.
+    """
+
+    def __init__(
+        self, key: Tensor, bucket: Tensor, static: Tensor, first_row: int, key_offset: int, pattern: LayerPattern
+    ) -> None:
+        config = pattern.config
+        self.num_buckets = pattern.bucket_hash.num_buckets
+        self.page_size, self.window_size = config.page_size, config.window_size
+        self.sliding_window = pattern.sliding_window
+        self.key_offset = key_offset
+        self.key = key.detach()
+        # Static keys get a bucket of their own behind all others.
+        self.bucket = bucket.clone()
+        held = static[(static >= key_offset) & (static < key_offset + len(bucket))] - key_offset
+        self.bucket[held] = self.num_buckets
+        sorted_bucket, order = torch.sort(self.bucket.int(), stable=True)
+        self.order = order.int()  # [N] keys by bucket, oldest first
+        edges = torch.arange(self.num_buckets, device=key.device, dtype=torch.int32)
+        self.start = torch.searchsorted(sorted_bucket, edges).int()  # [num_buckets]
+        self.first_page = first_row // self.page_size // CHUNK_PAGES * CHUNK_PAGES
+        self._entered = self._chunk_sums(self.window_size)
+        self._left = None if self.sliding_window is None else self._chunk_sums(self._page_lag())
+        self._columns = 64  # buckets per row looked at first; grows to what budgets need
+
+    def rows(self, start: int, stop: int) -> RowChunk:
+        """Bucket means and counts as the rows at positions start .. stop - 1 may know them.
+
+        The rows must lie in one chunk of CHUNK_PAGES pages.
+        """
+        page_size = self.page_size
+        pages = range(start // page_size, -(-stop // page_size))
+        sums, counts = self._page_state(pages, self._entered, self.window_size)
+        upper = self._row_counts(pages, self.window_size)[start - pages[0] * page_size :][: stop - start]
+        lower = None
+        if self.sliding_window is not None:
+            left_sums, left_counts = self._page_state(pages, self._left, self._page_lag())
+            sums, counts = sums - left_sums, counts - left_counts
+            lower = self._row_counts(pages, self.sliding_window)[start - pages[0] * page_size :][: stop - start]
+        means = sums / counts.clamp(min=1).unsqueeze(-1)
+        return RowChunk(self, start, stop, means, counts > 0, upper, lower)
+
+    def _page_lag(self) -> int:
+        """Lag behind a page's first row under which a key is inside the model's window for all rows of the page."""
+        assert self.sliding_window is not None
+        return self.sliding_window - self.page_size + 1
+
+    def _page_of_entry(self, lag: int, position: Tensor) -> Tensor:
+        """First page whose first row is at least `lag` behind each key's position."""
+        return -(-(position + lag) // self.page_size)
+
+    def _chunk_sums(self, lag: int) -> Tensor:
+        """Sums of keys and their number, per chunk start: [num_chunks, num_buckets + 1, head_dim + 1].
+
+        Entry c holds the keys at least `lag` behind the first row of chunk c.
+        """
+        end = self.key_offset + len(self.key)
+        num_chunks = -(-end // self.page_size) // CHUNK_PAGES + 1 - self.first_page // CHUNK_PAGES
+        position = torch.arange(self.key_offset, end, device=self.key.device)
+        chunk = -(-(self._page_of_entry(lag, position) - self.first_page) // CHUNK_PAGES)
+        inside = chunk < num_chunks
+        return self._sum_by(chunk[inside].clamp(min=0), num_chunks, torch.nonzero(inside).flatten()).cumsum(0)
+
+    def _sum_by(self, group: Tensor, num_groups: int, index: Tensor) -> Tensor:
+        width = self.num_buckets + 1
+        table = self.key.new_zeros(num_groups * width, self.key.shape[-1] + 1)
+        slot = group * width + self.bucket[index]
+        table[:, :-1].index_add_(0, slot, self.key[index])
+        table[:, -1].index_add_(0, slot, self.key.new_ones(len(index)))
+        return table.view(num_groups, width, -1)
+
+    def _page_state(self, pages: range, chunk_sums: Tensor | None, lag: int) -> tuple[Tensor, Tensor]:
+        """Sums [num_pages, num_buckets, head_dim] and counts [num_pages, num_buckets] at the start of each page."""
+        assert chunk_sums is not None
+        chunk = pages[0] // CHUNK_PAGES
+        first = chunk * CHUNK_PAGES
+        # Keys that enter between the chunk's first page and the last page asked for.
+        low = max(first * self.page_size - lag + 1 - self.key_offset, 0)
+        high = min(pages[-1] * self.page_size - lag + 1 - self.key_offset, len(self.key))
+        index = torch.arange(low, max(low, high), device=self.key.device)
+        entered = self._page_of_entry(lag, index + self.key_offset) - first
+        table = self._sum_by(entered, pages[-1] - first + 1, index)
+        table[0] += chunk_sums[chunk - self.first_page // CHUNK_PAGES]
+        table = table.cumsum(0)[pages[0] - first :, : self.num_buckets]
+        return table[..., :-1], table[..., -1]
+
+    def _row_counts(self, pages: range, lag: int) -> Tensor:
+        """Keys of each bucket at least `lag` behind each row of the pages: [rows, num_buckets], in the key's dtype."""
+        start, num_rows = pages[0] * self.page_size, len(pages) * self.page_size
+        first = start - lag - self.key_offset  # index of the key that enters with the first row
+        low, high = max(0, min(first, len(self.key))), max(0, min(first + num_rows, len(self.key)))
+        row = torch.arange(low - first, high - first, device=self.key.device)
+        dynamic = self.bucket[low:high] < self.num_buckets
+        steps = self.key.new_zeros(num_rows, self.num_buckets)
+        steps[row[dynamic], self.bucket[low:high][dynamic]] = 1
+        base = torch.bincount(self.bucket[:low], minlength=self.num_buckets + 1)[:-1].to(steps)
+        # A running sum down the rows, as a product with a triangle of ones inside each page.
+        steps = steps.unflatten(0, (len(pages), self.page_size))
+        triangle = torch.ones(self.page_size, self.page_size, device=steps.device, dtype=steps.dtype).tril()
+        within = torch.matmul(triangle, steps)
+        carried = within[:, -1].cumsum(0) - within[:, -1] + base
+        return (within + carried.unsqueeze(1)).flatten(0, 1)
+
+
+@dataclass
+class RowChunk:
+    """Rows at positions start .. stop - 1 of one KV head, ready to select their routed keys."""
+
+    index: BucketIndex
+    start: int
+    stop: int
+    means: Tensor  # [num_pages, num_buckets, head_dim]
+    routable: Tensor  # [num_pages, num_buckets], bool
+    upper: Tensor  # [R, num_buckets]: keys of the bucket that are older than the window
+    lower: Tensor | None  # [R, num_buckets]: of these, keys already outside the model's own window
+
+    def select(self, query: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+        """Routed keys of every row for one query head.
+
+        Args:
+            query: [R, head_dim].
+            budget: keys per row.
+
+        Returns:
+            key index [R, budget] (int32, into the keys that the index was built from) and how many of its entries
+            count, [R] (int64); the others repeat an arbitrary key.
+        """
+        index = self.index
+        ranked = _rank(self._scores(query), index.num_buckets)
+        while True:
+            columns = min(index._columns, index.num_buckets)
+            bucket, available, end = self._candidates(ranked, columns)
+            reached = available.cumsum(-1)
+            if columns == index.num_buckets or bool(((reached[:, -1] >= budget) | (available[:, -1] == 0)).all()):
+                break
+            index._columns *= 2
+        before = reached - available
+        taken = torch.minimum((budget - before).clamp(min=0), available)
+        slots = _expand(end - taken, taken, before, budget).clamp_(max=len(index.order) - 1)
+        return index.order[slots], taken.sum(-1)
+
+    def _scores(self, query: Tensor) -> Tensor:
+        """Product of each row's query with the bucket means of its page: [R, num_buckets]."""
+        scores = query.new_empty(len(query), self.index.num_buckets)
+        page_size = self.index.page_size
+        offset = torch.zeros_like(self.routable, dtype=query.dtype).masked_fill_(~self.routable, _UNROUTABLE)
+        low = self.start
+        for page in range(len(self.means)):
+            high = min((low // page_size + 1) * page_size, self.stop)
+            rows = slice(low - self.start, high - self.start)
+            torch.addmm(offset[page], query[rows], self.means[page].T, out=scores[rows])
+            low = high
+        return scores
+
+    def _candidates(self, ranked: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best `columns` buckets of each row: bucket, keys available in it, end of its run in `order`. [R, C]"""
+        best = ranked[:, -columns:].flip(-1)
+        bucket = (best.view(_integer(best.dtype)) & (self.index.num_buckets - 1)).long()
+        upper = self.upper.gather(1, bucket).long()
+        available = upper if self.lower is None else upper - self.lower.gather(1, bucket).long()
+        available = available.masked_fill(best < _UNROUTABLE / 2, 0)
+        return bucket, available, self.index.start[bucket] + upper
+
+
+def _integer(dtype: torch.dtype) -> torch.dtype:
+    return torch.int64 if dtype == torch.float64 else torch.int32
+
+
+def _rank(scores: Tensor, num_buckets: int) -> Tensor:
+    """Sort each row of `scores` in place, ascending, with the bucket number in the lowest bits of each score.
+
+    The bits make room at 2**-13 of the score in float32 and 2**-42 in float64. Sorting bare numbers lets NumPy use
+    its vectorised sort, several times faster than any sort or top-k that carries indices along.
+    """
+    bits = scores.view(_integer(scores.dtype))
+    bits &= ~(num_buckets - 1)
+    bits |= torch.arange(num_buckets, device=bits.device, dtype=bits.dtype)
+    if scores.device.type != "cpu":
+        return scores.sort(-1).values
+    num_threads = torch.get_num_threads()
+    parts = [part for part in np.array_split(scores.numpy(), num_threads) if len(part)]
+    list(_threads(num_threads).map(lambda part: part.sort(-1), parts))
+    return scores
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="hf_sparse_attn")
+
+
+def _expand(start: Tensor, length: Tensor, before: Tensor, width: int) -> Tensor:
+    """Write runs of consecutive numbers side by side: [R, C] starts and lengths -> [R, width].
+
+    Run c of a row stands at columns before[c] .. before[c] + length[c] - 1; empty runs come last. The result is the
+    running sum of its own differences: one inside a run, a jump where the next one starts.
+    """
+    jump = start.clone()
+    jump[:, 1:] -= start[:, :-1] + length[:, :-1] - 1
+    steps = torch.ones(len(start), width + 1, dtype=torch.int64, device=start.device)
+    steps.scatter_(1, torch.where(length > 0, before, width), jump)
+    return steps[:, :width].cumsum(-1)
