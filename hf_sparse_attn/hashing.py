@@ -44,7 +44,7 @@ class BucketHash:
         weight, bias = self.weight.to(key), self.bias.to(key)
         scores = torch.baddbmm(bias.flatten(1).unsqueeze(1), key, weight.flatten(2))
         codes = scores.unflatten(-1, (num_codebooks, codebook_size)).argmax(-1)  # [Hkv, N, num_codebooks]
-        return sum(codes[..., i] * codebook_size ** (num_codebooks - 1 - i) for i in range(num_codebooks))  # type: ignore[return-value]
+        return sum(codes[..., i] * codebook_size ** (num_codebooks - 1 - i) for i in range(num_codebooks))
 
 
 def layer_hash(config: SparseAttentionConfig, layer_idx: int, num_kv_heads: int, head_dim: int) -> BucketHash:
@@ -60,8 +60,8 @@ def layer_hash(config: SparseAttentionConfig, layer_idx: int, num_kv_heads: int,
     fitted = (weight.shape[0], weight.shape[1], weight.shape[2])
     if layer_idx >= fitted[0] or (num_kv_heads, head_dim) != fitted[1:]:
         raise ValueError(
-            f"calibrated_hash was fitted for {fitted[0]} layers, {fitted[1]} KV heads and head_dim {fitted[2]}, but the "
-            f"model has a layer {layer_idx} with {num_kv_heads} KV heads and head_dim {head_dim}"
+            f"calibrated_hash was fitted for {fitted[0]} layers, {fitted[1]} KV heads and head_dim {fitted[2]}, but "
+            f"the model has a layer {layer_idx} with {num_kv_heads} KV heads and head_dim {head_dim}"
         )
     return BucketHash(weight[layer_idx], bias[layer_idx])
 
@@ -112,9 +112,7 @@ def _decode(text: str) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def _random_hyperplanes(
-    num_bits: int, seed: int, layer_idx: int, num_kv_heads: int, head_dim: int
-) -> BucketHash:
+def _random_hyperplanes(num_bits: int, seed: int, layer_idx: int, num_kv_heads: int, head_dim: int) -> BucketHash:
     generator = torch.Generator().manual_seed(seed * 100_003 + layer_idx)
     normals = torch.randn(num_kv_heads, head_dim, num_bits, 1, generator=generator)
     return BucketHash(torch.cat([-normals, normals], -1), torch.zeros(num_kv_heads, num_bits, 2))

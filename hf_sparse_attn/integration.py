@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +18,9 @@ from hf_sparse_attn.routing import LayerPattern, layer_pattern
 NAME = "sparse"
 _CACHED = "_sparse_attention_pattern"
 _RECORDER = "_sparse_attention_recorder"
+_OBSERVER = "_sparse_attention_observer"
+
+Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
 
 
 def register() -> None:
@@ -73,7 +75,10 @@ def sparse_attention_forward(
             raise ValueError(f'attn_implementation="sparse" does not support {name}; load the model with "sdpa"')
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     pattern = _module_pattern(module, query, key, sliding_window)
-    recorder = getattr(module, _RECORDER, None)
+    recorder = module.__dict__.get(_RECORDER)
+    observer = module.__dict__.get(_OBSERVER)
+    if observer is not None:
+        observer(pattern.layer_idx, query, key, value, scaling)
 
     batch_size, num_heads, q_length, _ = query.shape
     kv_length = key.shape[2]
@@ -133,17 +138,14 @@ def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_windo
     return cached[2]
 
 
-@contextmanager
-def record(model: nn.Module, recorder: Recorder) -> Iterator[Recorder]:
+def record(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]:
     """Have `recorder` told what every row reads in the forwards of this block."""
-    modules = list(model.modules())
-    for module in modules:
-        module.__dict__[_RECORDER] = recorder
-    try:
-        yield recorder
-    finally:
-        for module in modules:
-            module.__dict__.pop(_RECORDER, None)
+    return _attached(model, _RECORDER, recorder)
+
+
+def observe(model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
+    """Call `observer(layer_idx, query, key, value, scaling)` before each attention of the forwards in this block."""
+    return _attached(model, _OBSERVER, observer)
 
 
 @contextmanager
@@ -152,3 +154,15 @@ def record_density(model: nn.Module) -> Iterator[DensityRecorder]:
     recorder = DensityRecorder()
     with record(model, recorder):
         yield recorder
+
+
+@contextmanager
+def _attached(model: nn.Module, name: str, value: Any) -> Iterator[None]:
+    modules = list(model.modules())
+    for module in modules:
+        module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop(name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
 class Recorder(Protocol):
     """Receives every row's keys; put in place by `integration.record`."""
 
-    def add(self, pattern: LayerPattern, head: int, position: Tensor, keys: Tensor) -> None:
-        """Rows at `position` [R] of one head read the key positions `keys` [R, K]; -1 stands for none."""
+    def add(
+        self, pattern: LayerPattern, head: int, position: Tensor, attended: Tensor, keys: Callable[[], Tensor]
+    ) -> None:
+        """Rows at `position` [R] of one head read the keys at positions `keys()` [R, K] where `attended` [R, K]."""
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
         """Rows at positions start .. stop - 1 of the heads read everything admissible."""
@@ -33,8 +36,10 @@ class DensityRecorder:
         """Attended over admissible pairs; NaN before any forward."""
         return self.attended / self.admissible if self.admissible else float("nan")
 
-    def add(self, pattern: LayerPattern, head: int, position: Tensor, keys: Tensor) -> None:
-        self.attended += int((keys >= 0).sum())
+    def add(
+        self, pattern: LayerPattern, head: int, position: Tensor, attended: Tensor, keys: Callable[[], Tensor]
+    ) -> None:
+        self.attended += int(attended.sum())
         self.admissible += _admissible(position, pattern.sliding_window)
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:

@@ -186,7 +186,7 @@ class BucketIndex:
         return table[..., :-1], table[..., -1]
 
     def _row_counts(self, pages: range, lag: int) -> Tensor:
-        """Keys of each bucket at least `lag` behind each row of the pages: [rows, num_buckets], in the key's dtype."""
+        """Keys of each bucket at least `lag` behind each row of the pages: [rows, num_buckets], int32."""
         start, num_rows = pages[0] * self.page_size, len(pages) * self.page_size
         first = start - lag - self.key_offset  # index of the key that enters with the first row
         low, high = max(0, min(first, len(self.key))), max(0, min(first + num_rows, len(self.key)))
@@ -200,7 +200,7 @@ class BucketIndex:
         triangle = torch.ones(self.page_size, self.page_size, device=steps.device, dtype=steps.dtype).tril()
         within = torch.matmul(triangle, steps)
         carried = within[:, -1].cumsum(0) - within[:, -1] + base
-        return (within + carried.unsqueeze(1)).flatten(0, 1)
+        return (within + carried.unsqueeze(1)).flatten(0, 1).int()
 
 
 @dataclass
@@ -224,21 +224,21 @@ class RowChunk:
 
         Returns:
             key index [R, budget] (int32, into the keys that the index was built from) and how many of its entries
-            count, [R] (int64); the others repeat an arbitrary key.
+            count, [R]; the others repeat an arbitrary key.
         """
         index = self.index
         ranked = _rank(self._scores(query), index.num_buckets)
         while True:
             columns = min(index._columns, index.num_buckets)
-            bucket, available, end = self._candidates(ranked, columns)
-            reached = available.cumsum(-1)
+            available, end = self._candidates(ranked, columns)
+            reached = available.cumsum(-1, dtype=torch.int32)
             if columns == index.num_buckets or bool(((reached[:, -1] >= budget) | (available[:, -1] == 0)).all()):
                 break
             index._columns *= 2
         before = reached - available
         taken = torch.minimum((budget - before).clamp(min=0), available)
         slots = _expand(end - taken, taken, before, budget).clamp_(max=len(index.order) - 1)
-        return index.order[slots], taken.sum(-1)
+        return index.order.index_select(0, slots.view(-1)).view_as(slots), taken.sum(-1)
 
     def _scores(self, query: Tensor) -> Tensor:
         """Product of each row's query with the bucket means of its page: [R, num_buckets]."""
@@ -253,14 +253,14 @@ class RowChunk:
             low = high
         return scores
 
-    def _candidates(self, ranked: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The best `columns` buckets of each row: bucket, keys available in it, end of its run in `order`. [R, C]"""
+    def _candidates(self, ranked: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """The best `columns` buckets of each row: keys available and end of their run in `order`. [R, C], int32"""
         best = ranked[:, -columns:].flip(-1)
         bucket = (best.view(_integer(best.dtype)) & (self.index.num_buckets - 1)).long()
-        upper = self.upper.gather(1, bucket).long()
-        available = upper if self.lower is None else upper - self.lower.gather(1, bucket).long()
+        upper = self.upper.gather(1, bucket)
+        available = upper if self.lower is None else upper - self.lower.gather(1, bucket)
         available = available.masked_fill(best < _UNROUTABLE / 2, 0)
-        return bucket, available, self.index.start[bucket] + upper
+        return available, self.index.start.take(bucket) + upper
 
 
 def _integer(dtype: torch.dtype) -> torch.dtype:
@@ -297,6 +297,6 @@ def _expand(start: Tensor, length: Tensor, before: Tensor, width: int) -> Tensor
     """
     jump = start.clone()
     jump[:, 1:] -= start[:, :-1] + length[:, :-1] - 1
-    steps = torch.ones(len(start), width + 1, dtype=torch.int64, device=start.device)
-    steps.scatter_(1, torch.where(length > 0, before, width), jump)
-    return steps[:, :width].cumsum(-1)
+    steps = torch.ones(len(start), width + 1, dtype=torch.int32, device=start.device)
+    steps.scatter_(1, torch.where(length > 0, before, width).long(), jump)
+    return steps[:, :width].cumsum(-1, dtype=torch.int32)

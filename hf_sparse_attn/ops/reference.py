@@ -9,9 +9,7 @@ from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern, random_positions
 
 
-def attended_keys(
-    query: Tensor, key: Tensor, pattern: LayerPattern, query_offset: int, key_offset: int = 0
-) -> Tensor:
+def attended_keys(query: Tensor, key: Tensor, pattern: LayerPattern, query_offset: int, key_offset: int = 0) -> Tensor:
     """S(row) for every row of one document, written out rule by rule.
 
     Args:
@@ -50,7 +48,9 @@ def attended_keys(
                 drawn = random_positions(config, torch.tensor([p], device=key.device))
                 chosen = chosen | torch.isin(position, drawn)
             routable = admissible & ~static & (position <= p - config.window_size)
-            routed = _routed(query[head, i], key[head // group], bucket[head // group], position, routable, p, head, pattern)
+            routed = _routed(
+                query[head, i], key[head // group], bucket[head // group], position, routable, p, head, pattern
+            )
             rows.append((chosen | routed) & admissible)
     return torch.stack(rows).view(num_heads, num_queries, -1)
 
@@ -103,10 +103,10 @@ def document_attention(
     group = query.shape[0] // key.shape[0]
     attended = attended_keys(query, key, pattern, query_offset, key_offset)
     if recorder is not None:
-        position = torch.arange(key.shape[1], device=key.device) + key_offset
+        keys = (torch.arange(key.shape[1], device=key.device) + key_offset).expand_as(attended[0])
         rows = torch.arange(query.shape[1], device=key.device) + query_offset
         for head in range(query.shape[0]):
-            recorder.add(pattern, head, rows, torch.where(attended[head], position, -1))
+            recorder.add(pattern, head, rows, attended[head], lambda: keys)
     key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
     scores = (query @ key.transpose(-1, -2)) * scaling
     return scores.masked_fill(~attended, -torch.inf).softmax(-1).to(value.dtype) @ value

@@ -9,6 +9,7 @@ weights (dot products with gathered rows). Under autograd each chunk is recomput
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -145,47 +146,42 @@ def _chunk(
     hidden = static > position[:, None] - window
     if pattern.sliding_window is not None:
         hidden |= static <= position[:, None] - pattern.sliding_window
-    static_scores = (query @ static_key.T).masked_fill(hidden, -torch.inf)  # [group, R, A]
-
+    hidden_static = hidden if bool(hidden.any()) else None
     band_key, band_value = (_band(x, start, stop, window, key_offset) for x in (key, value))
-    window_scores = _window_scores(query, band_key, start, window, key_offset)  # [group, R, _BLOCK + window - 1]
+    band_bias = _band_bias(band_key, start, window, key_offset)
 
     with torch.no_grad():
         chunk = index.rows(start, stop) if index is not None else None
         drawn = random_positions(pattern.config, position) if pattern.config.num_random_keys else None
     outputs = []
     for i, head in enumerate(heads):
-        scores = [static_scores[i], window_scores[i]]
-        gathered = hidden_gathered = None
+        rows = query[i]
+        scores = [_hide(rows @ static_key.T, hidden_static), _window_scores(rows, band_key, band_bias)]
+        gathered = hidden = None
         with torch.no_grad():
             if chunk is not None and pattern.budgets[head]:
-                gathered, count = chunk.select(query[i], pattern.budgets[head])
+                gathered, count = chunk.select(rows, pattern.budgets[head])
                 if bool((count < gathered.shape[1]).any()):
-                    hidden_gathered = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
+                    hidden = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
             if drawn is not None:
-                gathered, hidden_gathered = _with_random(
-                    gathered, hidden_gathered, drawn, position, static, window, key_offset, pattern
-                )
+                gathered, hidden = _with_random(gathered, hidden, drawn, position, static, window, key_offset, pattern)
         if gathered is not None:
-            gathered_scores = _GatherDot.apply(query[i], key, gathered)
-            if hidden_gathered is not None:
-                gathered_scores = gathered_scores.masked_fill(hidden_gathered, -torch.inf)
-            scores.append(gathered_scores)
-        weights = torch.cat(scores, -1).softmax(-1)
-        num_static, num_window = static_scores.shape[-1], window_scores.shape[-1]
-        output = weights[:, :num_static] @ static_value
-        output = output + _window_values(weights[:, num_static : num_static + num_window], band_value)
+            scores.append(_hide(_GatherDot.apply(rows, key, gathered), hidden))
+        table = torch.cat(scores, -1)
+        weights = table.softmax(-1).split([part.shape[-1] for part in scores], -1)
+        output = weights[0] @ static_value + _window_values(weights[1], band_value)
         if gathered is not None:
-            output = output + _GatherSum.apply(weights[:, num_static + num_window :], value, gathered)
+            output = output + _GatherSum.apply(weights[2], value, gathered)
         outputs.append(output)
         if recorder is not None:
-            with torch.no_grad():
-                keys = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
-                if gathered is not None:
-                    keys.append(gathered + key_offset)
-                attended = torch.cat(scores, -1) > -torch.inf
-                recorder.add(pattern, head, position, torch.where(attended, torch.cat(keys, -1), -1))
+            parts = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
+            parts += [gathered + key_offset] if gathered is not None else []
+            recorder.add(pattern, head, position, table > -torch.inf, functools.partial(torch.cat, parts, -1))
     return torch.stack(outputs)
+
+
+def _hide(scores: Tensor, hidden: Tensor | None) -> Tensor:
+    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
 
 
 def _band(x: Tensor, start: int, stop: int, window: int, key_offset: int) -> Tensor:
@@ -199,32 +195,36 @@ def _band(x: Tensor, start: int, stop: int, window: int, key_offset: int) -> Ten
     return padded.unfold(0, _BLOCK + window - 1, _BLOCK)
 
 
-def _window_scores(query: Tensor, band_key: Tensor, start: int, window: int, key_offset: int) -> Tensor:
-    """[group, R, head_dim] queries -> [group, R, _BLOCK + window - 1]; -inf where a key is outside the row's window.
+def _band_bias(band_key: Tensor, start: int, window: int, key_offset: int) -> Tensor:
+    """0 where a row of a block sees the key in a column, else -inf: [1 or num_blocks, _BLOCK, _BLOCK + window - 1].
 
-    Column c of a row in block b is the key at position start + b * _BLOCK - window + 1 + c.
+    Column c of block b is the key at position start + b * _BLOCK - window + 1 + c.
     """
-    group, num_rows, _ = query.shape
     num_blocks, _, width = band_key.shape
-    blocks = F.pad(query, (0, 0, 0, num_blocks * _BLOCK - num_rows)).unflatten(1, (num_blocks, _BLOCK))
-    scores = blocks.transpose(0, 1).flatten(1, 2) @ band_key  # [num_blocks, group * _BLOCK, width]
-    row = torch.arange(_BLOCK, device=query.device)[:, None]
-    column = torch.arange(width, device=query.device)
-    outside = (column < row) | (column > row + window - 1)  # [_BLOCK, width]
-    scores = scores.view(num_blocks, group, _BLOCK, width).masked_fill(outside, -torch.inf)
-    missing = key_offset - (start - window + 1)  # columns of the first block that stand before the first key
-    if missing > 0:
-        first = start - window + 1 + _BLOCK * torch.arange(num_blocks, device=query.device)[:, None]
-        scores = scores.masked_fill((first + column < key_offset)[:, None, None], -torch.inf)
-    return scores.transpose(0, 1).flatten(1, 2)[:, :num_rows]
+    row = torch.arange(_BLOCK, device=band_key.device)[:, None]
+    column = torch.arange(width, device=band_key.device)
+    outside = ((column < row) | (column > row + window - 1))[None]
+    if start - window + 1 < key_offset:  # the first blocks reach before the first key
+        first = start - window + 1 + _BLOCK * torch.arange(num_blocks, device=band_key.device)
+        outside = outside | (first[:, None, None] + column < key_offset)
+    return torch.zeros(outside.shape, dtype=band_key.dtype, device=band_key.device).masked_fill_(outside, -torch.inf)
+
+
+def _window_scores(rows: Tensor, band_key: Tensor, band_bias: Tensor) -> Tensor:
+    """[R, head_dim] queries -> [R, _BLOCK + window - 1]."""
+    scores = torch.baddbmm(band_bias.expand(len(band_key), -1, -1), _blocks(rows, len(band_key)), band_key)
+    return scores.flatten(0, 1)[: len(rows)]
 
 
 def _window_values(weights: Tensor, band_value: Tensor) -> Tensor:
     """[R, _BLOCK + window - 1] weights -> [R, head_dim]."""
-    num_blocks = len(band_value)
-    num_rows = len(weights)
-    blocks = F.pad(weights, (0, 0, 0, num_blocks * _BLOCK - num_rows)).unflatten(0, (num_blocks, _BLOCK))
-    return (blocks @ band_value.transpose(1, 2)).flatten(0, 1)[:num_rows]
+    return (_blocks(weights, len(band_value)) @ band_value.transpose(1, 2)).flatten(0, 1)[: len(weights)]
+
+
+def _blocks(rows: Tensor, num_blocks: int) -> Tensor:
+    """[R, C] -> [num_blocks, _BLOCK, C], filled up with zeros."""
+    missing = num_blocks * _BLOCK - len(rows)
+    return (F.pad(rows, (0, 0, 0, missing)) if missing else rows).unflatten(0, (num_blocks, _BLOCK))
 
 
 def _band_positions(start: int, stop: int, window: int, device: torch.device) -> Tensor:
@@ -295,7 +295,9 @@ class _GatherSum(torch.autograd.Function):
 def _gather_dot(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
     num_rows, width = index.shape
     offsets = torch.arange(0, num_rows * width, width, device=index.device, dtype=index.dtype)
-    bags = torch.arange(num_rows, device=index.device, dtype=index.dtype)[:, None].expand(-1, width).contiguous().view(-1)
+    bags = (
+        torch.arange(num_rows, device=index.device, dtype=index.dtype)[:, None].expand(-1, width).contiguous().view(-1)
+    )
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         rows.contiguous(), table.contiguous(), index.reshape(-1), offsets, bags, 0
     ).view(num_rows, width)
@@ -310,6 +312,4 @@ def _scatter_sum(weights: Tensor, rows: Tensor, index: Tensor, num_keys: int) ->
     keys, order = torch.sort(index.reshape(-1), stable=True)
     first = torch.searchsorted(keys, torch.arange(num_keys, device=keys.device, dtype=keys.dtype))
     row = torch.div(order, index.shape[1], rounding_mode="floor")
-    return F.embedding_bag(
-        row, rows.contiguous(), first, per_sample_weights=weights.reshape(-1)[order], mode="sum"
-    )
+    return F.embedding_bag(row, rows.contiguous(), first, per_sample_weights=weights.reshape(-1)[order], mode="sum")

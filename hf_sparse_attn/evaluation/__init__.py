@@ -1,0 +1,1 @@
+"""What the sparsity cost, in numbers."""

@@ -1,0 +1,101 @@
+"""The model that a script works on: where it is, and its sparse attention with overrides applied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.demo import demo_model_directory
+from hf_sparse_attn.integration import record_density
+
+
+def resolve_model(model: str) -> str:
+    """What `from_pretrained` takes for a `--model` argument: a directory or a Hub id; `demo` is made on first use.
+
+    Raises:
+        FileNotFoundError: `model` is a path that holds no model.
+        ImportError: `demo` was asked for and its packages are not installed.
+    """
+    if model == "demo":
+        return str(demo_model_directory())
+    path = Path(model).expanduser()
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{model!r} holds no model: it is not a directory with a config.json")
+        return str(path)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise FileNotFoundError(f"{model!r}: no such directory")
+    return model
+
+
+def merge_sparse_attention(config: PretrainedConfig, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The model's own `config.sparse_attention` (none: the defaults) with single fields replaced, validated.
+
+    Raises:
+        ValueError: an unknown field or an impossible value; the message names the field.
+    """
+    own = getattr(config, "sparse_attention", None) or {}
+    return SparseAttentionConfig.from_dict({**own, **(overrides or {})}).to_dict()
+
+
+def parse_device(device: str | None) -> torch.device:
+    """The device of a `--device` argument; None takes the GPU if there is one.
+
+    Raises:
+        ValueError: not the name of a device that this machine has.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{device!r} is no device of this machine; try cpu or cuda") from error
+    return torch.device(device)
+
+
+def parse_dtype(dtype: str) -> torch.dtype | str:
+    """The dtype of a `--dtype` argument: the name of a floating-point dtype, or "auto" for the checkpoint's own.
+
+    Raises:
+        ValueError: not the name of a floating-point dtype of PyTorch.
+    """
+    if dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{dtype!r} is no floating-point dtype; expected auto, float32, bfloat16, float16 or float64")
+    return found
+
+
+def load_sparse_model(path: str, overrides: dict[str, Any] | None = None, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model with `attn_implementation="sparse"`, converted or not; `kwargs` go to from_pretrained.
+
+    Raises:
+        ValueError: an override that `SparseAttentionConfig` refuses, or a family of models whose attention does not
+            go through Transformers' registry.
+        OSError: there is no such model.
+    """
+    # As a keyword of from_pretrained, sparse_attention reaches only a config that has the attribute already.
+    config = AutoConfig.from_pretrained(path)
+    config.sparse_attention = merge_sparse_attention(config, overrides)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, config=config, attn_implementation="sparse", **kwargs
+    )
+    _check_sparse_runs(model)
+    return model
+
+
+def _check_sparse_runs(model: PreTrainedModel) -> None:
+    # Some families accept any implementation's name and never call it: everything measured would then be dense.
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=model.device)
+    with torch.no_grad(), record_density(model) as density:
+        model(input_ids=tokens, use_cache=False)
+    if density.admissible == 0:
+        raise ValueError(
+            f"{type(model).__name__} never calls its attention through Transformers' attention registry, "
+            "so sparse attention cannot reach it"
+        )

@@ -1,0 +1,125 @@
+"""Pictures of a pattern: which keys the rows attend to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.routing import LayerPattern
+
+
+def bin_pairs(rows: torch.Tensor, keys: torch.Tensor, num_tokens: int, num_bins: int) -> torch.Tensor:
+    """Count (row, key) pairs in `num_bins` x `num_bins` equal spans of positions; counts of several calls add up.
+
+    Args:
+        rows, keys: positions of the pairs, int64, of one shape, in [0, num_tokens).
+
+    Returns:
+        [num_bins, num_bins] int64 on the CPU, row spans first.
+    """
+    cells = (rows * num_bins // num_tokens) * num_bins + keys * num_bins // num_tokens
+    return torch.bincount(cells.flatten().cpu(), minlength=num_bins**2).view(num_bins, num_bins)
+
+
+def causal_pairs(
+    num_tokens: int, num_bins: int, start: int = 0, stop: int | None = None, sliding_window: int | None = None
+) -> torch.Tensor:
+    """How many admissible pairs each cell of `bin_pairs` can hold: [num_bins, num_bins] int64.
+
+    Admissible: start <= row < stop (default: all rows), key <= row, and row - sliding_window < key if that is given.
+    """
+    # Bin b holds the positions with position * num_bins // num_tokens == b.
+    bounds = -(-torch.arange(num_bins + 1) * num_tokens // num_bins)
+    rows = torch.arange(start, num_tokens if stop is None else stop)
+    first = torch.zeros_like(rows) if sliding_window is None else (rows - sliding_window + 1).clamp(min=0)
+    # Keys of each bin that a row may read, then summed over the rows of a bin.
+    keys = torch.minimum(rows[:, None] + 1, bounds[1:]) - torch.maximum(first[:, None], bounds[:-1])
+    sums = torch.zeros(num_bins, num_bins, dtype=torch.int64)
+    return sums.index_add_(0, rows * num_bins // num_tokens, keys.clamp(min=0))
+
+
+class PatternRecorder:
+    """Counts the (row, key) pairs of one document per layer and head; a recorder for `integration.record`.
+
+    Args:
+        num_tokens: length of the document.
+        num_bins: cells a side.
+        layers: indices of the layers to count.
+
+    `counts[layer, head]` is then [num_bins, num_bins] int64, as `bin_pairs` counts.
+    """
+
+    def __init__(self, num_tokens: int, num_bins: int, layers: Sequence[int]) -> None:
+        self.num_tokens = num_tokens
+        self.num_bins = num_bins
+        self.layers = layers
+        self.counts: dict[tuple[int, int], torch.Tensor] = {}
+
+    def add(
+        self,
+        pattern: LayerPattern,
+        head: int,
+        position: torch.Tensor,
+        attended: torch.Tensor,
+        keys: Callable[[], torch.Tensor],
+    ) -> None:
+        if pattern.layer_idx in self.layers:
+            rows = position[:, None].expand_as(attended)[attended]
+            columns = keys().expand_as(attended)[attended]
+            self._add(pattern.layer_idx, head, bin_pairs(rows, columns, self.num_tokens, self.num_bins))
+
+    def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
+        if pattern.layer_idx in self.layers:
+            counts = causal_pairs(self.num_tokens, self.num_bins, start, stop, pattern.sliding_window)
+            for head in heads:
+                self._add(pattern.layer_idx, head, counts)
+
+    def _add(self, layer: int, head: int, counts: torch.Tensor) -> None:
+        self.counts[layer, head] = self.counts.get((layer, head), 0) + counts
+
+
+def plot_pattern(
+    counts: torch.Tensor, num_tokens: int, titles: Sequence[str], path: str | Path, num_columns: int = 3
+) -> None:
+    """Draw one panel per pattern: rows downwards, keys to the right, colour the share of causal pairs attended.
+
+        key ->
+        row   #            self, window: the diagonal
+         |    ##           global keys:  the left edge
+         v    #.##         routed keys:  the spots between
+
+    Args:
+        counts: [panels, num_bins, num_bins] pairs, as `bin_pairs` counts them.
+        num_tokens: length of the document.
+        titles: one a panel.
+        path: the picture to write; its suffix chooses the format (.png, .svg, .pdf).
+    """
+    # The object interface: it needs no display and leaves pyplot's global state alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    possible = causal_pairs(num_tokens, counts.shape[-1])
+    shares = torch.where(possible > 0, counts / possible.clamp(min=1), float("nan")).numpy()
+    num_columns = min(num_columns, len(titles))
+    num_rows = -(-len(titles) // num_columns)
+    figure = Figure(figsize=(3.2 * num_columns + 1, 3.2 * num_rows), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True).flatten()
+    # Most of the picture is sparse: the square root keeps one key in a hundred visible.
+    norm = PowerNorm(0.5, vmin=0, vmax=1)
+    for panel, share, title in zip(panels, shares, titles, strict=False):
+        image = panel.imshow(
+            share, norm=norm, cmap="magma_r", extent=(0, num_tokens, num_tokens, 0), interpolation="nearest"
+        )
+        panel.set_title(title, fontsize=9)
+    for panel in panels[len(titles) :]:
+        panel.set_visible(False)
+    figure.supxlabel("key position")
+    figure.supylabel("row (query) position")
+    figure.colorbar(image, ax=list(panels), label="share of causal pairs attended", shrink=0.8)
+    figure.savefig(path)

@@ -1,0 +1,178 @@
+"""Convert a dense checkpoint: calibrate the hash and the budgets of its sparse attention on sample documents.
+
+    python scripts/convert.py --model demo --output converted
+    python scripts/convert.py --model meta-llama/Llama-3.2-1B --output converted --calibration-dataset books.jsonl
+
+The weights stay as they are. The output directory loads with stock `from_pretrained(DIR, attn_implementation="sparse")`
+once `hf_sparse_attn` is imported, and as an ordinary dense model without it.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hf_sparse_attn.command_line import (
+    OneLineErrors,
+    argument,
+    check_output_directory,
+    json_object,
+    positive_int,
+    run,
+)
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+
+
+def parse_arguments() -> Any:
+    parser = OneLineErrors(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="Hub id, directory, or demo")
+    parser.add_argument("--output", required=True, help="directory to write; must not exist or be empty")
+    parser.add_argument(
+        "--calibration-dataset", default="demo", help="Hub id[:config[:split[:column]]], file, directory, or demo"
+    )
+    parser.add_argument("--num-calibration-documents", type=positive_int, default=3, help="default: %(default)s")
+    parser.add_argument("--context-length", type=positive_int, default=8192, help="tokens of each (default: 8192)")
+    parser.add_argument(
+        "--key-budget", type=positive_int, default=512, help="mean routed keys per row (default: %(default)s)"
+    )
+    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to set")
+    parser.add_argument(
+        "--dense-below",
+        help='rows at positions under it read everything: a number, or "auto" to measure where sparse starts to win',
+    )
+    parser.add_argument(
+        "--num-evaluation-documents",
+        type=int,
+        default=1,
+        help="documents for the model card's figures; 0 leaves them out (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with argument("--output"):
+        output = check_output_directory(arguments.output)
+
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoConfig, AutoTokenizer
+
+    from hf_sparse_attn.config import SparseAttentionConfig
+    from hf_sparse_attn.conversion import calibrate, describe_budgets, num_steps
+    from hf_sparse_attn.data import load_documents, long_documents
+    from hf_sparse_attn.environment import describe_environment
+    from hf_sparse_attn.evaluation.perplexity import compare_perplexity
+    from hf_sparse_attn.evaluation.speed import measure_dense_below
+    from hf_sparse_attn.loading import load_sparse_model, parse_device, resolve_model
+    from hf_sparse_attn.model_card import write_model_card
+
+    with argument("--sparse-attention"):
+        if "key_budget" in arguments.sparse_attention or "hash" in arguments.sparse_attention:
+            raise ValueError("key_budget and hash are what the conversion fits; use --key-budget")
+        base = SparseAttentionConfig.from_dict(arguments.sparse_attention)
+    with argument("--dense-below"):
+        dense_below = parse_dense_below(arguments.dense_below)
+    with argument("--device"):
+        device = parse_device(arguments.device)
+    with argument("--calibration-dataset"):
+        texts = load_documents(arguments.calibration_dataset, "train")
+    with argument(f"--model {arguments.model}"):
+        path = resolve_model(arguments.model)
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    with argument("--calibration-dataset"):
+        documents = long_documents(
+            texts, tokenizer, arguments.context_length, max_documents=arguments.num_calibration_documents
+        )
+    with argument(f"--model {arguments.model}"):
+        model = load_sparse_model(path).to(device).eval()
+    if dense_below == "auto":
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        probe = base.replace(key_budget=arguments.key_budget)
+        dense_below = measure_dense_below(probe, num_heads, num_kv_heads, head_dim, device)
+        print(f"sparse attention starts to win at {dense_below} tokens here")
+    if dense_below is not None:
+        base = base.replace(dense_below=dense_below)
+
+    with argument("--calibration-dataset"), tqdm(total=num_steps(len(documents)), desc="calibrating") as bar:
+
+        def progress(step: str) -> None:
+            bar.set_postfix_str(step)
+            bar.update()
+
+        fitted = calibrate(
+            model,
+            [torch.tensor(document["input_ids"]) for document in documents],
+            base,
+            arguments.key_budget,
+            progress,
+        )
+    model.config.sparse_attention = fitted.to_dict()
+
+    result = None
+    if arguments.num_evaluation_documents > 0:
+        held_out = evaluation_documents(arguments, documents, tokenizer)
+        if held_out:
+            result = compare_perplexity(model, held_out, progress=lambda steps: tqdm(steps, desc="evaluating"))
+
+    unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        write_model_card(
+            unfinished / "README.md",
+            TEMPLATE,
+            source=arguments.model,
+            config=fitted,
+            budgets=describe_budgets(fitted, config.num_hidden_layers, config.num_attention_heads),
+            calibration=[document["name"] for document in documents],
+            result=result,
+            environment=describe_environment(device),
+        )
+        if output.exists():
+            output.rmdir()
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    report(output, fitted, result)
+
+
+def parse_dense_below(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isdigit():
+        raise ValueError(f'expected a number of positions or "auto", got {text!r}')
+    return int(text)
+
+
+def evaluation_documents(arguments: Any, calibration: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Documents of the validation split, or later ones of a dataset without splits; none that calibrated anything."""
+    from hf_sparse_attn.data import load_documents, long_documents
+
+    used = {document["name"] for document in calibration}
+    wanted = arguments.num_evaluation_documents
+    try:
+        texts = load_documents(arguments.calibration_dataset, "validation")
+        found = long_documents(texts, tokenizer, arguments.context_length, max_documents=wanted + len(used))
+    except ValueError:
+        return []
+    return [document for document in found if document["name"] not in used][:wanted]
+
+
+def report(output: Path, config: Any, result: dict[str, Any] | None) -> None:
+    print(f"{output}: {len(config.calibrated_hash) / 1e6:.2f} MB of calibrated hash in config.json")
+    if result is None:
+        print("not evaluated: run scripts/eval_perplexity.py on documents that did not calibrate it")
+    else:
+        print(
+            f"perplexity {result['dense']['perplexity']:.4f} dense, {result['sparse']['perplexity']:.4f} sparse "
+            f"(x {result['perplexity_ratio']:.4f}) at density {result['sparse']['density']:.4f}"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

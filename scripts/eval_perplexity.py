@@ -1,0 +1,127 @@
+"""Perplexity of a model over long documents, dense and sparse, on the same tokens.
+
+    python scripts/eval_perplexity.py --model demo --dataset demo --context-length 8192 --output perplexity.json
+    python scripts/eval_perplexity.py --model converted --dataset book.txt --context-length 4096 \
+        --sparse-attention '{"window_size": 512}'
+
+Each document is cut to its first --context-length tokens; shorter documents are left out.
+"""
+
+from functools import partial
+from typing import Any
+
+from hf_sparse_attn.command_line import (
+    OneLineErrors,
+    UserError,
+    argument,
+    check_output_file,
+    json_object,
+    positive_int,
+    print_table,
+    run,
+    write_json,
+)
+
+
+def parse_arguments() -> Any:
+    parser = OneLineErrors(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="Hub id, directory, or demo")
+    parser.add_argument("--dataset", required=True, help="Hub id[:config[:split[:column]]], file, directory, or demo")
+    parser.add_argument("--split", default="validation", help="where a dataset has splits (default: %(default)s)")
+    parser.add_argument("--context-length", type=positive_int, required=True, help="tokens read of each document")
+    parser.add_argument("--max-documents", type=positive_int, default=4, help="default: %(default)s")
+    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to override")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ... (default: the checkpoint's own)")
+    parser.add_argument("--output", help="JSON file to write")
+    arguments = parser.parse_args()
+    if arguments.context_length < 2:
+        raise UserError("argument --context-length: must be at least 2: the first token is not predicted")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.output:
+        with argument("--output"):
+            check_output_file(arguments.output)
+
+    from tqdm import tqdm
+    from transformers import AutoConfig, AutoTokenizer
+
+    from hf_sparse_attn.data import load_documents, long_documents
+    from hf_sparse_attn.environment import describe_environment
+    from hf_sparse_attn.evaluation.perplexity import compare_perplexity
+    from hf_sparse_attn.loading import (
+        load_sparse_model,
+        merge_sparse_attention,
+        parse_device,
+        parse_dtype,
+        resolve_model,
+    )
+
+    with argument("--device"):
+        device = parse_device(arguments.device)
+    with argument("--dtype"):
+        dtype = parse_dtype(arguments.dtype)
+    with argument("--dataset"):
+        texts = load_documents(arguments.dataset, arguments.split)
+    with argument(f"--model {arguments.model}"):
+        path = resolve_model(arguments.model)
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    with argument("--sparse-attention"):
+        sparse_attention = merge_sparse_attention(config, arguments.sparse_attention)
+    with argument("--dataset"):
+        documents = long_documents(texts, tokenizer, arguments.context_length, arguments.max_documents)
+    with argument(f"--model {arguments.model}"):
+        model = load_sparse_model(path, arguments.sparse_attention, dtype=dtype).to(device).eval()
+
+    with argument(f"--model {arguments.model}"):
+        result = compare_perplexity(model, documents, progress=partial(tqdm, desc="evaluating", unit="forward"))
+    result |= {
+        "model": arguments.model,
+        "dataset": arguments.dataset,
+        # The calibrated hash itself is megabytes of text.
+        "sparse_attention": {name: value for name, value in sparse_attention.items() if name != "calibrated_hash"},
+        "environment": describe_environment(device),
+    }
+    if arguments.output:
+        write_json(arguments.output, result)
+    print_result(result)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    dense, sparse = result["dense"], result["sparse"]
+    low, high = result["delta_nll"]["ci95"]
+    worst = max(result["documents"], key=lambda document: document["perplexity_ratio"])
+    print_table(
+        f"{result['model']}: {len(result['documents'])} documents of {result['context_length']} tokens",
+        ["", "dense", "sparse"],
+        [
+            ["perplexity", f"{dense['perplexity']:.4f}", f"{sparse['perplexity']:.4f}"],
+            ["seconds", f"{dense['seconds']:.1f}", f"{sparse['seconds']:.1f}"],
+            ["density", "1", f"{sparse['density']:.4f}"],
+            ["perplexity ratio", "", f"{result['perplexity_ratio']:.4f}"],
+            ["nll difference per token", "", f"{result['delta_nll']['mean']:+.5f}"],
+            ["  95% interval", "", f"{low:+.5f} .. {high:+.5f}"],
+            ["worst document", worst["name"], f"{worst['perplexity_ratio']:.4f}"],
+        ],
+    )
+    print_table(
+        "By position",
+        ["tokens", "dense nll", "sparse nll", "perplexity ratio"],
+        [
+            [
+                f"{span['start']} .. {span['end'] - 1}",
+                f"{span['dense_nll']:.4f}",
+                f"{span['sparse_nll']:.4f}",
+                f"{span['ratio']:.4f}",
+            ]
+            for span in result["by_position"]
+        ],
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,96 @@
+"""A picture of which keys each row attends to, on one document.
+
+    python scripts/plot_pattern.py --model converted --output pattern.png
+    python scripts/plot_pattern.py --model demo --dataset book.txt --context-length 4096 --layers 0 12 --heads 0 4 \
+        --output pattern.png
+"""
+
+from typing import Any
+
+from hf_sparse_attn.command_line import (
+    OneLineErrors,
+    UserError,
+    argument,
+    check_output_file,
+    json_object,
+    positive_int,
+    run,
+)
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def parse_arguments() -> Any:
+    parser = OneLineErrors(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="Hub id, directory, or demo")
+    parser.add_argument("--dataset", default="demo", help="its first long enough document (default: %(default)s)")
+    parser.add_argument("--split", default="validation", help="where a dataset has splits (default: %(default)s)")
+    parser.add_argument("--context-length", type=positive_int, default=8192, help="default: %(default)s")
+    parser.add_argument("--layers", type=int, nargs="+", help="layer indices (default: three across the depth)")
+    parser.add_argument("--heads", type=int, nargs="+", help="query head indices (default: three across the heads)")
+    parser.add_argument("--bins", type=positive_int, default=128, help="cells a side (default: %(default)s)")
+    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to override")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--output", required=True, help="picture to write: " + ", ".join(SUFFIXES))
+    return parser.parse_args()
+
+
+def choose(name: str, given: list[int] | None, count: int) -> list[int]:
+    """The given indices, checked, or up to three spread over all of them."""
+    if given is None:
+        return sorted({0, count // 3, 2 * count // 3})
+    for index in given:
+        if not 0 <= index < count:
+            raise UserError(f"argument {name}: {index} is out of range; the model has 0 to {count - 1}")
+    return given
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with argument("--output"):
+        output = check_output_file(arguments.output)
+        if output.suffix not in SUFFIXES:
+            raise ValueError(f"{arguments.output!r} must end in one of {', '.join(SUFFIXES)}")
+
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from hf_sparse_attn.data import load_documents, long_documents
+    from hf_sparse_attn.integration import record
+    from hf_sparse_attn.loading import load_sparse_model, merge_sparse_attention, parse_device, resolve_model
+    from hf_sparse_attn.visualization import PatternRecorder, plot_pattern
+
+    with argument("--device"):
+        device = parse_device(arguments.device)
+    with argument("--dataset"):
+        texts = load_documents(arguments.dataset, arguments.split)
+    with argument(f"--model {arguments.model}"):
+        path = resolve_model(arguments.model)
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    with argument("--sparse-attention"):
+        merge_sparse_attention(config, arguments.sparse_attention)
+    layers = choose("--layers", arguments.layers, config.num_hidden_layers)
+    heads = choose("--heads", arguments.heads, config.num_attention_heads)
+    with argument("--dataset"):
+        (document,) = long_documents(texts, tokenizer, arguments.context_length, max_documents=1)
+    with argument(f"--model {arguments.model}"):
+        model = load_sparse_model(path, arguments.sparse_attention).to(device).eval()
+
+    input_ids = torch.tensor([document["input_ids"]], device=device)
+    num_tokens = input_ids.shape[1]
+    recorder = PatternRecorder(num_tokens, min(arguments.bins, num_tokens), layers)
+    with torch.no_grad(), record(model, recorder):
+        model.base_model(input_ids=input_ids, use_cache=False)
+    plot_pattern(
+        torch.stack([recorder.counts[layer, head] for layer in layers for head in heads]),
+        num_tokens,
+        [f"layer {layer}, head {head}" for layer in layers for head in heads],
+        output,
+        num_columns=len(heads),
+    )
+    print(f"{output}: {document['name']}, {num_tokens} tokens, layers {layers}, heads {heads}")
+
+
+if __name__ == "__main__":
+    run(main)

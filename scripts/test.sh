@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set up, then run every check: style, types, and the tests with the demo model's real weights.
+# Arguments go to pytest:  scripts/test.sh -m "not real_weights"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export VENV="${VENV:-.venv}"
+scripts/setup.sh
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/mypy" hf_sparse_attn
+"$VENV/bin/python" -m pytest "$@"

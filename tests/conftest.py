@@ -1,0 +1,104 @@
+"""Tiny models and tokenizers made on the fly, and a way to run the scripts in this process."""
+
+import copy
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before the first import of huggingface_hub, which reads it once: nothing here may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """One token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_config():
+    return LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory, tiny_tokenizer, tiny_llama_config):
+    """A directory with a tiny random Llama whose rows read a window of 8 keys and two globals, never converted."""
+    path = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(copy.deepcopy(tiny_llama_config))
+    model.config.sparse_attention = {"window_size": 8, "num_global_tokens": 2, "key_budget": 0, "dense_below": 0}
+    model.save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def text_directory(tmp_path):
+    """Three documents of 300 bytes and more, one too short to be of use."""
+    directory = tmp_path / "documents"
+    directory.mkdir()
+    for index in range(3):
+        text = " ".join(f"document {index} says {number}" for number in range(20 + index))
+        (directory / f"{index}.txt").write_text(text)
+    (directory / "short.txt").write_text("short")
+    return directory
+
+
+@dataclass
+class Finished:
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run `scripts/NAME` with arguments in this process (a fresh one spends most of its time importing)."""
+
+    def run(name: str, *arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        captured = capsys.readouterr()
+        return Finished(exit_.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def assert_refused():
+    """Assert that a script ended in one clear line that names the argument, with exit status 2."""
+
+    def check(finished: Finished, *words: str) -> None:
+        assert finished.status == 2
+        assert finished.stdout == ""
+        lines = finished.stderr.strip().splitlines()
+        assert len(lines) == 1, finished.stderr
+        for word in words:
+            assert word in lines[0]
+
+    return check

@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from hf_sparse_attn.integration import record
+from hf_sparse_attn.loading import load_sparse_model
+from hf_sparse_attn.visualization import PatternRecorder, bin_pairs, causal_pairs, plot_pattern
+
+
+@pytest.mark.parametrize(("num_tokens", "num_bins"), [(12, 4), (13, 4), (7, 7), (63, 10), (5, 8)])
+def test_causal_pairs_are_the_bins_of_all_causal_pairs(num_tokens, num_bins):
+    rows, keys = torch.tril_indices(num_tokens, num_tokens)
+    counts = causal_pairs(num_tokens, num_bins)
+    assert torch.equal(counts, bin_pairs(rows, keys, num_tokens, num_bins))
+    assert counts.sum() == num_tokens * (num_tokens + 1) // 2
+
+
+@pytest.mark.parametrize(("start", "stop", "sliding_window"), [(0, 20, 5), (7, 20, None), (3, 9, 4), (6, 6, None)])
+def test_causal_pairs_of_some_rows_and_a_window(start, stop, sliding_window):
+    rows, keys = torch.tril_indices(20, 20)
+    read = (rows >= start) & (rows < stop) & (rows - keys < (sliding_window or 20))
+    assert torch.equal(causal_pairs(20, 6, start, stop, sliding_window), bin_pairs(rows[read], keys[read], 20, 6))
+
+
+@pytest.mark.parametrize("dense_below", [0, 20])
+def test_recorder_counts_the_pairs_of_window_and_globals(tiny_model_path, dense_below):
+    model = load_sparse_model(str(tiny_model_path), {"dense_below": dense_below})
+    recorder = PatternRecorder(num_tokens=50, num_bins=10, layers=[1])
+    with torch.no_grad(), record(model, recorder):
+        model(torch.randint(256, (1, 50)))
+    rows, keys = torch.tril_indices(50, 50)
+    read = (rows - keys < 8) | (keys < 2) | (rows < dense_below)
+    assert set(recorder.counts) == {(1, head) for head in range(4)}
+    for counts in recorder.counts.values():
+        assert torch.equal(counts, bin_pairs(rows[read], keys[read], 50, 10))
+
+
+def test_bin_pairs_counts_by_hand():
+    rows, keys = torch.tensor([0, 3, 5, 5]), torch.tensor([0, 0, 2, 5])
+    assert bin_pairs(rows, keys, num_tokens=6, num_bins=2).tolist() == [[1, 0], [2, 1]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_plot_writes_a_picture(tmp_path, suffix):
+    path = tmp_path / f"pattern{suffix}"
+    counts = causal_pairs(20, 5).expand(4, 5, 5) // 2
+    plot_pattern(counts, 20, [f"head {head}" for head in range(4)], path)
+    assert path.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
