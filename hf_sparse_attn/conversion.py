@@ -49,11 +49,10 @@ def calibrate(
         ValueError: if the documents are too short to have routed keys.
     """
     shortest = min(len(document) for document in documents)
-    first_row = max(config.dense_below, config.window_size + config.num_global_tokens)
-    if shortest <= first_row + _SAMPLED_ROWS:
+    if shortest < minimum_tokens(config):
         raise ValueError(
-            f"calibration documents must be longer than {first_row + _SAMPLED_ROWS} tokens (the rows below read "
-            f"everything or have few older keys); the shortest has {shortest}"
+            f"calibration documents must have at least {minimum_tokens(config)} tokens, so that some rows are sparse; "
+            f"the shortest has {shortest}"
         )
     original = getattr(model.config, "sparse_attention", None)
     try:
@@ -87,6 +86,16 @@ def calibrate(
         calibrated_hash=encode_calibrated_hash(weight, bias),
         key_budget=tuple(tuple(layer) for layer in budgets.tolist()),
     )
+
+
+def minimum_tokens(config: SparseAttentionConfig) -> int:
+    """Length from which on a document has enough sparse rows to calibrate on."""
+    return _first_row(config) + 2 * _SAMPLED_ROWS
+
+
+def _first_row(config: SparseAttentionConfig) -> int:
+    """The first row that is sparse and has older keys to choose from."""
+    return max(config.dense_below, config.window_size + config.num_global_tokens)
 
 
 def num_steps(num_documents: int) -> int:
@@ -207,7 +216,7 @@ def _measure(
 def _row_blocks(config: SparseAttentionConfig, num_rows: int) -> list[tuple[int, int]]:
     """Short runs of rows, spread over the rows that are sparse; each inside one page."""
     size = min(16, config.page_size)
-    first = max(config.dense_below, config.window_size + config.num_global_tokens)
+    first = _first_row(config)
     starts = torch.linspace(first + (num_rows - first) * 0.15, num_rows - size, _SAMPLED_ROWS // 16).long()
     return [(start, start + size) for start in (starts // size * size).tolist()]
 

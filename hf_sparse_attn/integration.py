@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -136,6 +137,42 @@ def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_windo
         cached = (None if fields is None else dict(fields), layer, pattern)
         module.__dict__[_CACHED] = cached
     return cached[2]
+
+
+def configure(model: nn.Module, **fields: Any) -> SparseAttentionConfig:
+    """Change single fields of a loaded model's sparse attention; they take effect at the next forward.
+
+    Args:
+        model: a Transformers model, converted or not.
+        fields: fields of `SparseAttentionConfig`; the others stay as they are.
+
+    Returns:
+        The whole configuration; `model.config.sparse_attention` holds it as a plain dict.
+
+    Raises:
+        ValueError: for an unknown field or an impossible value, naming the field; the model is left as it was.
+    """
+    text_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    text_config.sparse_attention = merge_sparse_attention(text_config, fields)
+    return SparseAttentionConfig.from_dict(text_config.sparse_attention)
+
+
+def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A model config's own `sparse_attention` (none: the defaults) with single fields replaced, validated.
+
+    Raises:
+        ValueError: for an unknown field, an impossible value, or budgets or a calibrated hash of another model's shape;
+            the message names the field.
+    """
+    own = getattr(config, "sparse_attention", None) or {}
+    merged = SparseAttentionConfig.from_dict({**own, **(overrides or {})})
+    num_heads = getattr(config, "num_attention_heads", None)
+    if isinstance(num_heads, int):
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        last_layer = config.num_hidden_layers - 1
+        layer_pattern(merged, last_layer, num_heads, num_kv_heads, head_dim, torch.device("cpu"), torch.float32)
+    return merged.to_dict()
 
 
 def record(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]:

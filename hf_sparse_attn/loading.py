@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.demo import demo_model_directory
-from hf_sparse_attn.integration import record_density
+from hf_sparse_attn.integration import merge_sparse_attention, record_density
 
 
 def resolve_model(model: str) -> str:
@@ -30,16 +29,6 @@ def resolve_model(model: str) -> str:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise FileNotFoundError(f"{model!r}: no such directory")
     return model
-
-
-def merge_sparse_attention(config: PretrainedConfig, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The model's own `config.sparse_attention` (none: the defaults) with single fields replaced, validated.
-
-    Raises:
-        ValueError: an unknown field or an impossible value; the message names the field.
-    """
-    own = getattr(config, "sparse_attention", None) or {}
-    return SparseAttentionConfig.from_dict({**own, **(overrides or {})}).to_dict()
 
 
 def parse_device(device: str | None) -> torch.device:

@@ -61,7 +61,7 @@ def main() -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from hf_sparse_attn.config import SparseAttentionConfig
-    from hf_sparse_attn.conversion import calibrate, describe_budgets, num_steps
+    from hf_sparse_attn.conversion import calibrate, describe_budgets, minimum_tokens, num_steps
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
@@ -73,6 +73,9 @@ def main() -> None:
         if "key_budget" in arguments.sparse_attention or "hash" in arguments.sparse_attention:
             raise ValueError("key_budget and hash are what the conversion fits; use --key-budget")
         base = SparseAttentionConfig.from_dict(arguments.sparse_attention)
+    with argument("--num-evaluation-documents"):
+        if arguments.num_evaluation_documents < 0:
+            raise ValueError(f"must be at least 0, got {arguments.num_evaluation_documents}")
     with argument("--dense-below"):
         dense_below = parse_dense_below(arguments.dense_below)
     with argument("--device"):
@@ -83,12 +86,6 @@ def main() -> None:
         path = resolve_model(arguments.model)
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    with argument("--calibration-dataset"):
-        documents = long_documents(
-            texts, tokenizer, arguments.context_length, max_documents=arguments.num_calibration_documents
-        )
-    with argument(f"--model {arguments.model}"):
-        model = load_sparse_model(path).to(device).eval()
     if dense_below == "auto":
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
@@ -98,6 +95,15 @@ def main() -> None:
     if dense_below is not None:
         base = base.replace(dense_below=dense_below)
 
+    with argument("--context-length"):
+        if arguments.context_length < minimum_tokens(base):
+            raise ValueError(f"must be at least {minimum_tokens(base)}, so that some rows are sparse")
+    with argument("--calibration-dataset"):
+        documents = long_documents(
+            texts, tokenizer, arguments.context_length, max_documents=arguments.num_calibration_documents
+        )
+    with argument(f"--model {arguments.model}"):
+        model = load_sparse_model(path).to(device).eval()
     with argument("--calibration-dataset"), tqdm(total=num_steps(len(documents)), desc="calibrating") as bar:
 
         def progress(step: str) -> None:

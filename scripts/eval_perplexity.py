@@ -52,9 +52,9 @@ def main() -> None:
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
+    from hf_sparse_attn.integration import merge_sparse_attention
     from hf_sparse_attn.loading import (
         load_sparse_model,
-        merge_sparse_attention,
         parse_device,
         parse_dtype,
         resolve_model,
@@ -69,6 +69,7 @@ def main() -> None:
     with argument(f"--model {arguments.model}"):
         path = resolve_model(arguments.model)
         config = AutoConfig.from_pretrained(path)
+        merge_sparse_attention(config)  # its own fields are sound
         tokenizer = AutoTokenizer.from_pretrained(path)
     with argument("--sparse-attention"):
         sparse_attention = merge_sparse_attention(config, arguments.sparse_attention)

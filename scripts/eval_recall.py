@@ -46,7 +46,8 @@ def main() -> None:
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.recall import kept_mass
-    from hf_sparse_attn.loading import load_sparse_model, merge_sparse_attention, parse_device, resolve_model
+    from hf_sparse_attn.integration import merge_sparse_attention
+    from hf_sparse_attn.loading import load_sparse_model, parse_device, resolve_model
 
     with argument("--device"):
         device = parse_device(arguments.device)
@@ -55,6 +56,7 @@ def main() -> None:
     with argument(f"--model {arguments.model}"):
         path = resolve_model(arguments.model)
         model_config = AutoConfig.from_pretrained(path)
+        merge_sparse_attention(model_config)  # its own fields are sound
         tokenizer = AutoTokenizer.from_pretrained(path)
     with argument("--sparse-attention"):
         config = SparseAttentionConfig.from_dict(merge_sparse_attention(model_config, arguments.sparse_attention))

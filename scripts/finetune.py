@@ -24,7 +24,8 @@ from hf_sparse_attn.command_line import (
     run,
 )
 from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
-from hf_sparse_attn.loading import load_sparse_model, merge_sparse_attention, parse_dtype, resolve_model
+from hf_sparse_attn.integration import merge_sparse_attention
+from hf_sparse_attn.loading import load_sparse_model, parse_dtype, resolve_model
 from hf_sparse_attn.training import FinetuneArguments, finetune
 
 
@@ -94,6 +95,7 @@ def main() -> None:
     with argument(f"--model {script.model}"):
         path = resolve_model(script.model)
         config = AutoConfig.from_pretrained(path)
+        merge_sparse_attention(config)  # its own fields are sound
         tokenizer = AutoTokenizer.from_pretrained(path)
     with argument("--sparse-attention"):
         merge_sparse_attention(config, overrides)

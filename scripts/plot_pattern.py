@@ -56,8 +56,8 @@ def main() -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from hf_sparse_attn.data import load_documents, long_documents
-    from hf_sparse_attn.integration import record
-    from hf_sparse_attn.loading import load_sparse_model, merge_sparse_attention, parse_device, resolve_model
+    from hf_sparse_attn.integration import merge_sparse_attention, record
+    from hf_sparse_attn.loading import load_sparse_model, parse_device, resolve_model
     from hf_sparse_attn.visualization import PatternRecorder, plot_pattern
 
     with argument("--device"):
@@ -67,6 +67,7 @@ def main() -> None:
     with argument(f"--model {arguments.model}"):
         path = resolve_model(arguments.model)
         config = AutoConfig.from_pretrained(path)
+        merge_sparse_attention(config)  # its own fields are sound
         tokenizer = AutoTokenizer.from_pretrained(path)
     with argument("--sparse-attention"):
         merge_sparse_attention(config, arguments.sparse_attention)

@@ -3,6 +3,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_attn import loading
+from hf_sparse_attn.integration import merge_sparse_attention
 
 
 def test_resolve_model_takes_directories_and_hub_ids(tiny_model_path):
@@ -23,15 +24,15 @@ def test_resolve_model_refuses_what_holds_no_model(tmp_path):
 
 def test_overrides_are_merged_into_the_models_own_fields():
     config = LlamaConfig(sparse_attention={"window_size": 8, "seed": 3})
-    merged = loading.merge_sparse_attention(config, {"window_size": 16})
+    merged = merge_sparse_attention(config, {"window_size": 16})
     assert (merged["window_size"], merged["seed"]) == (16, 3)
-    assert loading.merge_sparse_attention(LlamaConfig(), {}) == loading.merge_sparse_attention(LlamaConfig())
+    assert merge_sparse_attention(LlamaConfig(), {}) == merge_sparse_attention(LlamaConfig())
 
 
 @pytest.mark.parametrize("overrides", [{"windw_size": 4}, {"window_size": 0}])
 def test_bad_overrides_name_the_field(overrides):
     with pytest.raises(ValueError, match=next(iter(overrides))):
-        loading.merge_sparse_attention(LlamaConfig(), overrides)
+        merge_sparse_attention(LlamaConfig(), overrides)
 
 
 def test_loaded_model_is_sparse_with_its_overrides(tiny_model_path):

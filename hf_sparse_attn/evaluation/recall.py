@@ -63,14 +63,16 @@ def kept_mass(
 class _MassRecorder:
     """Adds up (kept, best, lost, keys, rows) per head for the rows that it is told of."""
 
-    def __init__(self, query: Tensor, key: Tensor, scaling: float, totals: dict[tuple[int, int], Tensor]) -> None:
-        self.query, self.key, self.scaling, self.totals = query, key, scaling, totals
+    def __init__(
+        self, query: Tensor, key: Tensor, start: int, scaling: float, totals: dict[tuple[int, int], Tensor]
+    ) -> None:
+        self.query, self.key, self.start, self.scaling, self.totals = query, key, start, scaling, totals
 
     def add(
         self, pattern: LayerPattern, head: int, position: Tensor, attended: Tensor, keys: Callable[[], Tensor]
     ) -> None:
         group = len(self.query) // len(self.key)
-        scores = self.query[head] @ self.key[head // group].T * self.scaling
+        scores = self.query[head, position - self.start] @ self.key[head // group].T * self.scaling
         column = torch.arange(scores.shape[-1], device=scores.device)
         weights = scores.masked_fill(column > position[:, None], -torch.inf).softmax(-1)
         index = keys().long().clamp(0, scores.shape[-1] - 1)
@@ -107,7 +109,7 @@ def _observer(
                 query_offset=start,
                 key_offset=0,
                 scaling=scaling,
-                recorder=_MassRecorder(rows, keys, scaling, totals),
+                recorder=_MassRecorder(rows, keys, start, scaling, totals),
             )
 
     return observer

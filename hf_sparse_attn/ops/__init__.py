@@ -60,7 +60,8 @@ def sparse_attention(
         )
         for q, k, v in zip(query, key, value, strict=True)
     ]
-    return _torch.stack(outputs).to(query.dtype)
+    output = outputs[0].unsqueeze(0) if len(outputs) == 1 else _torch.stack(outputs)
+    return output.to(query.dtype)
 
 
 def document_attention(

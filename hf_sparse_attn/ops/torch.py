@@ -4,23 +4,26 @@ Rows are computed a chunk at a time. For each query head of a chunk the scores o
 routed keys stand side by side in one [rows, keys] table, so one exact softmax serves them all. Window scores are
 banded matrix products. Routed keys are gathered inside two operations that PyTorch has for embeddings, so that nothing
 of size rows x keys x head_dim exists: `embedding_bag` (a weighted sum of gathered rows) and its gradient in the
-weights (dot products with gathered rows). Under autograd each chunk is recomputed in the backward.
+weights (dot products with gathered rows). The backward computes each chunk again.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, LayerPattern, random_positions, static_positions
 
 _BLOCK = 64  # rows per banded matrix product
+_DENSE_BLOCK = 1024  # dense rows per piece where they need a mask
 
 
 def document_attention(
@@ -49,96 +52,152 @@ def document_attention(
     Returns:
         [num_heads, Q, head_dim].
     """
-    end = query_offset + query.shape[1]
+    return _Attention.apply(query, key, value, _Call(pattern, query_offset, key_offset, scaling, recorder))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call of `document_attention` is given besides the tensors."""
+
+    pattern: LayerPattern
+    query_offset: int
+    key_offset: int
+    scaling: float
+    recorder: Recorder | None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows that are computed together: slices of the query heads, of the rows and of the KV heads, and how."""
+
+    heads: slice
+    rows: slice
+    kv_heads: slice
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class _Attention(torch.autograd.Function):
+    """All rows, piece by piece; the backward computes each piece again, so that only inputs and output are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.call = call
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        for piece in _pieces(query, key, call):
+            output[piece.heads, piece.rows] = piece.attend(
+                query[piece.heads, piece.rows], key[piece.kv_heads], value[piece.kv_heads]
+            )
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for piece in _pieces(query, key, replace(ctx.call, recorder=None)):
+            inputs = [
+                tensor.detach().requires_grad_()
+                for tensor in (query[piece.heads, piece.rows], key[piece.kv_heads], value[piece.kv_heads])
+            ]
+            with torch.enable_grad():
+                output = piece.attend(*inputs)
+            grad_query, grad_key, grad_value = torch.autograd.grad(output, inputs, grad[piece.heads, piece.rows])
+            grads[0][piece.heads, piece.rows] = grad_query
+            grads[1][piece.kv_heads] += grad_key
+            grads[2][piece.kv_heads] += grad_value
+        return *grads, None
+
+
+def _pieces(query: Tensor, key: Tensor, call: _Call) -> Iterator[_Piece]:
+    """Dense rows first, then each KV head's query heads, a chunk of rows at a time."""
+    pattern, offset, key_offset = call.pattern, call.query_offset, call.key_offset
+    end = offset + query.shape[1]
     dense_rows = pattern.dense_rows()
-    dense_end = end if dense_rows is None else max(query_offset, min(dense_rows, end))
-    outputs = []
-    if dense_end > query_offset:
-        num_rows, num_keys = dense_end - query_offset, dense_end - key_offset
-        dense = _dense(query[:, :num_rows], key[:, :num_keys], value[:, :num_keys], pattern, scaling)
-        if recorder is not None:
-            recorder.add_dense(pattern, range(query.shape[0]), query_offset, dense_end)
-        outputs.append(dense)
-    if dense_end < end:
-        rows = query[:, dense_end - query_offset :]
-        outputs.append(_sparse(rows, key, value, pattern, dense_end, key_offset, scaling, recorder))
-    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, pattern: LayerPattern, scaling: float) -> Tensor:
-    num_rows, num_keys = query.shape[1], key.shape[1]
-    mask = None
-    if num_rows != num_keys or pattern.sliding_window is not None:
-        row = torch.arange(num_keys - num_rows, num_keys, device=key.device)[:, None]
-        column = torch.arange(num_keys, device=key.device)
-        mask = column <= row
-        if pattern.sliding_window is not None:
-            mask &= column > row - pattern.sliding_window
-    query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-    )[0]
-
-
-def _sparse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: LayerPattern,
-    offset: int,
-    key_offset: int,
-    scaling: float,
-    recorder: Recorder | None,
-) -> Tensor:
-    """Rows at positions offset .. offset + Q - 1, all of them sparse."""
-    num_heads, num_rows, _ = query.shape
-    group = num_heads // key.shape[0]
+    dense_end = end if dense_rows is None else max(offset, min(dense_rows, end))
+    everything = slice(None)
+    for start, stop in _dense_blocks(offset, dense_end, call):
+        if call.recorder is not None:
+            call.recorder.add_dense(pattern, range(query.shape[0]), start, stop)
+        yield _Piece(everything, slice(start - offset, stop - offset), everything, partial(_dense, call, start))
+    if dense_end == end:
+        return
+    group = query.shape[0] // key.shape[0]
     routes = pattern.sliding_window is None or pattern.sliding_window > pattern.config.window_size
-    static = static_positions(pattern.config, offset + num_rows, key.device)
-    with torch.no_grad():
-        bucket = pattern.bucket_hash.assign(key)
+    static = static_positions(pattern.config, end, key.device)
+    bucket = pattern.bucket_hash.assign(key)
     chunk_rows = CHUNK_PAGES * pattern.config.page_size
-    heads_out = []
     for kv_head in range(key.shape[0]):
         heads = range(kv_head * group, (kv_head + 1) * group)
         index = None
         if routes and any(pattern.budgets[head] for head in heads):
-            index = BucketIndex(key[kv_head], bucket[kv_head], static, offset, key_offset, pattern)
-        chunks = []
-        start = offset
-        while start < offset + num_rows:
-            stop = min((start // chunk_rows + 1) * chunk_rows, offset + num_rows)
-            rows = query[heads.start : heads.stop, start - offset : stop - offset]
-            args = (rows, key[kv_head], value[kv_head], pattern, heads, index, static, start, key_offset, scaling)
-            if torch.is_grad_enabled() and (rows.requires_grad or key.requires_grad or value.requires_grad):
-                chunks.append(checkpoint(_chunk, *args, recorder, use_reentrant=False, preserve_rng_state=False))
-            else:
-                chunks.append(_chunk(*args, recorder))
+            index = BucketIndex(key[kv_head], bucket[kv_head], static, dense_end, key_offset, pattern)
+        start = dense_end
+        while start < end:
+            stop = min((start // chunk_rows + 1) * chunk_rows, end)
+            rows = slice(start - offset, stop - offset)
+            attend = partial(_sparse, call, heads, index, static, start)
+            yield _Piece(slice(heads.start, heads.stop), rows, slice(kv_head, kv_head + 1), attend)
             start = stop
-        heads_out.append(torch.cat(chunks, 1))
-    return torch.cat(heads_out)
 
 
-def _chunk(
-    query: Tensor,  # [group, R, head_dim]
-    key: Tensor,  # [N, head_dim]
-    value: Tensor,
-    pattern: LayerPattern,
+def _dense_blocks(start: int, stop: int, call: _Call) -> Iterator[tuple[int, int]]:
+    """Dense rows in one piece where SDPA's causal flag describes them, else in blocks whose masks stay small."""
+    if start == call.key_offset and call.pattern.sliding_window is None:
+        yield from [(start, stop)] if stop > start else []
+    else:
+        yield from ((row, min(row + _DENSE_BLOCK, stop)) for row in range(start, stop, _DENSE_BLOCK))
+
+
+def _dense(call: _Call, start: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Rows from position `start` on that read everything: [num_heads, R, head_dim]."""
+    stop = start + query.shape[1]
+    sliding_window = call.pattern.sliding_window
+    first = call.key_offset if sliding_window is None else max(start - sliding_window + 1, call.key_offset)
+    key, value = (x[:, first - call.key_offset : stop - call.key_offset].unsqueeze(0) for x in (key, value))
+    mask = None
+    if start > first or sliding_window is not None:
+        row = torch.arange(start, stop, device=key.device)[:, None]
+        column = torch.arange(first, stop, device=key.device)
+        mask = column <= row
+        if sliding_window is not None:
+            mask &= column > row - sliding_window
+    return F.scaled_dot_product_attention(
+        query.unsqueeze(0), key, value, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=True
+    )[0]
+
+
+def _sparse(
+    call: _Call,
     heads: range,
     index: BucketIndex | None,
     static: Tensor,
     start: int,
-    key_offset: int,
-    scaling: float,
-    recorder: Recorder | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
 ) -> Tensor:
-    """One chunk of rows of the query heads that share a KV head: [group, R, head_dim]."""
+    """One chunk of sparse rows of the query heads that share a KV head.
+
+    Args:
+        heads: which query heads these are.
+        index: the KV head's routable keys; None: nothing is routed.
+        static: sorted positions of the static keys.
+        start: position of the first row.
+        query: [group, R, head_dim].
+        key, value: [1, N, head_dim].
+
+    Returns:
+        [group, R, head_dim].
+    """
+    pattern, key_offset, recorder = call.pattern, call.key_offset, call.recorder
+    key, value = key[0], value[0]
     stop = start + query.shape[1]
     window = pattern.config.window_size
     if pattern.sliding_window is not None:
         window = min(window, pattern.sliding_window)
     position = torch.arange(start, stop, device=key.device)
-    query = query * scaling
+    query = query * call.scaling
 
     # Static keys that are older than the window of at least one row, and not dropped by a sliding cache.
     static = static[(static <= stop - 1 - window) & (static >= key_offset)]
@@ -157,16 +216,17 @@ def _chunk(
     for i, head in enumerate(heads):
         rows = query[i]
         scores = [_hide(rows @ static_key.T, hidden_static), _window_scores(rows, band_key, band_bias)]
-        gathered = hidden = None
+        gathered: Tensor | None = None
+        unused: Tensor | None = None  # entries of `gathered` that do not count
         with torch.no_grad():
             if chunk is not None and pattern.budgets[head]:
                 gathered, count = chunk.select(rows, pattern.budgets[head])
                 if bool((count < gathered.shape[1]).any()):
-                    hidden = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
+                    unused = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
             if drawn is not None:
-                gathered, hidden = _with_random(gathered, hidden, drawn, position, static, window, key_offset, pattern)
+                gathered, unused = _with_random(gathered, unused, drawn, position, static, window, key_offset, pattern)
         if gathered is not None:
-            scores.append(_hide(_GatherDot.apply(rows, key, gathered), hidden))
+            scores.append(_hide(_GatherDot.apply(rows, key, gathered), unused))
         table = torch.cat(scores, -1)
         weights = table.softmax(-1).split([part.shape[-1] for part in scores], -1)
         output = weights[0] @ static_value + _window_values(weights[1], band_value)
@@ -176,7 +236,7 @@ def _chunk(
         if recorder is not None:
             parts = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
             parts += [gathered + key_offset] if gathered is not None else []
-            recorder.add(pattern, head, position, table > -torch.inf, functools.partial(torch.cat, parts, -1))
+            recorder.add(pattern, head, position, table > -torch.inf, partial(torch.cat, parts, -1))
     return torch.stack(outputs)
 
 
@@ -235,7 +295,7 @@ def _band_positions(start: int, stop: int, window: int, device: torch.device) ->
 
 def _with_random(
     gathered: Tensor | None,
-    hidden: Tensor | None,
+    unused: Tensor | None,
     drawn: Tensor,
     position: Tensor,
     static: Tensor,
@@ -252,13 +312,13 @@ def _with_random(
     drawn = drawn - key_offset
     if gathered is None:
         return drawn.clamp_(min=0).int(), seen
-    routed = gathered if hidden is None else gathered.masked_fill(hidden, -1)
+    routed = gathered if unused is None else gathered.masked_fill(unused, -1)
     routed = routed.long().sort(-1).values.contiguous()
     place = torch.searchsorted(routed, drawn).clamp_(max=routed.shape[-1] - 1)
     seen |= routed.gather(-1, place) == drawn
-    if hidden is None:
-        hidden = torch.zeros_like(gathered, dtype=torch.bool)
-    return torch.cat([gathered, drawn.clamp_(min=0).int()], -1), torch.cat([hidden, seen], -1)
+    if unused is None:
+        unused = torch.zeros_like(gathered, dtype=torch.bool)
+    return torch.cat([gathered, drawn.clamp_(min=0).int()], -1), torch.cat([unused, seen], -1)
 
 
 class _GatherDot(torch.autograd.Function):

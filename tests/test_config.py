@@ -1,0 +1,144 @@
+import dataclasses
+import json
+
+import pytest
+
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.config import MAX_HASH_BITS
+
+NOT_DEFAULT = {
+    "window_size": 7,
+    "num_global_tokens": 3,
+    "global_token_indices": (5, 90),
+    "stride": 4,
+    "num_random_keys": 2,
+    "key_budget": ((1, 0), (2, 3)),
+    "hash": "calibrated",
+    "num_hash_bits": 5,
+    "seed": 9,
+    "page_size": 32,
+    "dense_layers": (1,),
+    "dense_below": 10,
+    "implementation": "reference",
+    "calibrated_hash": "text",
+}
+
+
+def test_the_round_trip_covers_every_field():
+    defaults = SparseAttentionConfig()
+    assert NOT_DEFAULT.keys() == {field.name for field in dataclasses.fields(defaults)}
+    assert all(getattr(defaults, name) != value for name, value in NOT_DEFAULT.items())
+
+
+def test_round_trip_through_json():
+    config = SparseAttentionConfig(**NOT_DEFAULT)
+    assert SparseAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("fields", [None, {}], ids=["absent", "empty"])
+def test_defaults(fields):
+    config = SparseAttentionConfig.from_dict(fields)
+    assert config == SparseAttentionConfig()
+    assert config.to_dict() == {}
+
+
+def test_to_dict_leaves_out_what_is_at_its_default():
+    assert SparseAttentionConfig(seed=3, dense_layers=(0,)).to_dict() == {"seed": 3, "dense_layers": [0]}
+
+
+def test_frozen_and_hashable():
+    config = SparseAttentionConfig(key_budget=[[1, 2], [3, 4]], global_token_indices=[1])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+    assert hash(config) == hash(SparseAttentionConfig(key_budget=((1, 2), (3, 4)), global_token_indices=(1,)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("window_size", 0),
+        ("window_size", -3),
+        ("window_size", 2.0),
+        ("window_size", True),
+        ("window_size", "64"),
+        ("window_size", None),
+        ("num_global_tokens", -1),
+        ("stride", -1),
+        ("num_random_keys", -1),
+        ("num_hash_bits", 0),
+        ("num_hash_bits", MAX_HASH_BITS + 1),
+        ("seed", -1),
+        ("page_size", 0),
+        ("dense_below", -1),
+        ("global_token_indices", 4),
+        ("global_token_indices", [-1]),
+        ("global_token_indices", ["a"]),
+        ("dense_layers", "0"),
+        ("dense_layers", [0.5]),
+        ("key_budget", -1),
+        ("key_budget", None),
+        ("key_budget", [4, -1]),
+        ("key_budget", [[4], [True]]),
+        ("key_budget", [[[4]]]),
+        ("hash", "simhash"),
+        ("implementation", "cuda"),
+        ("calibrated_hash", b"bytes"),
+    ],
+    ids=lambda value: repr(value),
+)
+def test_impossible_value(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} .*got ") as error:
+        SparseAttentionConfig.from_dict({name: value})
+    assert "\n" not in str(error.value)
+
+
+def test_value_at_its_limit():
+    SparseAttentionConfig(window_size=1, num_global_tokens=0, key_budget=0, num_hash_bits=MAX_HASH_BITS, page_size=1)
+
+
+def test_calibrated_hash_missing():
+    with pytest.raises(ValueError, match=r"calibrated_hash is missing.*convert\.py"):
+        SparseAttentionConfig(hash="calibrated")
+
+
+def test_unknown_field_with_a_hint():
+    with pytest.raises(ValueError, match=r"no field 'window_sizes'.*did you mean window_size\?"):
+        SparseAttentionConfig.from_dict({"window_sizes": 3})
+
+
+def test_unknown_field_without_a_hint_lists_what_is_allowed():
+    with pytest.raises(ValueError, match=r"no field 'xyz'.*key_budget") as error:
+        SparseAttentionConfig.from_dict({"xyz": 3})
+    assert "did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [[("seed", 1)], "window_size=3", SparseAttentionConfig()], ids=["list", "str", "config"])
+def test_not_a_dict(fields):
+    with pytest.raises(ValueError, match="must be a dict"):
+        SparseAttentionConfig.from_dict(fields)
+
+
+def test_replace_validates():
+    config = SparseAttentionConfig(seed=3)
+    assert config.replace(window_size=9) == SparseAttentionConfig(seed=3, window_size=9)
+    with pytest.raises(ValueError, match="^window_size"):
+        config.replace(window_size=0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [(5, [5, 5, 5]), ([1, 7], [7, 7, 7]), ([[9, 9, 9], [1, 2, 3]], [1, 2, 3]), ([[9], 4], [4, 4, 4])],
+    ids=["one number", "by layer", "by head", "mixed"],
+)
+def test_head_budgets(budget, expected):
+    assert SparseAttentionConfig(key_budget=budget).head_budgets(1, 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [([1], "key_budget lists 1 layers"), ([[1, 2, 3], [1, 2]], "key_budget lists 2 heads in layer 1")],
+    ids=["too few layers", "too few heads"],
+)
+def test_head_budgets_of_another_model(budget, message):
+    with pytest.raises(ValueError, match=message):
+        SparseAttentionConfig(key_budget=budget).head_budgets(1, 3)
