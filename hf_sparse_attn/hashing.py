@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.config import MAX_HASH_BITS, SparseAttentionConfig
 
 _LEVELS = 127  # of the symmetric int8 code that stores the calibrated weights
 
@@ -105,6 +105,11 @@ def _decode(text: str) -> tuple[Tensor, Tensor]:
         bias = tensors["bias"]
         if weight.ndim != 5 or bias.shape != weight.shape[:2] + weight.shape[3:]:
             raise ValueError(f"weight of shape {tuple(weight.shape)} with bias of shape {tuple(bias.shape)}")
+        num_buckets = bias.shape[-1] ** bias.shape[-2]
+        if num_buckets & (num_buckets - 1) or num_buckets > 2**MAX_HASH_BITS:  # selection packs it into bits of a score
+            raise ValueError(f"{num_buckets} buckets, no power of two up to {2**MAX_HASH_BITS}")
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise ValueError("a number that is not finite")
     except (binascii.Error, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"calibrated_hash is damaged ({error}); convert the checkpoint again with scripts/convert.py"

@@ -95,17 +95,18 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for piece in _pieces(query, key, replace(ctx.call, recorder=None)):
-            inputs = [
-                tensor.detach().requires_grad_()
-                for tensor in (query[piece.heads, piece.rows], key[piece.kv_heads], value[piece.kv_heads])
-            ]
-            with torch.enable_grad():
-                output = piece.attend(*inputs)
-            grad_query, grad_key, grad_value = torch.autograd.grad(output, inputs, grad[piece.heads, piece.rows])
-            grads[0][piece.heads, piece.rows] = grad_query
-            grads[1][piece.kv_heads] += grad_key
-            grads[2][piece.kv_heads] += grad_value
+        with torch.autocast(query.device.type, enabled=False):  # as in the forward, wherever backward() is called
+            for piece in _pieces(query, key, replace(ctx.call, recorder=None)):
+                inputs = [
+                    tensor.detach().requires_grad_()
+                    for tensor in (query[piece.heads, piece.rows], key[piece.kv_heads], value[piece.kv_heads])
+                ]
+                with torch.enable_grad():
+                    output = piece.attend(*inputs)
+                grad_query, grad_key, grad_value = torch.autograd.grad(output, inputs, grad[piece.heads, piece.rows])
+                grads[0][piece.heads, piece.rows] = grad_query
+                grads[1][piece.kv_heads] += grad_key
+                grads[2][piece.kv_heads] += grad_value
         return *grads, None
 
 
