@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -66,14 +67,14 @@ def sparse_attention_forward(
         ValueError: for an impossible config, or what this implementation does not support.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    for unsupported, name in (
-        (not causal, "non-causal attention"),
-        (softcap is not None, "attention softcapping"),
-        (s_aux is not None, "attention sinks"),
-        (dropout > 0, f"attention dropout (attention_dropout={dropout})"),
-    ):
-        if unsupported:
-            raise ValueError(f'attn_implementation="sparse" does not support {name}; load the model with "sdpa"')
+    if not causal:
+        raise _unsupported("non-causal attention")
+    if softcap is not None:
+        raise _unsupported("attention softcapping")
+    if s_aux is not None:
+        raise _unsupported("attention sinks")
+    if dropout > 0:
+        raise _unsupported(f"attention dropout (attention_dropout={dropout})")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     pattern = _module_pattern(module, query, key, sliding_window)
     recorder = module.__dict__.get(_RECORDER)
@@ -86,6 +87,7 @@ def sparse_attention_forward(
     dense_rows = pattern.dense_rows()
     if (
         attention_mask is None
+        and pattern.config.implementation != "reference"
         and (dense_rows is None or kv_length <= dense_rows)
         and (sliding_window is None or kv_length <= sliding_window)
         and q_length in (1, kv_length)
@@ -114,6 +116,10 @@ def sparse_attention_forward(
     return output, None
 
 
+def _unsupported(what: str) -> ValueError:
+    return ValueError(f'attn_implementation="sparse" does not support {what}; load the model with "sdpa"')
+
+
 def _one_document(position_ids: Tensor, kv_length: int) -> bool:
     """Whether the positions run on without a new start and reach back to the first key."""
     q_length = position_ids.shape[-1]
@@ -134,7 +140,7 @@ def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_windo
         pattern = layer_pattern(
             config, layer_idx, query.shape[1], key.shape[1], query.shape[-1], query.device, dtype, sliding_window
         )
-        cached = (None if fields is None else dict(fields), layer, pattern)
+        cached = (copy.deepcopy(fields), layer, pattern)  # a copy: the model's own may be changed in place
         module.__dict__[_CACHED] = cached
     return cached[2]
 

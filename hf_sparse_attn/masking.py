@@ -16,6 +16,7 @@ All that is known lies in its values, so it survives being sliced, moved to anot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def signed_positions(
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
-    **_: Any,
+    **pattern: Any,
 ) -> Tensor | None:
     """The mask function: see the module's docstring. None where every slot is a key and the last ones are the queries.
 
@@ -61,7 +62,12 @@ def signed_positions(
         q_offset: slot of the first query, counted from the first token that the cache ever saw.
         kv_offset: slot of the first key, counted likewise.
         attention_mask: [batch, slots], True or non-zero where the token is no padding; None: no padding.
+        pattern: what else Transformers says about the mask; read only to refuse a pattern of the model's own.
+
+    Raises:
+        ValueError: for a model that attends in chunks, to later tokens, or by a mask function of its own.
     """
+    _refuse_other_patterns(batch_size, q_length, q_offset, device, **pattern)
     last = q_offset + q_length
     if attention_mask is None and isinstance(last, int) and kv_offset == 0 and last == kv_length:
         return None
@@ -81,6 +87,32 @@ def signed_positions(
     is_query = (slot >= q_offset) & (slot < last)
     signed = torch.where(present, torch.where(is_query, -rank, rank), torch.where(is_query, PADDED_QUERY, 0))
     return signed.to(torch.int32)[:, None, None]
+
+
+def _refuse_other_patterns(
+    batch_size: int,
+    q_length: int,
+    q_offset: int | Tensor,
+    device: torch.device | str,
+    mask_function: Callable[..., Tensor] | None = None,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    config: Any = None,
+    **_: Any,
+) -> None:
+    """Causal masks and sliding windows come in ways that this plugin reads elsewhere; nothing else may get lost."""
+    refused = None
+    if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
+        refused = "chunked attention"
+    elif use_vmap:  # or_mask_function, and_mask_function
+        refused = "a mask function of the model's own"
+    elif not allow_is_causal_skip and mask_function is not None and q_length > 1:  # packed, or not quite causal
+        row = torch.arange(q_length - 1, device=device) + q_offset
+        if bool(mask_function(torch.arange(batch_size, device=device)[:, None], 0, row, row + 1).any()):
+            refused = "non-causal attention between tokens of one block"
+    if refused is not None:
+        raise ValueError(f'attn_implementation="sparse" does not support {refused}; load the model with "sdpa"')
 
 
 def documents(

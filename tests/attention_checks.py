@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -123,6 +124,13 @@ def check_matches_reference(family="llama", length=40, **sparse):
     torch.testing.assert_close(logits(model, ids), expected, **TOLERANCE)
 
 
+def check_full_coverage(family="llama", **sparse):
+    """Rows that read everything, by way of the window, give the logits of dense attention."""
+    ids = tokens(40, 2)
+    model = tiny_model(family, **{"window_size": 60, **sparse})
+    torch.testing.assert_close(logits(model, ids), logits(tiny_model(family, "sdpa"), ids), **TOLERANCE)
+
+
 def check_chunks(family="llama", sizes=(7, 13), length=40, **sparse):
     """A forward in pieces with a cache gives the logits of one forward."""
     ids = tokens(length, 2)
@@ -131,14 +139,20 @@ def check_chunks(family="llama", sizes=(7, 13), length=40, **sparse):
 
 
 def check_padding(family="llama", side="left", extra=3, **sparse):
-    """Padded rows of several lengths in one batch give each row's own logits; padding gives finite numbers."""
+    """Padded rows of several lengths in one batch give each row's own logits; padding gives finite numbers.
+
+    Under position_ids as `generate` makes them, and under those of the columns, which do not show the padding.
+    """
     model = tiny_model(family, **sparse)
     rows = [tokens(length, seed=length)[0] for length in (40, 33, 1)]
-    ids, mask, position_ids = padded_batch(rows, side, extra)
-    together = logits(model, ids, attention_mask=mask, position_ids=position_ids)
-    assert together.isfinite().all()
-    for i, row in enumerate(rows):
-        torch.testing.assert_close(together[i][mask[i].bool()], logits(model, row[None])[0], **TOLERANCE)
+    ids, mask, positions = padded_batch(rows, side, extra)
+    for position_ids in (positions, torch.arange(ids.shape[1]).expand_as(ids)):
+        together = logits(model, ids, attention_mask=mask, position_ids=position_ids)
+        assert together.isfinite().all()
+        for i, row in enumerate(rows):
+            columns = mask[i].bool()
+            alone = logits(model, row[None], position_ids=position_ids[i, columns][None])[0]
+            torch.testing.assert_close(together[i][columns], alone, **TOLERANCE)
 
 
 def check_packed(family="llama", **sparse):
@@ -179,7 +193,8 @@ def check_gradients(family="llama", **sparse):
 def check_density(family="llama", length=40, **sparse):
     """The recorded pairs are those that the specification counts from the model's own queries and keys."""
     model = tiny_model(family, **sparse)
-    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in model.model.layers]
+    model_window = getattr(model.config, "sliding_window", None)
+    windows = [getattr(layer.self_attn, "sliding_window", model_window) for layer in model.model.layers]
     attended = admissible = 0
 
     def count(layer_idx, query, key, value, scaling):
@@ -202,6 +217,7 @@ def check_density(family="llama", length=40, **sparse):
 CHECKS = {
     "reference": check_matches_reference,
     "reference-sliding": functools.partial(check_matches_reference, "mistral-sliding"),
+    "full-coverage": check_full_coverage,
     "chunks": check_chunks,
     "left-padding": check_padding,
     "right-padding": functools.partial(check_padding, side="right"),
@@ -245,6 +261,21 @@ class KeyMask:
     def mask(self):
         assert self.count.max() <= 1, "a row reads a key twice"
         return self.count.bool()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest storage, in bytes, that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
 
 
 def attend(query, key, value, pattern, implementation="torch", query_offset=None, key_offset=0, recorder=None):

@@ -112,7 +112,9 @@ def test_unknown_field_without_a_hint_lists_what_is_allowed():
     assert "did you mean" not in str(error.value)
 
 
-@pytest.mark.parametrize("fields", [[("seed", 1)], "window_size=3", SparseAttentionConfig()], ids=["list", "str", "config"])
+@pytest.mark.parametrize(
+    "fields", [[("seed", 1)], "window_size=3", SparseAttentionConfig()], ids=["list", "str", "config"]
+)
 def test_not_a_dict(fields):
     with pytest.raises(ValueError, match="must be a dict"):
         SparseAttentionConfig.from_dict(fields)
@@ -121,7 +123,7 @@ def test_not_a_dict(fields):
 def test_replace_validates():
     config = SparseAttentionConfig(seed=3)
     assert config.replace(window_size=9) == SparseAttentionConfig(seed=3, window_size=9)
-    with pytest.raises(ValueError, match="^window_size"):
+    with pytest.raises(ValueError, match=r"^window_size"):
         config.replace(window_size=0)
 
 

@@ -63,7 +63,10 @@ def test_assign_takes_the_best_codeword_of_every_codebook():
     for head in range(KV_HEADS):
         for n in range(30):
             codes = [
-                max(range(CODEWORDS), key=lambda c: float(key[head, n] @ weight[0, head, :, book, c] + bias[0, head, book, c]))
+                max(
+                    range(CODEWORDS),
+                    key=lambda c: float(key[head, n] @ weight[0, head, :, book, c] + bias[0, head, book, c]),
+                )
                 for book in range(CODEBOOKS)
             ]
             assert bucket[head, n] == codes[0] * CODEWORDS + codes[1]
@@ -119,7 +122,9 @@ def test_repacked_unchanged_is_accepted():
         pytest.param(repacked(scale=None), id="scale missing"),
         pytest.param(repacked(bias=torch.zeros(LAYERS, KV_HEADS, 2, 5)), id="bias of another shape"),
         pytest.param(repacked(scale=torch.ones(7)), id="scale of another shape"),
-        pytest.param(repacked(weight=torch.zeros(2, 3, dtype=torch.int8), scale=torch.ones(1)), id="weight of two dimensions"),
+        pytest.param(
+            repacked(weight=torch.zeros(2, 3, dtype=torch.int8), scale=torch.ones(1)), id="weight of two dimensions"
+        ),
     ],
 )
 def test_damaged(text):
@@ -144,7 +149,7 @@ def test_damaged(text):
 )
 def test_unusable_numbers(changes):
     """The bucket number travels in the low bits of a score, so only powers of two can be told apart."""
-    with pytest.raises(ValueError, match="^calibrated_hash is damaged"):
+    with pytest.raises(ValueError, match=r"^calibrated_hash is damaged"):
         calibrated(repacked(**changes))
 
 
@@ -155,5 +160,7 @@ def test_unusable_numbers(changes):
 )
 def test_fitted_for_another_model(model):
     text = calibrated_hash_text(LAYERS, KV_HEADS, HEAD_DIM)
-    with pytest.raises(ValueError, match=r"^calibrated_hash was fitted for 3 layers, 2 KV heads and head_dim 6.*the model has"):
+    with pytest.raises(
+        ValueError, match=r"^calibrated_hash was fitted for 3 layers, 2 KV heads and head_dim 6.*the model has"
+    ):
         calibrated(text, **model)

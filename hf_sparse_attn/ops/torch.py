@@ -52,7 +52,14 @@ def document_attention(
     Returns:
         [num_heads, Q, head_dim].
     """
-    return _Attention.apply(query, key, value, _Call(pattern, query_offset, key_offset, scaling, recorder))
+    call = _Call(pattern, query_offset, key_offset, scaling, recorder)
+    end = query_offset + query.shape[1]
+    if call.dense_end(end) == end and len(list(_dense_blocks(query_offset, end, call))) == 1:
+        # Nothing is sparse: SDPA's own call, and its own backward.
+        if recorder is not None:
+            recorder.add_dense(pattern, range(query.shape[0]), query_offset, end)
+        return _dense(call, query_offset, query, key, value)
+    return _Attention.apply(query, key, value, call)
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,11 @@ class _Call:
     key_offset: int
     scaling: float
     recorder: Recorder | None
+
+    def dense_end(self, end: int) -> int:
+        """The rows before this position read everything; `end` is the position after the last row."""
+        dense_rows = self.pattern.dense_rows()
+        return end if dense_rows is None else max(self.query_offset, min(dense_rows, end))
 
 
 @dataclass(frozen=True)
@@ -114,8 +126,7 @@ def _pieces(query: Tensor, key: Tensor, call: _Call) -> Iterator[_Piece]:
     """Dense rows first, then each KV head's query heads, a chunk of rows at a time."""
     pattern, offset, key_offset = call.pattern, call.query_offset, call.key_offset
     end = offset + query.shape[1]
-    dense_rows = pattern.dense_rows()
-    dense_end = end if dense_rows is None else max(offset, min(dense_rows, end))
+    dense_end = call.dense_end(end)
     everything = slice(None)
     for start, stop in _dense_blocks(offset, dense_end, call):
         if call.recorder is not None:

@@ -1,0 +1,297 @@
+"""The checks can fail: each variant of the implementation below is broken on purpose, and a check must notice."""
+
+import dataclasses
+
+import pytest
+import torch
+from attention_checks import CHECKS
+
+from hf_sparse_attn import integration, ops, routing
+from hf_sparse_attn.integration import documents
+from hf_sparse_attn.ops import torch as torch_ops
+from hf_sparse_attn.routing import BucketIndex, RowChunk, layer_pattern
+
+document_attention = ops.document_attention
+
+
+def ignore_padding(monkeypatch):
+    def mutant(attention_mask, *args):
+        return documents(None, *args)
+
+    monkeypatch.setattr(integration, "documents", mutant)
+
+
+def forget_packing(monkeypatch):
+    def mutant(attention_mask, position_ids, *args):
+        return documents(attention_mask, None, *args)
+
+    monkeypatch.setattr(integration, "documents", mutant)
+
+
+def positions_from_the_slot(monkeypatch):
+    """Padding before a row, or documents packed before it, count."""
+
+    def mutant(attention_mask, position_ids, batch_size, q_length, kv_length):
+        for document in documents(attention_mask, position_ids, batch_size, q_length, kv_length):
+            slot = int(torch.arange(kv_length)[document.keys][0])
+            query_offset, key_offset = document.query_offset + slot, document.key_offset + slot
+            yield dataclasses.replace(document, query_offset=query_offset, key_offset=key_offset)
+
+    monkeypatch.setattr(integration, "documents", mutant)
+
+
+def only_the_first_row_of_the_batch(monkeypatch):
+    def mutant(*args):
+        return documents(*args)[:1]
+
+    monkeypatch.setattr(integration, "documents", mutant)
+
+
+def shifted(query_by=0, key_by=0):
+    """Offsets of the calls with cached keys; the reference is left alone."""
+
+    def mutate(monkeypatch):
+        def mutant(query, key, value, *, pattern, query_offset, key_offset, **kwargs):
+            if query_offset > key_offset and pattern.config.implementation != "reference":
+                query_offset, key_offset = query_offset + query_by, key_offset + key_by
+            offsets = {"query_offset": query_offset, "key_offset": key_offset}
+            return document_attention(query, key, value, pattern=pattern, **offsets, **kwargs)
+
+        monkeypatch.setattr(ops, "document_attention", mutant)
+
+    return mutate
+
+
+def zero_output(monkeypatch):
+    def mutant(*args, **kwargs):
+        return 0 * document_attention(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "document_attention", mutant)
+
+
+def other_scaling(monkeypatch):
+    def mutant(*args, scaling, **kwargs):
+        return document_attention(*args, scaling=2 * scaling, **kwargs)
+
+    monkeypatch.setattr(ops, "document_attention", mutant)
+
+
+def patterns(**changes):
+    """Every layer gets a pattern with some fields replaced; the reference is left alone."""
+
+    def mutate(monkeypatch):
+        def mutant(config, *args, **kwargs):
+            pattern = layer_pattern(config, *args, **kwargs)
+            if config.implementation == "reference":
+                return pattern
+            return dataclasses.replace(pattern, **{name: change(pattern) for name, change in changes.items()})
+
+        monkeypatch.setattr(integration, "layer_pattern", mutant)
+
+    return mutate
+
+
+def one_future_key_in_the_window(monkeypatch):
+    band_bias = torch_ops._band_bias
+
+    def mutant(band_key, start, window, key_offset):
+        bias = band_bias(band_key, start, window, key_offset).clone()
+        row = torch.arange(bias.shape[1] - 1)
+        bias[:, row, row + window] = 0
+        return bias
+
+    monkeypatch.setattr(torch_ops, "_band_bias", mutant)
+
+
+def window_one_too_narrow(monkeypatch):
+    band_bias = torch_ops._band_bias
+
+    def mutant(band_key, start, window, key_offset):
+        bias = band_bias(band_key, start, window, key_offset).clone()
+        row = torch.arange(bias.shape[1])
+        bias[:, row, row] = -torch.inf
+        return bias
+
+    monkeypatch.setattr(torch_ops, "_band_bias", mutant)
+
+
+def one_future_key_among_the_routed(monkeypatch):
+    select = RowChunk.select
+
+    def mutant(self, query, budget):
+        routed, count = select(self, query, budget)
+        later = (torch.arange(self.start, self.stop) + 1 - self.index.key_offset).clamp(max=len(self.index.key) - 1)
+        routed[:, 0] = torch.where(count > 0, later.int(), routed[:, 0])
+        return routed, count
+
+    monkeypatch.setattr(RowChunk, "select", mutant)
+
+
+def routed_candidates_one_key_too_late(monkeypatch):
+    """The oldest key of the window is routed as well."""
+    row_counts = BucketIndex._row_counts
+
+    def mutant(self, pages, lag):
+        return row_counts(self, pages, lag - (lag == self.window_size))
+
+    monkeypatch.setattr(BucketIndex, "_row_counts", mutant)
+
+
+def bucket_means_of_the_whole_document(monkeypatch):
+    rows = BucketIndex.rows
+
+    def mutant(self, start, stop):
+        chunk = rows(self, start, stop)
+        inside = torch.nn.functional.one_hot(self.bucket, self.num_buckets + 1)[:, :-1].to(self.key)
+        means = inside.T @ self.key / inside.sum(0).clamp(min=1).unsqueeze(-1)
+        return dataclasses.replace(chunk, means=means.expand_as(chunk.means))
+
+    monkeypatch.setattr(BucketIndex, "rows", mutant)
+
+
+def bucket_means_are_sums(monkeypatch):
+    rows = BucketIndex.rows
+
+    def mutant(self, start, stop):
+        chunk = rows(self, start, stop)
+        pages = range(start // self.page_size, -(-stop // self.page_size))
+        counts = self._page_state(pages, self._entered, self.window_size)[1]
+        return dataclasses.replace(chunk, means=chunk.means * counts.unsqueeze(-1))
+
+    monkeypatch.setattr(BucketIndex, "rows", mutant)
+
+
+def worst_buckets_first(monkeypatch):
+    select = RowChunk.select
+    monkeypatch.setattr(RowChunk, "select", lambda self, query, budget: select(self, -query, budget))
+
+
+def keys_beside_the_last_bucket(monkeypatch):
+    expand = routing._expand
+
+    def mutant(start, length, before, width):
+        full = (before + length < width) | (length == 0)
+        return expand(torch.where(full, start, (start - 1).clamp(min=0)), length, before, width)
+
+    monkeypatch.setattr(routing, "_expand", mutant)
+
+
+def drop_the_globals(monkeypatch):
+    monkeypatch.setattr(torch_ops, "static_positions", lambda config, stop, device: torch.arange(0))
+
+
+def statistics_of_the_whole_sequence(monkeypatch):
+    """Keys are centred on their mean before they are hashed."""
+    assign = routing.BucketHash.assign
+    monkeypatch.setattr(routing.BucketHash, "assign", lambda self, key: assign(self, key - key.mean(1, keepdim=True)))
+
+
+def planes_drawn_at_call_time(monkeypatch):
+    def mutant(self, key):
+        codes = (key @ torch.randn_like(self.weight[..., 0])) > 0
+        return (codes * 2 ** torch.arange(codes.shape[-1])).sum(-1)
+
+    monkeypatch.setattr(routing.BucketHash, "assign", mutant)
+
+
+def no_gradient_through_routed_keys(monkeypatch):
+    scatter_sum = torch_ops._scatter_sum
+    monkeypatch.setattr(torch_ops, "_scatter_sum", lambda *args: 0 * scatter_sum(*args))
+
+
+def no_gradient_of_queries_through_routed_keys(monkeypatch):
+    gather_dot = torch_ops._GatherDot.apply
+
+    class Mutant:
+        @staticmethod
+        def apply(rows, table, index):
+            return gather_dot(rows.detach(), table, index)
+
+    monkeypatch.setattr(torch_ops, "_GatherDot", Mutant)
+
+
+def count_a_key_twice(monkeypatch):
+    def mutant(self, pattern, head, position, attended, keys):
+        self.attended += int(attended.sum()) + 1
+        self.admissible += int((position + 1).sum())
+
+    monkeypatch.setattr(integration.DensityRecorder, "add", mutant)
+
+
+MUTANTS = {
+    "ignore padding": ignore_padding,
+    "forget the packing": forget_packing,
+    "count positions from the cache slot": positions_from_the_slot,
+    "compute only the first document": only_the_first_row_of_the_batch,
+    "query offset one too small": shifted(query_by=-1),
+    "positions one too large": shifted(query_by=1, key_by=1),
+    "zero the output": zero_output,
+    "another scaling": other_scaling,
+    "forget the routed keys": patterns(budgets=lambda pattern: [0] * len(pattern.budgets)),
+    "one routed key too few": patterns(budgets=lambda pattern: [budget - 1 for budget in pattern.budgets]),
+    "budget of the first head alone": patterns(budgets=lambda pattern: [pattern.budgets[0], *[0] * 3]),
+    "forget the model's own window": patterns(sliding_window=lambda pattern: None),
+    "hash of another layer": patterns(
+        bucket_hash=lambda pattern: dataclasses.replace(pattern.bucket_hash, weight=pattern.bucket_hash.weight.flip(1))
+    ),
+    "one future key in the window": one_future_key_in_the_window,
+    "window one key too narrow": window_one_too_narrow,
+    "one future key among the routed": one_future_key_among_the_routed,
+    "routed candidates one key too late": routed_candidates_one_key_too_late,
+    "bucket means of the whole document": bucket_means_of_the_whole_document,
+    "bucket means are sums": bucket_means_are_sums,
+    "worst buckets first": worst_buckets_first,
+    "keys beside the last bucket": keys_beside_the_last_bucket,
+    "drop the globals": drop_the_globals,
+    "statistics of the whole sequence": statistics_of_the_whole_sequence,
+    "planes drawn at call time": planes_drawn_at_call_time,
+    "no gradient through routed keys": no_gradient_through_routed_keys,
+    "no gradient of queries through routed keys": no_gradient_of_queries_through_routed_keys,
+    "count a key twice": count_a_key_twice,
+}
+
+
+def fails(check):
+    try:
+        check()
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
+def test_the_real_implementation_passes(check):
+    check()
+
+
+@pytest.mark.parametrize("mutate", MUTANTS.values(), ids=MUTANTS.keys())
+def test_caught(mutate, monkeypatch):
+    mutate(monkeypatch)
+    assert any(fails(check) for check in CHECKS.values())
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check"),
+    [
+        ("ignore padding", "left-padding"),
+        ("forget the packing", "packed"),
+        ("count positions from the cache slot", "left-padding"),
+        ("query offset one too small", "chunks"),
+        ("positions one too large", "chunks"),
+        ("zero the output", "full-coverage"),
+        ("drop the globals", "reference"),
+        ("forget the routed keys", "reference"),
+        ("one future key in the window", "later-tokens"),
+        ("one future key among the routed", "later-tokens"),
+        ("bucket means of the whole document", "later-tokens"),
+        ("statistics of the whole sequence", "later-tokens"),
+        ("forget the model's own window", "reference-sliding"),
+        ("no gradient through routed keys", "gradients"),
+        ("count a key twice", "density"),
+    ],
+    ids=lambda value: value,
+)
+def test_each_kind_of_check_catches_its_own_kind(mutant, check, monkeypatch):
+    MUTANTS[mutant](monkeypatch)
+    with pytest.raises(AssertionError):
+        CHECKS[check]()

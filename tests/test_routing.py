@@ -1,0 +1,289 @@
+import pytest
+import torch
+from attention_checks import KeyMask, attend, calibrated_hash_text, make_pattern
+
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.ops.reference import attended_keys
+from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, _expand, _rank, random_positions, static_positions
+
+HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 90
+# 90 rows are more than one chunk of pages at page sizes 1 and 4, and less than a page at 128.
+PATTERNS = {
+    "pages of 4": {},
+    "pages of 1": {"page_size": 1},
+    "pages of 3, chunk ends inside a block": {"page_size": 3},
+    "one page of 128": {"page_size": 128},
+    "window of 1": {"window_size": 1},
+    "window wider than a page": {"window_size": 21},
+    "no globals": {"num_global_tokens": 0},
+    "explicit globals": {"global_token_indices": (7, 40, 41, 500)},
+    "strided": {"stride": 9},
+    "random": {"num_random_keys": 5},
+    "random without routing": {"num_random_keys": 5, "key_budget": 0},
+    "budgets by head": {"key_budget": ((0, 3, 11, 0),)},
+    "one KV head without budget": {"key_budget": ((0, 0, 5, 90),)},
+    "budget over everything": {"key_budget": 200},
+    "many buckets": {"num_hash_bits": 7, "key_budget": 20},
+    "two buckets": {"num_hash_bits": 1},
+    "calibrated": {"hash": "calibrated", "calibrated_hash": calibrated_hash_text()},
+    "dense rows": {"dense_below": 37},
+    "dense layer": {"dense_layers": (0,)},
+    "sliding window": {"sliding_window": 30},
+    "sliding window inside the window": {"sliding_window": 4},
+    "sliding window of the window's size": {"sliding_window": 6},
+    "sliding window one wider than the window": {"sliding_window": 7, "page_size": 1},
+    "sliding window narrower than a page": {"sliding_window": 20, "page_size": 64},
+    "everything at once": {
+        "sliding_window": 50,
+        "stride": 11,
+        "num_random_keys": 3,
+        "global_token_indices": (13, 60),
+        "dense_below": 20,
+        "key_budget": ((0, 3, 11, 7),),
+    },
+}
+
+
+def pattern_of(fields, dtype=torch.float64):
+    fields = {"window_size": 6, "num_global_tokens": 2, "key_budget": 9, "num_hash_bits": 3, "page_size": 4} | fields
+    sliding_window = fields.pop("sliding_window", None)
+    config = SparseAttentionConfig(**{"dense_below": 0} | fields)
+    return make_pattern(config, HEADS, KV_HEADS, DIM, sliding_window=sliding_window, dtype=dtype)
+
+
+def inputs(num_queries=LENGTH, num_keys=LENGTH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((HEADS, num_queries, DIM), (KV_HEADS, num_keys, DIM), (KV_HEADS, num_keys, DIM))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def read_keys(query, key, value, pattern, query_offset=None, key_offset=0):
+    """S(row) as the torch implementation really reads it."""
+    query_offset = key_offset + key.shape[1] - query.shape[1] if query_offset is None else query_offset
+    recorder = KeyMask(HEADS, query.shape[1], key.shape[1], query_offset, key_offset)
+    attend(query, key, value, pattern, query_offset=query_offset, key_offset=key_offset, recorder=recorder)
+    return recorder.mask
+
+
+def by_the_rules(query, key, pattern):
+    """S(row) of one document as Python sets, from the config's docstring alone."""
+    config, sliding_window = pattern.config, pattern.sliding_window or LENGTH
+    bucket = pattern.bucket_hash.assign(key).tolist()
+    rows = {}
+    for head in range(HEADS):
+        kv_head = head // (HEADS // KV_HEADS)
+        for p in range(query.shape[1]):
+            admissible = set(range(max(0, p - sliding_window + 1), p + 1))
+            if p < config.dense_below or 0 in config.dense_layers:
+                rows[head, p] = admissible
+                continue
+            static = {j for j in range(p + 1) if j < config.num_global_tokens or j in config.global_token_indices}
+            if config.stride:
+                static |= set(range(0, p + 1, config.stride))
+            window = set(range(p - config.window_size + 1, p + 1))
+            drawn = set(random_positions(config, torch.tensor([p]))[0].tolist())
+            page_start = p // config.page_size * config.page_size
+            page_end = page_start + config.page_size - 1
+            scores = {}
+            for b in set(bucket[kv_head]):
+                known = [
+                    j
+                    for j in range(max(0, page_end - sliding_window + 1), page_start - config.window_size + 1)
+                    if bucket[kv_head][j] == b and j not in static
+                ]
+                if known:
+                    scores[b] = float(query[head, p] @ key[kv_head, known].mean(0))
+            routed = []
+            for b in sorted(scores, key=scores.get, reverse=True):
+                members = [
+                    j
+                    for j in range(p - config.window_size, -1, -1)
+                    if j in admissible and j not in static and bucket[kv_head][j] == b
+                ]
+                routed += members[: pattern.budgets[head] - len(routed)]
+            rows[head, p] = (static | window | drawn | set(routed)) & admissible
+    return rows
+
+
+@pytest.mark.parametrize("fields", PATTERNS.values(), ids=PATTERNS.keys())
+def test_reference_follows_the_rules(fields):
+    query, key, _ = inputs()
+    pattern = pattern_of(fields)
+    attended = attended_keys(query, key, pattern, 0)
+    for (head, p), expected in by_the_rules(query, key, pattern).items():
+        assert set(attended[head, p].nonzero().flatten().tolist()) == expected, (head, p)
+
+
+@pytest.mark.parametrize("fields", PATTERNS.values(), ids=PATTERNS.keys())
+def test_selection_is_the_reference_set(fields):
+    query, key, value = inputs()
+    pattern = pattern_of(fields)
+    assert torch.equal(read_keys(query, key, value, pattern), attended_keys(query, key, pattern, 0))
+
+
+@pytest.mark.parametrize("fields", PATTERNS.values(), ids=PATTERNS.keys())
+@pytest.mark.parametrize("num_queries", [1, 23], ids=["one query", "23 queries"])
+def test_selection_of_the_last_rows_alone(fields, num_queries):
+    query, key, value = inputs()
+    pattern = pattern_of(fields)
+    expected = attended_keys(query, key, pattern, 0)[:, -num_queries:]
+    assert torch.equal(read_keys(query[:, -num_queries:], key, value, pattern), expected)
+
+
+@pytest.mark.parametrize("dropped", [1, 17, 40], ids=lambda dropped: f"{dropped} dropped")
+@pytest.mark.parametrize("name", ["sliding window", "everything at once", "sliding window inside the window"])
+def test_keys_that_a_sliding_cache_has_dropped_change_no_row(name, dropped):
+    """The rows that no longer see them read the same positions."""
+    query, key, value = inputs()
+    pattern = pattern_of(PATTERNS[name])
+    first_row = dropped + pattern.sliding_window - 1
+    everything = read_keys(query, key, value, pattern)
+    assert not everything[:, first_row:, :dropped].any()
+    rest = read_keys(query[:, first_row:], key[:, dropped:], value[:, dropped:], pattern, key_offset=dropped)
+    assert torch.equal(rest, everything[:, first_row:, dropped:])
+
+
+@pytest.mark.parametrize("fields", PATTERNS.values(), ids=PATTERNS.keys())
+def test_missing_first_keys_without_a_sliding_window(fields):
+    """Not what a model does, but the index must not mistake slots for positions."""
+    query, key, value = inputs()
+    pattern = pattern_of(fields)
+    dropped, first_row = 19, 50
+    query, key, value = query[:, first_row:], key[:, dropped:], value[:, dropped:]
+    expected = attended_keys(query, key, pattern, first_row, dropped)
+    assert torch.equal(read_keys(query, key, value, pattern, first_row, dropped), expected)
+
+
+@pytest.mark.parametrize("fields", PATTERNS.values(), ids=PATTERNS.keys())
+@pytest.mark.parametrize("cut", [7, 33, 64, 89])
+def test_later_keys_and_queries_decide_nothing(fields, cut):
+    query, key, value = inputs()
+    pattern = pattern_of(fields)
+    before = read_keys(query, key, value, pattern)[:, :cut]
+    other_query, other_key, _ = inputs(seed=1)
+    query = torch.cat([query[:, :cut], other_query[:, cut:]], 1)
+    key = torch.cat([key[:, :cut], 50 * other_key[:, cut:]], 1)
+    assert torch.equal(read_keys(query, key, value, pattern)[:, :cut], before)
+
+
+@pytest.mark.parametrize("fields", PATTERNS.values(), ids=PATTERNS.keys())
+def test_the_document_going_on_changes_no_row(fields):
+    query, key, value = inputs()
+    pattern = pattern_of(fields)
+    everything = read_keys(query, key, value, pattern)
+    for length in (1, 5, 63, 64, 65):
+        shorter = read_keys(query[:, :length], key[:, :length], value[:, :length], pattern)
+        assert torch.equal(shorter, everything[:, :length, :length])
+
+
+def test_float32_takes_the_same_number_of_keys_per_row():
+    """Near ties may break differently, but the budget is used up whenever enough keys are known."""
+    query, key, value = (x.float() for x in inputs())
+    fields = {"key_budget": 9, "num_global_tokens": 0}
+    single = read_keys(query, key, value, pattern_of(fields, torch.float32)).sum(-1)
+    double = read_keys(query.double(), key.double(), value.double(), pattern_of(fields)).sum(-1)
+    assert torch.equal(single[:, 40:], double[:, 40:])
+    assert (single[:, 60:] == 6 + 9).all()
+
+
+def test_more_buckets_are_looked_at_when_the_first_do_not_fill_the_budget():
+    """With 2**9 buckets of about one key each, the 64 best hold fewer than 80 keys."""
+    query, key, value = inputs(20, 300)
+    pattern = pattern_of({"num_hash_bits": 9, "key_budget": 80})
+    expected = attended_keys(query, key, pattern, 280)
+    assert (expected.sum(-1) == 80 + 6 + 2).all()
+    assert len(pattern.bucket_hash.assign(key)[0].unique()) > 128
+    assert torch.equal(read_keys(query, key, value, pattern), expected)
+
+
+def test_select_pads_with_keys_that_do_not_count():
+    query, key, _ = inputs()
+    pattern = pattern_of({"key_budget": 30})
+    bucket = pattern.bucket_hash.assign(key)
+    index = BucketIndex(key[0], bucket[0], static_positions(pattern.config, LENGTH, key.device), 0, 0, pattern)
+    start, stop = 3, CHUNK_PAGES * 4 - 1
+    routed, count = index.rows(start, stop).select(query[0, start:stop], 30)
+    assert routed.shape == (stop - start, 30)
+    assert routed.min() >= 0
+    assert routed.max() < LENGTH
+    expected = attended_keys(query, key, pattern, 0)[0]
+    for i, p in enumerate(range(start, stop)):
+        taken = routed[i, : count[i]].tolist()
+        older = set(expected[p].nonzero().flatten().tolist()) - {0, 1} - set(range(p - 5, p + 1))
+        assert len(taken) == len(set(taken))
+        assert set(taken) == older
+    assert count[0] == 0
+    assert count[-1] == 30
+
+
+def runs(*rows, width):
+    """Arguments of _expand for rows of (start, length) runs."""
+    start, length = torch.tensor(rows, dtype=torch.int32).unbind(-1)
+    return start, length, (length.cumsum(-1) - length).int(), width
+
+
+def test_expand_writes_the_runs_side_by_side():
+    rows = ([(10, 3), (2, 1), (20, 2)], [(5, 2), (30, 4), (0, 0)], [(7, 6), (1, 0), (1, 0)])
+    assert _expand(*runs(*rows, width=6)).tolist() == [
+        [10, 11, 12, 2, 20, 21],
+        [5, 6, 30, 31, 32, 33],
+        [7, 8, 9, 10, 11, 12],
+    ]
+
+
+def test_expand_leaves_the_columns_behind_the_last_run_arbitrary():
+    rows = ([(10, 2), (4, 1), (0, 0)], [(0, 0), (0, 0), (0, 0)])
+    expanded = _expand(*runs(*rows, width=5))
+    assert expanded.shape == (2, 5)
+    assert expanded[0, :3].tolist() == [10, 11, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rank_sorts_and_carries_the_bucket(dtype):
+    scores = torch.randn(37, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    scores[3] = -1e30
+    ranked = _rank(scores.clone(), 16)
+    bucket = ranked.view(torch.int64 if dtype == torch.float64 else torch.int32) & 15
+    torch.testing.assert_close(scores.gather(-1, bucket.long()), ranked, rtol=1e-5, atol=0)
+    assert (ranked.diff(dim=-1) >= 0).all()
+    assert torch.equal(bucket.sort(-1).values, torch.arange(16).expand_as(bucket).to(bucket))
+
+
+def test_static_positions():
+    config = SparseAttentionConfig(num_global_tokens=2, global_token_indices=(30, 7, 7), stride=10)
+    assert static_positions(config, 25, torch.device("cpu")).tolist() == [0, 1, 7, 10, 20]
+    assert static_positions(config, 1, torch.device("cpu")).tolist() == [0]
+
+
+def test_random_positions_are_in_range_and_spread():
+    config = SparseAttentionConfig(num_random_keys=8, seed=3)
+    position = torch.arange(2000)
+    drawn = random_positions(config, position)
+    assert drawn.shape == (2000, 8)
+    assert (drawn >= 0).all()
+    assert (drawn <= position[:, None]).all()
+    assert abs(float((drawn[100:] / position[100:, None]).mean()) - 0.5) < 0.02
+    assert drawn[1000].unique().numel() > 4
+
+
+def test_random_positions_depend_on_the_row_alone():
+    config = SparseAttentionConfig(num_random_keys=4, seed=3)
+    drawn = random_positions(config, torch.arange(100))
+    assert torch.equal(random_positions(config, torch.tensor([57, 3])), drawn[[57, 3]])
+    assert not torch.equal(random_positions(config.replace(seed=4), torch.arange(100)), drawn)
+
+
+def test_random_positions_are_the_same_on_every_machine():
+    """The finaliser of MurmurHash3 in Python's own integers."""
+
+    def drawn(seed, p, i):
+        x = (p * 0x9E3779B1 + i * 0x85EBCA77 + seed * 0xC2B2AE3D) % 2**32
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return (x ^ x >> 16) % (p + 1)
+
+    for seed in (0, 1, 2**31 - 1):
+        config = SparseAttentionConfig(num_random_keys=3, seed=seed)
+        rows = [0, 10, 131_071, 1_000_000]
+        expected = [[drawn(seed, p, i) for i in range(3)] for p in rows]
+        assert random_positions(config, torch.tensor(rows)).tolist() == expected
