@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash, quantize_codewords
-from hf_sparse_attn.integration import observe
+from hf_sparse_attn.integration import Observer, observe
 from hf_sparse_attn.routing import BucketIndex, LayerPattern, static_positions
 
 NUM_CODEBOOKS = 2
@@ -78,9 +78,13 @@ def calibrate(
         else:
             model.config.sparse_attention = original
     layers = range(max(hashes) + 1)
-    weight = torch.stack([hashes[layer].weight for layer in layers])
-    bias = torch.stack([hashes[layer].bias for layer in layers])
-    budgets = allocate_budgets(torch.stack([errors[layer] for layer in layers]), key_budget)
+    # A hybrid model has layers without attention; they get an empty place in the tables.
+    some_hash, some_errors = next(iter(hashes.values())), next(iter(errors.values()))
+    empty = BucketHash(torch.zeros_like(some_hash.weight), torch.zeros_like(some_hash.bias))
+    weight = torch.stack([hashes.get(layer, empty).weight for layer in layers])
+    bias = torch.stack([hashes.get(layer, empty).bias for layer in layers])
+    all_errors = torch.stack([errors.get(layer, torch.zeros_like(some_errors)) for layer in layers])
+    budgets = allocate_budgets(all_errors, key_budget)
     return config.replace(
         hash="calibrated",
         calibrated_hash=encode_calibrated_hash(weight, bias),
@@ -127,8 +131,9 @@ class _HeadStatistics:
         return BucketHash(torch.stack(weights), torch.stack(biases))
 
 
-def _collect(statistics: dict[int, _HeadStatistics]) -> Callable[..., None]:
-    def observer(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+def _collect(statistics: dict[int, _HeadStatistics]) -> Observer:
+    def observer(pattern: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        layer = pattern.layer_idx
         if layer not in statistics:
             statistics[layer] = _HeadStatistics(key.shape[1], key.shape[-1])
         statistics[layer].add(query, key)
@@ -183,19 +188,20 @@ def _kmeans(points: Tensor, generator: torch.Generator) -> Tensor:
     return centres
 
 
-def _measure(
-    hashes: dict[int, BucketHash], config: SparseAttentionConfig, errors: dict[int, Tensor]
-) -> Callable[..., None]:
+def _measure(hashes: dict[int, BucketHash], config: SparseAttentionConfig, errors: dict[int, Tensor]) -> Observer:
     """An observer that fills `errors[layer]`, [num_heads, len(BUDGETS)]: mean relative error of each head's output."""
 
-    def observer(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+    def observer(dense: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        layer, sliding_window = dense.layer_idx, dense.sliding_window
         num_heads, num_rows = query.shape[1:3]
         group = num_heads // key.shape[1]
-        pattern = LayerPattern(config, layer, [BUDGETS[-1]] * num_heads, hashes[layer])
+        errors[layer] = torch.zeros(num_heads, len(BUDGETS))
+        if sliding_window is not None and sliding_window <= config.window_size:
+            return  # the window holds everything: no key can be routed
+        pattern = LayerPattern(config, layer, [BUDGETS[-1]] * num_heads, hashes[layer], sliding_window)
         keys, values = key[0].float().cpu(), value[0].float().cpu()
         bucket = hashes[layer].assign(keys)
         static = static_positions(config, num_rows, keys.device)
-        result = torch.zeros(num_heads, len(BUDGETS))
         blocks = _row_blocks(config, num_rows)
         for kv_head in range(len(keys)):
             index = BucketIndex(keys[kv_head], bucket[kv_head], static, blocks[0][0], 0, pattern)
@@ -205,10 +211,10 @@ def _measure(
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     rows = query[0, head, start:stop].float().cpu() * scaling
                     routed, count = chunk.select(rows, BUDGETS[-1])
-                    result[head] += _error_by_budget(
-                        rows, keys[kv_head], values[kv_head], position, static, routed.long(), count, config.window_size
+                    errors[layer][head] += _error_by_budget(
+                        rows, keys[kv_head], values[kv_head], position, static, routed.long(), count, pattern
                     )
-        errors[layer] = result / sum(stop - start for start, stop in blocks)
+        errors[layer] /= sum(stop - start for start, stop in blocks)
 
     return observer
 
@@ -229,14 +235,17 @@ def _error_by_budget(
     static: Tensor,
     routed: Tensor,
     count: Tensor,
-    window_size: int,
+    pattern: LayerPattern,
 ) -> Tensor:
     """Relative error of the output, summed over the rows, at each of BUDGETS: [len(BUDGETS)]."""
     column = torch.arange(len(key))
-    scores = (rows @ key.T).masked_fill(column > position[:, None], -torch.inf)
+    inadmissible = column > position[:, None]
+    if pattern.sliding_window is not None:
+        inadmissible |= column <= position[:, None] - pattern.sliding_window
+    scores = (rows @ key.T).masked_fill(inadmissible, -torch.inf)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()  # [R, N], unnormalised
     exact = weights @ value / weights.sum(-1, keepdim=True)
-    local = column > position[:, None] - window_size
+    local = column > position[:, None] - pattern.config.window_size
     local[:, static] = True
     base = weights * local
     taken = weights.gather(1, routed) * (torch.arange(routed.shape[1]) < count[:, None])
@@ -263,11 +272,12 @@ def allocate_budgets(errors: Tensor, mean_budget: int) -> Tensor:
     left = mean_budget * len(flat)
 
     def best_step(head: int) -> tuple[float, int, int, int] | None:
-        """The step up from the head's level with the steepest fall per key: (-fall per key, head, from, to)."""
+        """The affordable step up with the steepest fall of the error per key: (-fall per key, head, from, to)."""
         here = level[head]
         steps = [
             (-(flat[head][here] - flat[head][to]) / (BUDGETS[to] - BUDGETS[here]), head, here, to)
             for to in range(here + 1, len(BUDGETS))
+            if BUDGETS[to] - BUDGETS[here] <= left
         ]
         return min(steps) if steps else None
 
@@ -278,10 +288,9 @@ def allocate_budgets(errors: Tensor, mean_budget: int) -> Tensor:
         cost = BUDGETS[to] - BUDGETS[here]
         if slope >= 0:
             break
-        if cost > left:
-            continue
-        left -= cost
-        level[head] = to
+        if cost <= left:
+            left -= cost
+            level[head] = to
         step = best_step(head)
         if step is not None:
             heapq.heappush(queue, step)

@@ -22,7 +22,7 @@ _CACHED = "_sparse_attention_pattern"
 _RECORDER = "_sparse_attention_recorder"
 _OBSERVER = "_sparse_attention_observer"
 
-Observer = Callable[[int, Tensor, Tensor, Tensor, float], None]
+Observer = Callable[[LayerPattern, Tensor, Tensor, Tensor, float], None]
 
 
 def register() -> None:
@@ -80,7 +80,7 @@ def sparse_attention_forward(
     recorder = module.__dict__.get(_RECORDER)
     observer = module.__dict__.get(_OBSERVER)
     if observer is not None:
-        observer(pattern.layer_idx, query, key, value, scaling)
+        observer(pattern, query, key, value, scaling)
 
     batch_size, num_heads, q_length, _ = query.shape
     kv_length = key.shape[2]
@@ -187,7 +187,7 @@ def record(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]
 
 
 def observe(model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
-    """Call `observer(layer_idx, query, key, value, scaling)` before each attention of the forwards in this block."""
+    """Call `observer(pattern, query, key, value, scaling)` before each attention of the forwards in this block."""
     return _attached(model, _OBSERVER, observer)
 
 

@@ -69,7 +69,7 @@ def signed_positions(
     """
     _refuse_other_patterns(batch_size, q_length, q_offset, device, **pattern)
     last = q_offset + q_length
-    if attention_mask is None and isinstance(last, int) and kv_offset == 0 and last == kv_length:
+    if isinstance(last, int) and kv_offset == 0 and last == kv_length and _no_padding(attention_mask, kv_length):
         return None
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()
@@ -87,6 +87,10 @@ def signed_positions(
     is_query = (slot >= q_offset) & (slot < last)
     signed = torch.where(present, torch.where(is_query, -rank, rank), torch.where(is_query, PADDED_QUERY, 0))
     return signed.to(torch.int32)[:, None, None]
+
+
+def _no_padding(attention_mask: Tensor | None, kv_length: int) -> bool:
+    return attention_mask is None or bool(attention_mask[:, :kv_length].all() and attention_mask.shape[1] >= kv_length)
 
 
 def _refuse_other_patterns(

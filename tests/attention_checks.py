@@ -197,8 +197,10 @@ def check_density(family="llama", length=40, **sparse):
     windows = [getattr(layer.self_attn, "sliding_window", model_window) for layer in model.model.layers]
     attended = admissible = 0
 
-    def count(layer_idx, query, key, value, scaling):
+    def count(observed, query, key, value, scaling):
         nonlocal attended, admissible
+        layer_idx = observed.layer_idx
+        assert observed.sliding_window == windows[layer_idx]
         config = SparseAttentionConfig.from_dict(model.config.sparse_attention)
         pattern = make_pattern(config, query.shape[1], key.shape[1], key.shape[-1], layer_idx, windows[layer_idx])
         for q, k in zip(query, key, strict=True):

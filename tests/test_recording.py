@@ -58,7 +58,7 @@ def test_nothing_is_recorded_outside_the_block():
     counted = recorder.attended
     logits(model, tokens(20))
     assert recorder.attended == counted > 0
-    assert [call[0] for call in calls] == [0, 1]
+    assert [call[0].layer_idx for call in calls] == [0, 1]
 
 
 def test_an_error_ends_the_recording():

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.integration import observe
+from hf_sparse_attn.integration import Observer, observe
 from hf_sparse_attn.ops import compute_dtype, document_attention
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
 
@@ -74,7 +74,10 @@ class _MassRecorder:
         group = len(self.query) // len(self.key)
         scores = self.query[head, position - self.start] @ self.key[head // group].T * self.scaling
         column = torch.arange(scores.shape[-1], device=scores.device)
-        weights = scores.masked_fill(column > position[:, None], -torch.inf).softmax(-1)
+        inadmissible = column > position[:, None]
+        if pattern.sliding_window is not None:
+            inadmissible |= column <= position[:, None] - pattern.sliding_window
+        weights = scores.masked_fill(inadmissible, -torch.inf).softmax(-1)
         index = keys().long().clamp(0, scores.shape[-1] - 1)
         kept = (weights.gather(1, index) * attended).sum(-1)
         count = attended.sum(-1)
@@ -87,13 +90,20 @@ class _MassRecorder:
         """Dense rows keep everything and are not what is measured."""
 
 
-def _observer(
-    config: SparseAttentionConfig, num_rows: int, totals: dict[tuple[int, int], Tensor]
-) -> Callable[[int, Tensor, Tensor, Tensor, float], None]:
-    def observer(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+def _observer(config: SparseAttentionConfig, num_rows: int, totals: dict[tuple[int, int], Tensor]) -> Observer:
+    def observer(dense: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         num_heads, num_tokens, head_dim = query.shape[1:]
         dtype = compute_dtype(query, key)
-        pattern = layer_pattern(config, layer, num_heads, key.shape[1], head_dim, query.device, dtype)
+        pattern = layer_pattern(
+            config,
+            dense.layer_idx,
+            num_heads,
+            key.shape[1],
+            head_dim,
+            query.device,
+            dtype,
+            dense.sliding_window,
+        )
         if pattern.dense_rows() is None:
             return
         first = max(config.dense_below, config.window_size)
