@@ -6,11 +6,8 @@ from the first token of the document. Nothing here carries a gradient.
 
 from __future__ import annotations
 
-import functools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,8 +135,9 @@ class BucketIndex:
             left_sums, left_counts = self._page_state(pages, self._left, self._page_lag())
             sums, counts = sums - left_sums, counts - left_counts
             lower = self._row_counts(pages, self.sliding_window)[start - pages[0] * page_size :][: stop - start]
-        means = sums / counts.clamp(min=1).unsqueeze(-1)
-        return RowChunk(self, start, stop, means, counts > 0, upper, lower)
+        routable = counts > 0
+        means = sums.div_(counts.clamp(min=1).unsqueeze(-1))
+        return RowChunk(self, start, stop, means, routable, upper, lower)
 
     def _page_lag(self) -> int:
         """Lag behind a page's first row under which a key is inside the model's window for all rows of the page."""
@@ -199,8 +197,9 @@ class BucketIndex:
         steps = steps.unflatten(0, (len(pages), self.page_size))
         triangle = torch.ones(self.page_size, self.page_size, device=steps.device, dtype=steps.dtype).tril()
         within = torch.matmul(triangle, steps)
-        carried = within[:, -1].cumsum(0) - within[:, -1] + base
-        return (within + carried.unsqueeze(1)).flatten(0, 1).int()
+        total = within[:, -1]
+        carried = total.cumsum(0) - total + base
+        return within.add_(carried.unsqueeze(1)).flatten(0, 1).int()
 
 
 @dataclass
@@ -226,6 +225,11 @@ class RowChunk:
             key index [R, budget] (int32, into the keys that the index was built from) and how many of its entries
             count, [R]; the others repeat an arbitrary key.
         """
+        slots, count = self.select_slots(query, budget)
+        return self.index.order.index_select(0, slots.view(-1)).view_as(slots), count
+
+    def select_slots(self, query: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+        """As `select`, but with places in `index.order`, where each bucket's keys stand side by side."""
         index = self.index
         ranked = _rank(self._scores(query), index.num_buckets)
         while True:
@@ -238,7 +242,7 @@ class RowChunk:
         before = reached - available
         taken = torch.minimum((budget - before).clamp(min=0), available)
         slots = _expand(end - taken, taken, before, budget).clamp_(max=len(index.order) - 1)
-        return index.order.index_select(0, slots.view(-1)).view_as(slots), taken.sum(-1)
+        return slots, taken.sum(-1)
 
     def _scores(self, query: Tensor) -> Tensor:
         """Product of each row's query with the bucket means of its page: [R, num_buckets]."""
@@ -278,15 +282,8 @@ def _rank(scores: Tensor, num_buckets: int) -> Tensor:
     bits |= torch.arange(num_buckets, device=bits.device, dtype=bits.dtype)
     if scores.device.type != "cpu":
         return scores.sort(-1).values
-    num_threads = torch.get_num_threads()
-    parts = [part for part in np.array_split(scores.numpy(), num_threads) if len(part)]
-    list(_threads(num_threads).map(lambda part: part.sort(-1), parts))
+    scores.numpy().sort(-1)
     return scores
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="hf_sparse_attn")
 
 
 def _expand(start: Tensor, length: Tensor, before: Tensor, width: int) -> Tensor:

@@ -9,21 +9,26 @@ weights (dot products with gathered rows). The backward computes each chunk agai
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_sparse_attn.ops.workers import in_order
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, LayerPattern, random_positions, static_positions
 
 _BLOCK = 64  # rows per banded matrix product
 _DENSE_BLOCK = 1024  # dense rows per piece where they need a mask
+_RECORDING = threading.Lock()  # recorders need not be safe for threads
+
+Result = TypeVar("Result")
 
 
 def document_attention(
@@ -79,6 +84,15 @@ class _Call:
 
 
 @dataclass(frozen=True)
+class _Table:
+    """A KV head's keys and values [N, head_dim] in another order, without gradients; `order` [N] are their indices."""
+
+    order: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
 class _Piece:
     """Rows that are computed together: slices of the query heads, of the rows and of the KV heads, and how."""
 
@@ -86,6 +100,10 @@ class _Piece:
     rows: slice
     kv_heads: slice
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def of(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The piece's own rows, keys and values."""
+        return query[self.heads, self.rows], key[self.kv_heads], value[self.kv_heads]
 
 
 class _Attention(torch.autograd.Function):
@@ -96,44 +114,61 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.call = call
         output = query.new_empty(*query.shape[:2], value.shape[-1])
-        for piece in _pieces(query, key, call):
-            output[piece.heads, piece.rows] = piece.attend(
-                query[piece.heads, piece.rows], key[piece.kv_heads], value[piece.kv_heads]
-            )
+
+        def attend(piece: _Piece) -> None:
+            rows, keys, values = piece.of(query, key, value)
+            output[piece.heads, piece.rows] = piece.attend(rows, keys, values)
+
+        for _ in _each_piece(attend, query, key, value, call):
+            pass
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
+
+        def gradients(piece: _Piece) -> tuple[_Piece, tuple[Tensor, ...]]:
+            inputs = [tensor.detach().requires_grad_() for tensor in piece.of(query, key, value)]
+            # Autocast is off as in the forward, wherever backward() is called.
+            with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
+                output = piece.attend(*inputs)
+                return piece, torch.autograd.grad(output, inputs, grad[piece.heads, piece.rows])
+
         grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        with torch.autocast(query.device.type, enabled=False):  # as in the forward, wherever backward() is called
-            for piece in _pieces(query, key, replace(ctx.call, recorder=None)):
-                inputs = [
-                    tensor.detach().requires_grad_()
-                    for tensor in (query[piece.heads, piece.rows], key[piece.kv_heads], value[piece.kv_heads])
-                ]
-                with torch.enable_grad():
-                    output = piece.attend(*inputs)
-                grad_query, grad_key, grad_value = torch.autograd.grad(output, inputs, grad[piece.heads, piece.rows])
-                grads[0][piece.heads, piece.rows] = grad_query
-                grads[1][piece.kv_heads] += grad_key
-                grads[2][piece.kv_heads] += grad_value
+        for piece, parts in _each_piece(gradients, query, key, value, replace(ctx.call, recorder=None)):
+            grads[0][piece.heads, piece.rows] = parts[0]
+            grads[1][piece.kv_heads] += parts[1]
+            grads[2][piece.kv_heads] += parts[2]
         return *grads, None
 
 
-def _pieces(query: Tensor, key: Tensor, call: _Call) -> Iterator[_Piece]:
-    """Dense rows first, then each KV head's query heads, a chunk of rows at a time."""
-    pattern, offset, key_offset = call.pattern, call.query_offset, call.key_offset
-    end = offset + query.shape[1]
+def _each_piece(
+    work: Callable[[_Piece], Result], query: Tensor, key: Tensor, value: Tensor, call: _Call
+) -> Iterator[Result]:
+    """`work` of every piece, in order: first the dense rows, then the sparse ones, on a CPU several at a time."""
+    end = call.query_offset + query.shape[1]
     dense_end = call.dense_end(end)
+    yield from map(work, _dense_pieces(query, dense_end, call))
+    parallel = query.device.type == "cpu" and end - dense_end >= _BLOCK
+    num_workers = torch.get_num_threads() if parallel else 1
+    yield from in_order(work, _sparse_pieces(query, key, value, dense_end, end, call), num_workers)
+
+
+def _dense_pieces(query: Tensor, dense_end: int, call: _Call) -> Iterator[_Piece]:
     everything = slice(None)
-    for start, stop in _dense_blocks(offset, dense_end, call):
+    for start, stop in _dense_blocks(call.query_offset, dense_end, call):
         if call.recorder is not None:
-            call.recorder.add_dense(pattern, range(query.shape[0]), start, stop)
-        yield _Piece(everything, slice(start - offset, stop - offset), everything, partial(_dense, call, start))
-    if dense_end == end:
+            call.recorder.add_dense(call.pattern, range(query.shape[0]), start, stop)
+        rows = slice(start - call.query_offset, stop - call.query_offset)
+        yield _Piece(everything, rows, everything, partial(_dense, call, start))
+
+
+def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: _Call) -> Iterator[_Piece]:
+    """Rows at positions start .. end - 1: each KV head's query heads, a chunk of rows at a time."""
+    if start == end:
         return
+    pattern, offset, key_offset = call.pattern, call.query_offset, call.key_offset
     group = query.shape[0] // key.shape[0]
     routes = pattern.sliding_window is None or pattern.sliding_window > pattern.config.window_size
     static = static_positions(pattern.config, end, key.device)
@@ -143,14 +178,16 @@ def _pieces(query: Tensor, key: Tensor, call: _Call) -> Iterator[_Piece]:
         heads = range(kv_head * group, (kv_head + 1) * group)
         index = None
         if routes and any(pattern.budgets[head] for head in heads):
-            index = BucketIndex(key[kv_head], bucket[kv_head], static, dense_end, key_offset, pattern)
-        start = dense_end
-        while start < end:
-            stop = min((start // chunk_rows + 1) * chunk_rows, end)
-            rows = slice(start - offset, stop - offset)
-            attend = partial(_sparse, call, heads, index, static, start)
+            index = BucketIndex(key[kv_head], bucket[kv_head], static, start, key_offset, pattern)
+        order = torch.arange(key.shape[1], device=key.device) if index is None else index.order.long()
+        table = _Table(order, key[kv_head].index_select(0, order), value[kv_head].index_select(0, order))
+        row = start
+        while row < end:
+            stop = min((row // chunk_rows + 1) * chunk_rows, end)
+            attend = partial(_sparse, call, heads, index, table, static, row)
+            rows = slice(row - offset, stop - offset)
             yield _Piece(slice(heads.start, heads.stop), rows, slice(kv_head, kv_head + 1), attend)
-            start = stop
+            row = stop
 
 
 def _dense_blocks(start: int, stop: int, call: _Call) -> Iterator[tuple[int, int]]:
@@ -183,6 +220,7 @@ def _sparse(
     call: _Call,
     heads: range,
     index: BucketIndex | None,
+    table: _Table,
     static: Tensor,
     start: int,
     query: Tensor,
@@ -194,6 +232,7 @@ def _sparse(
     Args:
         heads: which query heads these are.
         index: the KV head's routable keys; None: nothing is routed.
+        table: keys and values that routed and random keys are gathered from.
         static: sorted positions of the static keys.
         start: position of the first row.
         query: [group, R, head_dim].
@@ -232,23 +271,26 @@ def _sparse(
         unused: Tensor | None = None  # entries of `gathered` that do not count
         with torch.no_grad():
             if chunk is not None and pattern.budgets[head]:
-                gathered, count = chunk.select(rows, pattern.budgets[head])
+                gathered, count = chunk.select_slots(rows, pattern.budgets[head])
                 if bool((count < gathered.shape[1]).any()):
                     unused = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
             if drawn is not None:
-                gathered, unused = _with_random(gathered, unused, drawn, position, static, window, key_offset, pattern)
+                gathered, unused = _with_random(
+                    gathered, unused, drawn, position, static, window, key_offset, pattern, table.order
+                )
         if gathered is not None:
-            scores.append(_hide(_GatherDot.apply(rows, key, gathered), unused))
-        table = torch.cat(scores, -1)
-        weights = table.softmax(-1).split([part.shape[-1] for part in scores], -1)
+            scores.append(_hide(_GatherDot.apply(rows, key, table.key, gathered, table.order), unused))
+        side_by_side = torch.cat(scores, -1)
+        weights = side_by_side.softmax(-1).split([part.shape[-1] for part in scores], -1)
         output = weights[0] @ static_value + _window_values(weights[1], band_value)
         if gathered is not None:
-            output = output + _GatherSum.apply(weights[2], value, gathered)
+            output = output + _GatherSum.apply(weights[2], value, table.value, gathered, table.order)
         outputs.append(output)
         if recorder is not None:
             parts = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
-            parts += [gathered + key_offset] if gathered is not None else []
-            recorder.add(pattern, head, position, table > -torch.inf, partial(torch.cat, parts, -1))
+            parts += [table.order[gathered] + key_offset] if gathered is not None else []
+            with _RECORDING:
+                recorder.add(pattern, head, position, side_by_side > -torch.inf, partial(torch.cat, parts, -1))
     return torch.stack(outputs)
 
 
@@ -314,6 +356,7 @@ def _with_random(
     window: int,
     key_offset: int,
     pattern: LayerPattern,
+    order: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Append the random keys that no other part of the pattern reads already."""
     drawn = drawn.sort(-1).values
@@ -321,47 +364,49 @@ def _with_random(
     if pattern.sliding_window is not None:
         seen |= drawn <= position[:, None] - pattern.sliding_window
     seen[:, 1:] |= drawn[:, 1:] == drawn[:, :-1]
-    drawn = drawn - key_offset
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    drawn = place[(drawn - key_offset).clamp_(min=0)]
     if gathered is None:
-        return drawn.clamp_(min=0).int(), seen
+        return drawn.int(), seen
     routed = gathered if unused is None else gathered.masked_fill(unused, -1)
     routed = routed.long().sort(-1).values.contiguous()
-    place = torch.searchsorted(routed, drawn).clamp_(max=routed.shape[-1] - 1)
-    seen |= routed.gather(-1, place) == drawn
+    nearest = torch.searchsorted(routed, drawn).clamp_(max=routed.shape[-1] - 1)
+    seen |= routed.gather(-1, nearest) == drawn
     if unused is None:
         unused = torch.zeros_like(gathered, dtype=torch.bool)
-    return torch.cat([gathered, drawn.clamp_(min=0).int()], -1), torch.cat([unused, seen], -1)
+    return torch.cat([gathered, drawn.int()], -1), torch.cat([unused, seen], -1)
 
 
 class _GatherDot(torch.autograd.Function):
-    """scores[r, m] = rows[r] . table[index[r, m]]: [R, D], [N, D], [R, M] -> [R, M]."""
+    """scores[r, m] = rows[r] . table[index[r, m]]: [R, D], [N, D], [R, M] -> [R, M], where table is source[order]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, table, index)
+    def forward(ctx: Any, rows: Tensor, source: Tensor, table: Tensor, index: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, table, index, order)
         return _gather_dot(rows, table, index)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        rows, table, index = ctx.saved_tensors
+        rows, table, index, order = ctx.saved_tensors
         (grad,) = grad_outputs
-        return _gather_sum(grad, table, index), _scatter_sum(grad, rows, index, len(table)), None
+        return _gather_sum(grad, table, index), _scatter_sum(grad, rows, index, order), None, None, None
 
 
 class _GatherSum(torch.autograd.Function):
-    """out[r] = sum over m of weights[r, m] * table[index[r, m]]: [R, M], [N, D], [R, M] -> [R, D]."""
+    """out[r] = sum of weights[r, m] * table[index[r, m]] over m: [R, M], [N, D], [R, M] -> [R, D]; as above."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, table, index)
+    def forward(ctx: Any, weights: Tensor, source: Tensor, table: Tensor, index: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, table, index, order)
         return _gather_sum(weights, table, index)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        weights, table, index = ctx.saved_tensors
+        weights, table, index, order = ctx.saved_tensors
         (grad,) = grad_outputs
         grad = grad.contiguous()
-        return _gather_dot(grad, table, index), _scatter_sum(weights, grad, index, len(table)), None
+        return _gather_dot(grad, table, index), _scatter_sum(weights, grad, index, order), None, None, None
 
 
 def _gather_dot(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
@@ -379,9 +424,10 @@ def _gather_sum(weights: Tensor, table: Tensor, index: Tensor) -> Tensor:
     return F.embedding_bag(index, table.contiguous(), per_sample_weights=weights.contiguous(), mode="sum")
 
 
-def _scatter_sum(weights: Tensor, rows: Tensor, index: Tensor, num_keys: int) -> Tensor:
-    """out[n] = sum of weights[r, m] * rows[r] over all (r, m) with index[r, m] == n: the gather turned around."""
-    keys, order = torch.sort(index.reshape(-1), stable=True)
-    first = torch.searchsorted(keys, torch.arange(num_keys, device=keys.device, dtype=keys.dtype))
-    row = torch.div(order, index.shape[1], rounding_mode="floor")
-    return F.embedding_bag(row, rows.contiguous(), first, per_sample_weights=weights.reshape(-1)[order], mode="sum")
+def _scatter_sum(weights: Tensor, rows: Tensor, index: Tensor, order: Tensor) -> Tensor:
+    """out[order[n]] = sum of weights[r, m] * rows[r] over all (r, m) with index[r, m] == n: the gather reversed."""
+    keys, pairs = torch.sort(index.reshape(-1), stable=True)
+    first = torch.searchsorted(keys, torch.arange(len(order), device=keys.device, dtype=keys.dtype))
+    row = torch.div(pairs, index.shape[1], rounding_mode="floor")
+    sums = F.embedding_bag(row, rows.contiguous(), first, per_sample_weights=weights.reshape(-1)[pairs], mode="sum")
+    return torch.empty_like(sums).index_copy_(0, order, sums)

@@ -1,0 +1,49 @@
+"""Threads for many small operations on a CPU.
+
+PyTorch splits each operation over its threads and waits for all of them at its end. With operations of a tenth of a
+millisecond that costs as much as it saves, and on a machine that is busy with something else every wait can last a
+time slice. Here each thread computes whole pieces of work with operations of one thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
+    """`map(work, items)` computed by `num_workers` threads, with at most two items per thread under way.
+
+    While it runs, operations of PyTorch use one thread each; afterwards as many as before. Gradients are recorded in
+    `work` if they are where this is called.
+    """
+    if num_workers <= 1:
+        yield from map(work, items)
+        return
+    grad_enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def isolated(item: Item) -> Result:
+        # These modes belong to a thread.
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad_enabled):
+            return work(item)
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_workers, thread_name_prefix="hf_sparse_attn") as pool:
+            pending: deque[Future[Result]] = deque()
+            for item in items:
+                pending.append(pool.submit(isolated, item))
+                if len(pending) >= 2 * num_workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+    finally:
+        torch.set_num_threads(num_threads)
