@@ -107,8 +107,8 @@ def main() -> None:
     with argument("--calibration-dataset"), tqdm(total=num_steps(len(documents)), desc="calibrating") as bar:
 
         def progress(step: str) -> None:
+            bar.update(1 if bar.postfix else 0)  # the step before this one is done
             bar.set_postfix_str(step)
-            bar.update()
 
         fitted = calibrate(
             model,
@@ -117,6 +117,7 @@ def main() -> None:
             arguments.key_budget,
             progress,
         )
+        bar.update()
     model.config.sparse_attention = fitted.to_dict()
 
     result = None
