@@ -116,15 +116,15 @@ def window_one_too_narrow(monkeypatch):
 
 
 def one_future_key_among_the_routed(monkeypatch):
-    select = RowChunk.select
+    select_slots = RowChunk.select_slots
 
     def mutant(self, query, budget):
-        routed, count = select(self, query, budget)
+        slots, count = select_slots(self, query, budget)
         later = (torch.arange(self.start, self.stop) + 1 - self.index.key_offset).clamp(max=len(self.index.key) - 1)
-        routed[:, 0] = torch.where(count > 0, later.int(), routed[:, 0])
-        return routed, count
+        slots[:, 0] = torch.where(count > 0, self.index.order.argsort()[later].int(), slots[:, 0])
+        return slots, count
 
-    monkeypatch.setattr(RowChunk, "select", mutant)
+    monkeypatch.setattr(RowChunk, "select_slots", mutant)
 
 
 def routed_candidates_one_key_too_late(monkeypatch):
@@ -162,8 +162,8 @@ def bucket_means_are_sums(monkeypatch):
 
 
 def worst_buckets_first(monkeypatch):
-    select = RowChunk.select
-    monkeypatch.setattr(RowChunk, "select", lambda self, query, budget: select(self, -query, budget))
+    select_slots = RowChunk.select_slots
+    monkeypatch.setattr(RowChunk, "select_slots", lambda self, query, budget: select_slots(self, -query, budget))
 
 
 def keys_beside_the_last_bucket(monkeypatch):
@@ -204,8 +204,8 @@ def no_gradient_of_queries_through_routed_keys(monkeypatch):
 
     class Mutant:
         @staticmethod
-        def apply(rows, table, index):
-            return gather_dot(rows.detach(), table, index)
+        def apply(rows, *others):
+            return gather_dot(rows.detach(), *others)
 
     monkeypatch.setattr(torch_ops, "_GatherDot", Mutant)
 

@@ -130,16 +130,17 @@ class _Attention(torch.autograd.Function):
 
         def gradients(piece: _Piece) -> tuple[_Piece, tuple[Tensor, ...]]:
             inputs = [tensor.detach().requires_grad_() for tensor in piece.of(query, key, value)]
-            # Autocast is off as in the forward, wherever backward() is called.
-            with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
+            with torch.enable_grad():
                 output = piece.attend(*inputs)
-                return piece, torch.autograd.grad(output, inputs, grad[piece.heads, piece.rows])
+            return piece, torch.autograd.grad(output, inputs, grad[piece.heads, piece.rows])
 
         grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for piece, parts in _each_piece(gradients, query, key, value, replace(ctx.call, recorder=None)):
-            grads[0][piece.heads, piece.rows] = parts[0]
-            grads[1][piece.kv_heads] += parts[1]
-            grads[2][piece.kv_heads] += parts[2]
+        # Autocast is off as in the forward, wherever backward() is called; threads start with it off.
+        with torch.autocast(query.device.type, enabled=False):
+            for piece, parts in _each_piece(gradients, query, key, value, replace(ctx.call, recorder=None)):
+                grads[0][piece.heads, piece.rows] = parts[0]
+                grads[1][piece.kv_heads] += parts[1]
+                grads[2][piece.kv_heads] += parts[2]
         return *grads, None
 
 
