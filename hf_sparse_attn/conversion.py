@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash, quantize_codewords
-from hf_sparse_attn.integration import Observer, observe
+from hf_sparse_attn.integration import Observer, observe_dense
 from hf_sparse_attn.routing import BucketIndex, LayerPattern, static_positions
 
 NUM_CODEBOOKS = 2
@@ -54,29 +54,21 @@ def calibrate(
             f"calibration documents must have at least {minimum_tokens(config)} tokens, so that some rows are sparse; "
             f"the shortest has {shortest}"
         )
-    original = getattr(model.config, "sparse_attention", None)
-    try:
-        # Calibration reads the dense model's own queries and keys.
-        model.config.sparse_attention = {"dense_below": max(len(document) for document in documents)}
-        statistics: dict[int, _HeadStatistics] = {}
-        fitting = documents[:-1] if len(documents) > 1 else documents
-        for i, document in enumerate(fitting):
-            progress(f"reading calibration document {i + 1} of {len(fitting)}")
-            with observe(model, _collect(statistics)):
-                model.base_model(input_ids=document[None].to(model.device), use_cache=False)
-        if not statistics:
-            raise ValueError("model: its attention never goes through Transformers' attention registry")
-        progress("fitting the hash")
-        hashes = {layer: layer_statistics.fit(config.seed) for layer, layer_statistics in sorted(statistics.items())}
-        progress("measuring every head's error by budget")
-        errors: dict[int, Tensor] = {}
-        with observe(model, _measure(hashes, config, errors)):
-            model.base_model(input_ids=documents[-1][None].to(model.device), use_cache=False)
-    finally:
-        if original is None:
-            del model.config.sparse_attention
-        else:
-            model.config.sparse_attention = original
+    # Calibration reads the dense model's own queries and keys.
+    statistics: dict[int, _HeadStatistics] = {}
+    fitting = documents[:-1] if len(documents) > 1 else documents
+    for i, document in enumerate(fitting):
+        progress(f"reading calibration document {i + 1} of {len(fitting)}")
+        with observe_dense(model, _collect(statistics)):
+            model.base_model(input_ids=document[None].to(model.device), use_cache=False)
+    if not statistics:
+        raise ValueError("model: its attention never goes through Transformers' attention registry")
+    progress("fitting the hash")
+    hashes = {layer: layer_statistics.fit(config.seed) for layer, layer_statistics in sorted(statistics.items())}
+    progress("measuring every head's error by budget")
+    errors: dict[int, Tensor] = {}
+    with observe_dense(model, _measure(hashes, config, errors)):
+        model.base_model(input_ids=documents[-1][None].to(model.device), use_cache=False)
     layers = range(max(hashes) + 1)
     # A hybrid model has layers without attention; they get an empty place in the tables.
     some_hash, some_errors = next(iter(hashes.values())), next(iter(errors.values()))

@@ -79,7 +79,7 @@ def encode_calibrated_hash(weight: Tensor, bias: Tensor) -> str:
     """
     from safetensors.torch import save
 
-    scale = weight.abs().amax(2, keepdim=True).clamp(min=1e-12) / _LEVELS
+    scale = _scale(weight)
     tensors = {
         "weight": (weight / scale).round().to(torch.int8).contiguous(),
         "scale": scale.float().contiguous(),
@@ -90,8 +90,13 @@ def encode_calibrated_hash(weight: Tensor, bias: Tensor) -> str:
 
 def quantize_codewords(weight: Tensor) -> Tensor:
     """`weight` [..., head_dim, num_codebooks, codebook_size] as it comes back from `encode_calibrated_hash`."""
-    scale = weight.abs().amax(-3, keepdim=True).clamp(min=1e-12) / _LEVELS
+    scale = _scale(weight)
     return (weight / scale).round() * scale
+
+
+def _scale(weight: Tensor) -> Tensor:
+    """Step of the int8 code of each codeword: [..., head_dim, T, C] -> [..., 1, T, C]."""
+    return weight.abs().amax(-3, keepdim=True).clamp(min=1e-12) / _LEVELS
 
 
 @functools.lru_cache(maxsize=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -189,6 +190,22 @@ def record(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]
 def observe(model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
     """Call `observer(pattern, query, key, value, scaling)` before each attention of the forwards in this block."""
     return _attached(model, _OBSERVER, observer)
+
+
+@contextmanager
+def observe_dense(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """As `observe`, while every row of the model reads everything; its configuration is put back afterwards."""
+    config: Any = model.config
+    original = getattr(config, "sparse_attention", None)
+    config.sparse_attention = {"dense_below": sys.maxsize}
+    try:
+        with observe(model, observer):
+            yield
+    finally:
+        if original is None:
+            del config.sparse_attention
+        else:
+            config.sparse_attention = original
 
 
 @contextmanager

@@ -31,6 +31,18 @@ def resolve_model(model: str) -> str:
     return model
 
 
+def load_config(path: str) -> Any:
+    """The config of a checkpoint, its `sparse_attention` (if it has one) validated.
+
+    Raises:
+        ValueError: a field of its own that `SparseAttentionConfig` refuses.
+        OSError: there is no such model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    merge_sparse_attention(config)
+    return config
+
+
 def parse_device(device: str | None) -> torch.device:
     """The device of a `--device` argument; None takes the GPU if there is one.
 

@@ -47,13 +47,14 @@ def main() -> None:
             check_output_file(arguments.output)
 
     from tqdm import tqdm
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
     from hf_sparse_attn.integration import merge_sparse_attention
     from hf_sparse_attn.loading import (
+        load_config,
         load_sparse_model,
         parse_device,
         parse_dtype,
@@ -68,8 +69,7 @@ def main() -> None:
         texts = load_documents(arguments.dataset, arguments.split)
     with argument(f"--model {arguments.model}"):
         path = resolve_model(arguments.model)
-        config = AutoConfig.from_pretrained(path)
-        merge_sparse_attention(config)  # its own fields are sound
+        config = load_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     with argument("--sparse-attention"):
         sparse_attention = merge_sparse_attention(config, arguments.sparse_attention)

@@ -40,14 +40,14 @@ def main() -> None:
 
     import torch
     from tqdm import tqdm
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.recall import kept_mass
     from hf_sparse_attn.integration import merge_sparse_attention
-    from hf_sparse_attn.loading import load_sparse_model, parse_device, resolve_model
+    from hf_sparse_attn.loading import load_config, load_sparse_model, parse_device, resolve_model
 
     with argument("--device"):
         device = parse_device(arguments.device)
@@ -55,8 +55,7 @@ def main() -> None:
         texts = load_documents(arguments.dataset, arguments.split)
     with argument(f"--model {arguments.model}"):
         path = resolve_model(arguments.model)
-        model_config = AutoConfig.from_pretrained(path)
-        merge_sparse_attention(model_config)  # its own fields are sound
+        model_config = load_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     with argument("--sparse-attention"):
         config = SparseAttentionConfig.from_dict(merge_sparse_attention(model_config, arguments.sparse_attention))

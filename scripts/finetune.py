@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sparse_attn.command_line import (
@@ -25,7 +25,7 @@ from hf_sparse_attn.command_line import (
 )
 from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
 from hf_sparse_attn.integration import merge_sparse_attention
-from hf_sparse_attn.loading import load_sparse_model, parse_dtype, resolve_model
+from hf_sparse_attn.loading import load_config, load_sparse_model, parse_dtype, resolve_model
 from hf_sparse_attn.training import FinetuneArguments, finetune
 
 
@@ -94,8 +94,7 @@ def main() -> None:
         documents = load_documents(script.dataset, "train")
     with argument(f"--model {script.model}"):
         path = resolve_model(script.model)
-        config = AutoConfig.from_pretrained(path)
-        merge_sparse_attention(config)  # its own fields are sound
+        config = load_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     with argument("--sparse-attention"):
         merge_sparse_attention(config, overrides)

@@ -53,11 +53,11 @@ def main() -> None:
             raise ValueError(f"{arguments.output!r} must end in one of {', '.join(SUFFIXES)}")
 
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.integration import merge_sparse_attention, record
-    from hf_sparse_attn.loading import load_sparse_model, parse_device, resolve_model
+    from hf_sparse_attn.loading import load_config, load_sparse_model, parse_device, resolve_model
     from hf_sparse_attn.visualization import PatternRecorder, plot_pattern
 
     with argument("--device"):
@@ -66,8 +66,7 @@ def main() -> None:
         texts = load_documents(arguments.dataset, arguments.split)
     with argument(f"--model {arguments.model}"):
         path = resolve_model(arguments.model)
-        config = AutoConfig.from_pretrained(path)
-        merge_sparse_attention(config)  # its own fields are sound
+        config = load_config(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     with argument("--sparse-attention"):
         merge_sparse_attention(config, arguments.sparse_attention)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.integration import Observer, observe
+from hf_sparse_attn.integration import Observer, observe_dense
 from hf_sparse_attn.ops import compute_dtype, document_attention
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
 
@@ -40,17 +40,9 @@ def kept_mass(
         (mean number per row), and "layers" (per layer, per head: the same).
     """
     totals: dict[tuple[int, int], Tensor] = {}
-    original = getattr(model.config, "sparse_attention", None)
-    try:
-        model.config.sparse_attention = {"dense_below": max(len(document) for document in documents)}
-        for document in progress(documents):
-            with observe(model, _observer(config, num_rows, totals)):
-                model.base_model(input_ids=document[None].to(model.device), use_cache=False)
-    finally:
-        if original is None:
-            del model.config.sparse_attention
-        else:
-            model.config.sparse_attention = original
+    for document in progress(documents):
+        with observe_dense(model, _observer(config, num_rows, totals)):
+            model.base_model(input_ids=document[None].to(model.device), use_cache=False)
     if not totals:
         raise ValueError("model: its attention never goes through Transformers' attention registry")
     num_layers = max(layer for layer, _ in totals) + 1
