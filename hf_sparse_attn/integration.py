@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sparse_attn import ops
+from hf_sparse_attn.attention import Inputs, attention
+from hf_sparse_attn.compiled import compiled_attention
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.masking import documents, signed_positions
+from hf_sparse_attn.masking import signed_positions, unsupported
+from hf_sparse_attn.parallel import head_split
 from hf_sparse_attn.recording import DensityRecorder, Recorder
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
 
@@ -48,6 +50,9 @@ def sparse_attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention function.
@@ -56,10 +61,13 @@ def sparse_attention_forward(
         module: the attention layer; `module.config.sparse_attention` (a plain dict, or absent) is the configuration.
         query: [batch, num_heads, Q, head_dim].
         key, value: [batch, num_key_value_heads, KV, head_dim].
-        attention_mask: what `masking.signed_positions` returned.
+        attention_mask: what `masking.signed_positions` returned, or a caller's own causal 4D mask [batch, 1, Q, KV].
         scaling: factor on query . key; head_dim ** -0.5 if None.
         position_ids: [1 or batch, Q]; shows where packed documents start.
         sliding_window: the model's own window for this layer.
+        softcap: scores become softcap * tanh(score / softcap).
+        s_aux: [num_heads], attention sinks.
+        cu_seq_lens_q, seq_idx: where packed documents start, as DataCollatorWithFlattening says it.
 
     Returns:
         output [batch, Q, num_heads, head_dim] in query's dtype, and None for the weights, which are never formed.
@@ -69,64 +77,22 @@ def sparse_attention_forward(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
-        raise _unsupported("non-causal attention")
-    if softcap is not None:
-        raise _unsupported("attention softcapping")
-    if s_aux is not None:
-        raise _unsupported("attention sinks")
+        raise unsupported("non-causal attention")
     if dropout > 0:
-        raise _unsupported(f"attention dropout (attention_dropout={dropout})")
+        raise unsupported(f"attention dropout (attention_dropout={dropout})")
+    if output_attentions:
+        raise unsupported("output_attentions=True, because attention weights are never formed")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens_q, seq_idx, s_aux)
+    if torch.compiler.is_compiling():
+        fields = getattr(module.config, "sparse_attention", None)
+        split = head_split(module, query.shape[1], key.shape[1])
+        return compiled_attention(inputs, fields, _layer_idx(module), split, sliding_window, scaling, softcap), None
     pattern = _module_pattern(module, query, key, sliding_window)
-    recorder = module.__dict__.get(_RECORDER)
     observer = module.__dict__.get(_OBSERVER)
     if observer is not None:
         observer(pattern, query, key, value, scaling)
-
-    batch_size, num_heads, q_length, _ = query.shape
-    kv_length = key.shape[2]
-    dense_rows = pattern.dense_rows()
-    if (
-        attention_mask is None
-        and pattern.config.implementation != "reference"
-        and (dense_rows is None or kv_length <= dense_rows)
-        and (sliding_window is None or kv_length <= sliding_window)
-        and q_length in (1, kv_length)
-        and (position_ids is None or _one_document(position_ids, kv_length))
-    ):
-        output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=q_length > 1, scale=scaling, enable_gqa=True
-        )
-        if recorder is not None:
-            recorder.add_dense(pattern, range(batch_size * num_heads), kv_length - q_length, kv_length)
-        return output.transpose(1, 2).contiguous(), None
-
-    output = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])
-    for document in documents(attention_mask, position_ids, batch_size, q_length, kv_length):
-        heads_first = ops.document_attention(
-            query[document.batch][:, document.queries],
-            key[document.batch][:, document.keys],
-            value[document.batch][:, document.keys],
-            pattern=pattern,
-            query_offset=document.query_offset,
-            key_offset=document.key_offset,
-            scaling=scaling,
-            recorder=recorder,
-        )
-        output[document.batch, document.queries] = heads_first.transpose(0, 1).to(output.dtype)
-    return output, None
-
-
-def _unsupported(what: str) -> ValueError:
-    return ValueError(f'attn_implementation="sparse" does not support {what}; load the model with "sdpa"')
-
-
-def _one_document(position_ids: Tensor, kv_length: int) -> bool:
-    """Whether the positions run on without a new start and reach back to the first key."""
-    q_length = position_ids.shape[-1]
-    if q_length == 1:
-        return bool((position_ids >= kv_length - 1).all())
-    return bool((position_ids[:, 1:] > position_ids[:, :-1]).all())
+    return attention(inputs, pattern, scaling, softcap, module.__dict__.get(_RECORDER)), None
 
 
 def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_window: int | None) -> LayerPattern:
@@ -136,14 +102,24 @@ def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_windo
     layer = (sliding_window, query.shape[1], key.shape[1], query.shape[-1], query.device, dtype)
     cached = module.__dict__.get(_CACHED)
     if cached is None or cached[0] != fields or cached[1] != layer:
-        config = SparseAttentionConfig.from_dict(fields)
-        layer_idx = int(getattr(module, "layer_idx", 0) or 0)
+        heads = query.shape[1], key.shape[1]
         pattern = layer_pattern(
-            config, layer_idx, query.shape[1], key.shape[1], query.shape[-1], query.device, dtype, sliding_window
+            SparseAttentionConfig.from_dict(fields),
+            _layer_idx(module),
+            *heads,
+            query.shape[-1],
+            query.device,
+            dtype,
+            sliding_window,
+            head_split(module, *heads),
         )
         cached = (copy.deepcopy(fields), layer, pattern)  # a copy: the model's own may be changed in place
         module.__dict__[_CACHED] = cached
     return cached[2]
+
+
+def _layer_idx(module: nn.Module) -> int:
+    return int(getattr(module, "layer_idx", None) or 0)
 
 
 def configure(model: nn.Module, **fields: Any) -> SparseAttentionConfig:
@@ -162,6 +138,22 @@ def configure(model: nn.Module, **fields: Any) -> SparseAttentionConfig:
     text_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     text_config.sparse_attention = merge_sparse_attention(text_config, fields)
     return SparseAttentionConfig.from_dict(text_config.sparse_attention)
+
+
+@torch.no_grad()
+def check_model(model: nn.Module) -> None:
+    """Make sure that sparse attention really runs in a model, by a forward of eight tokens.
+
+    Some families (Mamba, for one) take any attn_implementation and never call it: everything measured would be dense.
+
+    Raises:
+        ValueError: if the model does not call it, or asks for something that it does not support.
+    """
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=next(model.parameters()).device)
+    with record_density(model) as density:
+        model(input_ids=tokens, use_cache=False)
+    if density.admissible == 0:
+        raise unsupported(f"{type(model).__name__}, which never calls its attention through Transformers' registry")
 
 
 def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:

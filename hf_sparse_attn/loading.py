@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_sparse_attn.demo import demo_model_directory
-from hf_sparse_attn.integration import merge_sparse_attention, record_density
+from hf_sparse_attn.integration import check_model, merge_sparse_attention
 
 
 def resolve_model(model: str) -> str:
@@ -86,17 +86,5 @@ def load_sparse_model(path: str, overrides: dict[str, Any] | None = None, **kwar
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, config=config, attn_implementation="sparse", **kwargs
     )
-    _check_sparse_runs(model)
+    check_model(model)
     return model
-
-
-def _check_sparse_runs(model: PreTrainedModel) -> None:
-    # Some families accept any implementation's name and never call it: everything measured would then be dense.
-    tokens = torch.zeros(1, 8, dtype=torch.int64, device=model.device)
-    with torch.no_grad(), record_density(model) as density:
-        model(input_ids=tokens, use_cache=False)
-    if density.admissible == 0:
-        raise ValueError(
-            f"{type(model).__name__} never calls its attention through Transformers' attention registry, "
-            "so sparse attention cannot reach it"
-        )

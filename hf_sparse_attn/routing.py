@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.hashing import BucketHash, layer_hash
+from hf_sparse_attn.parallel import HeadSplit
 
 CHUNK_PAGES = 16  # pages of rows that are routed and computed together
 _UNROUTABLE = -1e30  # score of a bucket that a row must not take
@@ -25,8 +26,8 @@ class LayerPattern:
     Args:
         config: the model's sparse attention config.
         layer_idx: index of the layer.
-        budgets: routed keys per row for each query head.
-        bucket_hash: the layer's hash.
+        budgets: routed keys per row for each query head of this process.
+        bucket_hash: the hash of its KV heads.
         sliding_window: the model's own window (keys with `p - sliding_window < j`), or None.
     """
 
@@ -50,15 +51,28 @@ def layer_pattern(
     device: torch.device,
     dtype: torch.dtype,
     sliding_window: int | None = None,
+    split: HeadSplit | None = None,
 ) -> LayerPattern:
     """The pattern of one layer, its hash on `device` in `dtype`.
+
+    Args:
+        config: the model's sparse attention config, which counts all heads of the layer.
+        layer_idx: index of the layer.
+        num_heads, num_kv_heads: query and KV heads of this process.
+        head_dim: size of each.
+        device, dtype: of the hash.
+        sliding_window: the model's own window, or None.
+        split: which part of the layer's heads this process holds; None: all of them.
 
     Raises:
         ValueError: if the config's budgets or its calibrated hash do not fit the layer.
     """
-    bucket_hash = layer_hash(config, layer_idx, num_kv_heads, head_dim)
-    bucket_hash = BucketHash(bucket_hash.weight.to(device, dtype), bucket_hash.bias.to(device, dtype))
-    return LayerPattern(config, layer_idx, config.head_budgets(layer_idx, num_heads), bucket_hash, sliding_window)
+    split = split or HeadSplit()
+    budgets = config.head_budgets(layer_idx, num_heads * split.size)[split.rank * num_heads :][:num_heads]
+    whole = layer_hash(config, layer_idx, num_kv_heads * split.kv_size, head_dim)
+    kv_heads = slice(split.kv_rank * num_kv_heads, (split.kv_rank + 1) * num_kv_heads)
+    bucket_hash = BucketHash(whole.weight[kv_heads].to(device, dtype), whole.bias[kv_heads].to(device, dtype))
+    return LayerPattern(config, layer_idx, budgets, bucket_hash, sliding_window)
 
 
 def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from attention_checks import (
 )
 from transformers import AutoModelForCausalLM
 
+from hf_sparse_attn import check_model
 from hf_sparse_attn.integration import sparse_attention_forward
 
 
@@ -120,7 +121,7 @@ class TestRefusals:
         return sparse_attention_forward(model.model.layers[0].self_attn, query, key, key, None, **kwargs)
 
     def test_accepted_otherwise(self):
-        output, weights = self.call(dropout=0.0, softcap=None, s_aux=None, is_causal=True)
+        output, weights = self.call(dropout=0.0, softcap=3.0, s_aux=torch.zeros(4), is_causal=True)
         assert output.shape == (1, 5, 4, 8)
         assert weights is None
 
@@ -128,11 +129,10 @@ class TestRefusals:
         ("kwargs", "message"),
         [
             ({"is_causal": False}, "non-causal attention"),
-            ({"softcap": 30.0}, "attention softcapping"),
-            ({"s_aux": torch.zeros(4)}, "attention sinks"),
             ({"dropout": 0.1}, r"attention dropout \(attention_dropout=0.1\)"),
+            ({"output_attentions": True}, "output_attentions=True"),
         ],
-        ids=["non-causal", "softcap", "sinks", "dropout"],
+        ids=["non-causal", "dropout", "weights"],
     )
     def test_call(self, kwargs, message):
         with pytest.raises(ValueError, match=rf'^attn_implementation="sparse" does not support {message}') as error:
@@ -147,14 +147,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="attention dropout"):
             logits(model.train(), ids)
 
-    @pytest.mark.parametrize("dtype", [torch.bool, torch.float64], ids=str)
-    @pytest.mark.parametrize("dense_below", [0, 100])
-    def test_4d_mask(self, dtype, dense_below):
-        model, ids = tiny_model(dense_below=dense_below), tokens(10)
-        mask = torch.ones(10, 10, dtype=torch.bool).tril()[None, None]
-        mask = mask if dtype == torch.bool else torch.zeros(1, 1, 10, 10, dtype=dtype).masked_fill(~mask, -1e9)
-        with pytest.raises(ValueError, match="takes a 2D attention_mask"):
-            logits(model, ids, attention_mask=mask)
+    def test_multimodal_position_ids(self):
+        with pytest.raises(ValueError, match=r"takes position_ids \[batch, 5\]; got shape \(3, 1, 5\)"):
+            self.call(position_ids=torch.zeros(3, 1, 5))
 
     def test_model_made_bidirectional(self):
         model = tiny_model()
@@ -165,7 +160,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "extra"),
         [
-            ("Gemma2", {"head_dim": 8}),
             ("Bert", {}),
             (
                 "Llama4Text",
@@ -178,7 +172,7 @@ class TestRefusals:
                 },
             ),
         ],
-        ids=["softcapping", "encoder", "chunked attention"],
+        ids=["encoder", "chunked attention"],
     )
     def test_model(self, name, extra):
         import transformers
@@ -198,6 +192,35 @@ class TestRefusals:
         model = getattr(transformers, name.removesuffix("Text") + suffix)(config).eval()
         with pytest.raises(ValueError, match=r'^attn_implementation="sparse" does not support'):
             model(tokens(40))
+
+
+class TestModelsThatNeverCallIt:
+    """They take any attn_implementation without a word."""
+
+    def model(self, name, **fields):
+        import transformers
+
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=64, hidden_size=32, num_hidden_layers=2, pad_token_id=0, **fields
+        )
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sparse").eval()
+
+    def test_first_forward(self):
+        with pytest.raises(ValueError, match="does not support bloom, which never calls its attention") as error:
+            self.model("Bloom", n_head=4)(tokens(10))
+        assert "\n" not in str(error.value)
+
+    def test_check_model(self):
+        """Mamba has no attention, so nothing of the plugin is called in its forward."""
+        with pytest.raises(ValueError, match="does not support MambaForCausalLM, which never calls its attention"):
+            check_model(self.model("Mamba", state_size=4))
+
+    @pytest.mark.parametrize("name", ["GPTNeoX", "Jamba", "Olmo2"])
+    def test_models_that_do(self, name):
+        fields = {"Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "num_experts": 2}}
+        model = self.model(name, num_attention_heads=4, num_key_value_heads=2, **fields.get(name, {}))
+        check_model(model)
+        model(tokens(10))
 
 
 IMPORTING = """

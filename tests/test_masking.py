@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig, masking_utils
 
 import hf_sparse_attn  # noqa: F401  (registers the mask function)
-from hf_sparse_attn.masking import PADDED_QUERY, Document, documents, signed_positions
+from hf_sparse_attn.masking import PADDED_QUERY, Document, document_starts, documents, signed_positions
 
 PAD = PADDED_QUERY
 
@@ -20,7 +20,7 @@ def mask(*rows):
     return torch.tensor(rows, dtype=torch.bool)
 
 
-def split(attention_mask=None, position_ids=None, batch_size=1, q_length=1, kv_length=1):
+def split(attention_mask=None, position_ids=None, batch_size=1, q_length=1, kv_length=1, starts=None):
     """The documents with plain lists for indices."""
     ids = None if position_ids is None else torch.tensor(position_ids)
     return [
@@ -31,7 +31,7 @@ def split(attention_mask=None, position_ids=None, batch_size=1, q_length=1, kv_l
             document.query_offset,
             document.key_offset,
         )
-        for document in documents(attention_mask, ids, batch_size, q_length, kv_length)
+        for document in documents(attention_mask, ids, batch_size, q_length, kv_length, starts)
     ]
 
 
@@ -112,14 +112,25 @@ class TestRefusals:
         arguments = {"inputs_embeds": torch.zeros(2, 8, 4), "attention_mask": None, "past_key_values": None}
         return create(config, **arguments, position_ids=position_ids, **kwargs)
 
-    @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
     @pytest.mark.parametrize("create", ["create_causal_mask", "create_sliding_window_causal_mask"])
-    def test_accepted(self, create, packed):
-        position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]) if packed else None
-        assert self.make(getattr(masking_utils, create), position_ids=position_ids) is None
+    def test_accepted(self, create):
+        assert self.make(getattr(masking_utils, create)) is None
+
+    @pytest.mark.parametrize("create", ["create_causal_mask", "create_sliding_window_causal_mask"])
+    @pytest.mark.parametrize(
+        "position_ids", [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 7, 8, 9, 10, 11]], ids=["restart", "gap"]
+    )
+    def test_packed_as_transformers_sees_it(self, create, position_ids):
+        """A gap in position_ids is a new document to Transformers as well."""
+        signed = self.make(getattr(masking_utils, create), position_ids=torch.tensor([position_ids]))
+        assert signed[:, 0, 0].tolist() == [[-1, -2, -3, -1, -2, -3, -4, -5]] * 2
+        assert split(signed, [position_ids], 2, 8, 8) == [
+            (batch, span(*ends), span(*ends), 0, 0) for batch in (0, 1) for ends in ((0, 3), (3, 8))
+        ]
 
     def test_blocks_of_one_token_are_causal(self):
-        assert self.make(block_sequence_ids=torch.full((2, 8), -1)) is None
+        signed = self.make(block_sequence_ids=torch.full((2, 8), -1))
+        assert split(signed, None, 2, 8, 8) == split(None, None, 2, 8, 8)
 
     def test_chunked(self):
         with pytest.raises(ValueError, match=r'^attn_implementation="sparse" does not support chunked attention'):
@@ -133,8 +144,9 @@ class TestRefusals:
     def test_bidirectional_blocks(self):
         blocks = torch.full((2, 8), -1)
         blocks[1, 5:7] = 0
-        with pytest.raises(ValueError, match="does not support non-causal attention between tokens of one block"):
-            self.make(block_sequence_ids=blocks)
+        signed = self.make(block_sequence_ids=blocks)
+        with pytest.raises(ValueError, match="does not support non-causal attention"):
+            documents(signed, None, 2, 8, 8)
 
 
 class TestDocuments:
@@ -242,6 +254,25 @@ class TestDocuments:
         signed = signed_positions(1, 1, 4, 10, 7)
         assert split(signed, [[7]], 1, 1, 4) == [(0, [0], span(0, 4), 7, 4)]
 
+    def test_position_ids_of_another_shape(self):
+        """Such as the three rows of multimodal rotary embeddings, which do not grow inside an image."""
+        with pytest.raises(ValueError, match=r"takes position_ids \[batch, 3\]; got shape \(3, 1, 3\)"):
+            documents(None, torch.zeros(3, 1, 3), 1, 3, 3)
+
+    @pytest.mark.parametrize(
+        ("cu_seq_lens", "seq_idx"),
+        [([0, 3, 4, 6], None), (None, [[0, 0, 0, 1, 2, 2]]), ([0, 4, 6], [[0, 0, 0, 1, 1, 1]])],
+        ids=["cu_seq_lens", "seq_idx", "both"],
+    )
+    @pytest.mark.parametrize("position_ids", [None, [span(0, 6)]], ids=["no position_ids", "that run on"])
+    def test_packed_as_collators_say_it(self, cu_seq_lens, seq_idx, position_ids):
+        starts = document_starts(*(None if x is None else torch.tensor(x) for x in (cu_seq_lens, seq_idx)), 6)
+        assert split(None, position_ids, 1, 6, 6, starts) == [
+            (0, [0, 1, 2], [0, 1, 2], 0, 0),
+            (0, [3], [3], 0, 0),
+            (0, [4, 5], [4, 5], 0, 0),
+        ]
+
     def test_consecutive_indices_are_slices(self):
         """Indexing with them makes no copy."""
         (document,) = documents(None, None, 1, 2, 5)
@@ -259,5 +290,7 @@ class TestDocuments:
         ids=["bool", "float", "bool of one row", "other length", "2D"],
     )
     def test_a_mask_of_the_callers_own_is_refused(self, custom):
-        with pytest.raises(ValueError, match=r"takes a 2D attention_mask \[batch, tokens\] or none; got one of shape"):
+        with pytest.raises(
+            ValueError, match=r"takes a 2D attention_mask \[batch, tokens\], .* or none; got one of shape"
+        ):
             documents(custom, None, 1, 3, 3)

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from attention_checks import CHECKS
+from attention_checks import CHECKS, cached_specification
 
-from hf_sparse_attn import integration, ops, routing
-from hf_sparse_attn.integration import documents
+from hf_sparse_attn import attention, integration, masking, ops, routing
+from hf_sparse_attn.attention import documents
 from hf_sparse_attn.ops import torch as torch_ops
 from hf_sparse_attn.routing import BucketIndex, RowChunk, layer_pattern
 
@@ -18,33 +18,36 @@ def ignore_padding(monkeypatch):
     def mutant(attention_mask, *args):
         return documents(None, *args)
 
-    monkeypatch.setattr(integration, "documents", mutant)
+    monkeypatch.setattr(attention, "documents", mutant)
 
 
 def forget_packing(monkeypatch):
-    def mutant(attention_mask, position_ids, *args):
-        return documents(attention_mask, None, *args)
+    split = masking._split
+    monkeypatch.setattr(masking, "_split", lambda *args: split(*args[:4], None, None))
 
-    monkeypatch.setattr(integration, "documents", mutant)
+
+def packing_from_the_mask_alone(monkeypatch):
+    """Transformers itself loses it with a cache or a mask of ones."""
+    monkeypatch.setattr(attention, "documents", lambda mask, position_ids, *args: documents(mask, None, *args))
 
 
 def positions_from_the_slot(monkeypatch):
     """Padding before a row, or documents packed before it, count."""
 
-    def mutant(attention_mask, position_ids, batch_size, q_length, kv_length):
-        for document in documents(attention_mask, position_ids, batch_size, q_length, kv_length):
+    def mutant(attention_mask, position_ids, batch_size, q_length, kv_length, starts):
+        for document in documents(attention_mask, position_ids, batch_size, q_length, kv_length, starts):
             slot = int(torch.arange(kv_length)[document.keys][0])
             query_offset, key_offset = document.query_offset + slot, document.key_offset + slot
             yield dataclasses.replace(document, query_offset=query_offset, key_offset=key_offset)
 
-    monkeypatch.setattr(integration, "documents", mutant)
+    monkeypatch.setattr(attention, "documents", mutant)
 
 
 def only_the_first_row_of_the_batch(monkeypatch):
     def mutant(*args):
         return documents(*args)[:1]
 
-    monkeypatch.setattr(integration, "documents", mutant)
+    monkeypatch.setattr(attention, "documents", mutant)
 
 
 def shifted(query_by=0, key_by=0):
@@ -221,6 +224,7 @@ def count_a_key_twice(monkeypatch):
 MUTANTS = {
     "ignore padding": ignore_padding,
     "forget the packing": forget_packing,
+    "packing from the mask alone": packing_from_the_mask_alone,
     "count positions from the cache slot": positions_from_the_slot,
     "compute only the first document": only_the_first_row_of_the_batch,
     "query offset one too small": shifted(query_by=-1),
@@ -249,6 +253,14 @@ MUTANTS = {
     "no gradient of queries through routed keys": no_gradient_of_queries_through_routed_keys,
     "count a key twice": count_a_key_twice,
 }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered():
+    """Results of the specification must not outlive a variant that breaks it too."""
+    cached_specification.cache_clear()
+    yield
+    cached_specification.cache_clear()
 
 
 def fails(check):

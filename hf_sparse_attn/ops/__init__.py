@@ -18,6 +18,8 @@ def sparse_attention(
     config: SparseAttentionConfig,
     layer_idx: int = 0,
     scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     recorder: Recorder | None = None,
 ) -> Tensor:
     """Causal sparse attention over whole documents: softmax(scaling * query . key over S(row)) . value.
@@ -31,6 +33,8 @@ def sparse_attention(
         config: which keys each row reads, and `config.implementation`.
         layer_idx: layer whose budget and hash apply.
         scaling: factor on query . key; head_dim ** -0.5 if None.
+        softcap: scores become softcap * tanh(score / softcap) before the softmax (Gemma 2, arXiv 2408.00118).
+        sinks: [num_heads], logits that take part in each softmax but carry no value (gpt-oss, arXiv 2508.10925).
         recorder: is told which keys each row read.
 
     Returns:
@@ -56,7 +60,16 @@ def sparse_attention(
     offset = key.shape[2] - query.shape[2]
     outputs = [
         document_attention(
-            q, k, v, pattern=pattern, query_offset=offset, key_offset=0, scaling=scaling, recorder=recorder
+            q,
+            k,
+            v,
+            pattern=pattern,
+            query_offset=offset,
+            key_offset=0,
+            scaling=scaling,
+            softcap=softcap,
+            sinks=sinks,
+            recorder=recorder,
         )
         for q, k, v in zip(query, key, value, strict=True)
     ]
@@ -73,6 +86,8 @@ def document_attention(
     query_offset: int,
     key_offset: int,
     scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     recorder: Recorder | None = None,
 ) -> Tensor:
     """Attention of one document through the implementation that the config names.
@@ -94,6 +109,8 @@ def document_attention(
             query_offset=query_offset,
             key_offset=key_offset,
             scaling=scaling,
+            softcap=softcap,
+            sinks=None if sinks is None else sinks.to(dtype),
             recorder=recorder,
         )
 

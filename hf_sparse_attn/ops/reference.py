@@ -97,6 +97,8 @@ def document_attention(
     query_offset: int,
     key_offset: int,
     scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
     recorder: Recorder | None,
 ) -> Tensor:
     """Attention of one document; see `ops.torch.document_attention` for the arguments."""
@@ -109,4 +111,9 @@ def document_attention(
             recorder.add(pattern, head, rows, attended[head], lambda: keys)
     key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
     scores = (query @ key.transpose(-1, -2)) * scaling
-    return scores.masked_fill(~attended, -torch.inf).softmax(-1).to(value.dtype) @ value
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~attended, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, query.shape[1], 1)], -1)
+    return scores.softmax(-1)[..., : key.shape[1]].to(value.dtype) @ value

@@ -26,6 +26,7 @@ from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, LayerPattern, rando
 
 _BLOCK = 64  # rows per banded matrix product
 _DENSE_BLOCK = 1024  # dense rows per piece where they need a mask
+_DENSE_SCORES = 2**25  # scores per piece where dense rows cannot go through SDPA
 _RECORDING = threading.Lock()  # recorders need not be safe for threads
 
 Result = TypeVar("Result")
@@ -40,6 +41,8 @@ def document_attention(
     query_offset: int,
     key_offset: int,
     scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
     recorder: Recorder | None,
 ) -> Tensor:
     """Causal sparse attention of one document, without padding.
@@ -52,19 +55,21 @@ def document_attention(
         query_offset: position of the first query in its document.
         key_offset: position of the first key (over 0 where a sliding cache has dropped the first ones).
         scaling: factor on query . key.
+        softcap: scores become softcap * tanh(score / softcap); None: they stay.
+        sinks: [num_heads], logits that take part in each softmax but carry no value, or None.
         recorder: is told which keys each row read; None records nothing.
 
     Returns:
         [num_heads, Q, head_dim].
     """
-    call = _Call(pattern, query_offset, key_offset, scaling, recorder)
+    call = _Call(pattern, query_offset, key_offset, scaling, softcap, sinks is None, recorder)
     end = query_offset + query.shape[1]
-    if call.dense_end(end) == end and len(list(_dense_blocks(query_offset, end, call))) == 1:
-        # Nothing is sparse: SDPA's own call, and its own backward.
+    if call.dense_end(end) == end and len(list(_dense_blocks(query_offset, end, query.shape[0], call))) == 1:
+        # Nothing is sparse and there is one block: a backward of its own needs no second computation.
         if recorder is not None:
             recorder.add_dense(pattern, range(query.shape[0]), query_offset, end)
-        return _dense(call, query_offset, query, key, value)
-    return _Attention.apply(query, key, value, call)
+        return _dense(call, query_offset, query, key, value, sinks)
+    return _Attention.apply(query, key, value, sinks, call)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,14 @@ class _Call:
     query_offset: int
     key_offset: int
     scaling: float
+    softcap: float | None
+    no_sinks: bool
     recorder: Recorder | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether SDPA can compute the dense rows."""
+        return self.softcap is None and self.no_sinks
 
     def dense_end(self, end: int) -> int:
         """The rows before this position read everything; `end` is the position after the last row."""
@@ -99,25 +111,25 @@ class _Piece:
     heads: slice
     rows: slice
     kv_heads: slice
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend: Callable[..., Tensor]
 
-    def of(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The piece's own rows, keys and values."""
-        return query[self.heads, self.rows], key[self.kv_heads], value[self.kv_heads]
+    def of(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> list[Tensor]:
+        """The piece's own rows, keys, values and, where there are any, sinks."""
+        parts = [query[self.heads, self.rows], key[self.kv_heads], value[self.kv_heads]]
+        return parts if sinks is None else [*parts, sinks[self.heads]]
 
 
 class _Attention(torch.autograd.Function):
     """All rows, piece by piece; the backward computes each piece again, so that only inputs and output are kept."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: _Call) -> Tensor:
-        ctx.save_for_backward(query, key, value)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, call: _Call) -> Tensor:
+        ctx.save_for_backward(query, key, value, sinks)
         ctx.call = call
         output = query.new_empty(*query.shape[:2], value.shape[-1])
 
         def attend(piece: _Piece) -> None:
-            rows, keys, values = piece.of(query, key, value)
-            output[piece.heads, piece.rows] = piece.attend(rows, keys, values)
+            output[piece.heads, piece.rows] = piece.attend(*piece.of(query, key, value, sinks))
 
         for _ in _each_piece(attend, query, key, value, call):
             pass
@@ -126,22 +138,25 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
+        query, key, value, sinks = ctx.saved_tensors
 
         def gradients(piece: _Piece) -> tuple[_Piece, tuple[Tensor, ...]]:
-            inputs = [tensor.detach().requires_grad_() for tensor in piece.of(query, key, value)]
+            inputs = [tensor.detach().requires_grad_() for tensor in piece.of(query, key, value, sinks)]
             with torch.enable_grad():
                 output = piece.attend(*inputs)
             return piece, torch.autograd.grad(output, inputs, grad[piece.heads, piece.rows])
 
         grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        sinks_grad = None if sinks is None else torch.zeros_like(sinks)
         # Autocast is off as in the forward, wherever backward() is called; threads start with it off.
         with torch.autocast(query.device.type, enabled=False):
             for piece, parts in _each_piece(gradients, query, key, value, replace(ctx.call, recorder=None)):
                 grads[0][piece.heads, piece.rows] = parts[0]
                 grads[1][piece.kv_heads] += parts[1]
                 grads[2][piece.kv_heads] += parts[2]
-        return *grads, None
+                if sinks_grad is not None:
+                    sinks_grad[piece.heads] += parts[3]
+        return *grads, sinks_grad, None
 
 
 def _each_piece(
@@ -158,7 +173,7 @@ def _each_piece(
 
 def _dense_pieces(query: Tensor, dense_end: int, call: _Call) -> Iterator[_Piece]:
     everything = slice(None)
-    for start, stop in _dense_blocks(call.query_offset, dense_end, call):
+    for start, stop in _dense_blocks(call.query_offset, dense_end, query.shape[0], call):
         if call.recorder is not None:
             call.recorder.add_dense(call.pattern, range(query.shape[0]), start, stop)
         rows = slice(start - call.query_offset, stop - call.query_offset)
@@ -191,30 +206,42 @@ def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: i
             row = stop
 
 
-def _dense_blocks(start: int, stop: int, call: _Call) -> Iterator[tuple[int, int]]:
-    """Dense rows in one piece where SDPA's causal flag describes them, else in blocks whose masks stay small."""
-    if start == call.key_offset and call.pattern.sliding_window is None:
-        yield from [(start, stop)] if stop > start else []
+def _dense_blocks(start: int, stop: int, num_heads: int, call: _Call) -> Iterator[tuple[int, int]]:
+    """Dense rows in one piece where SDPA's causal flag describes them, else in blocks whose tables stay small."""
+    if call.plain and start == call.key_offset and call.pattern.sliding_window is None:
+        size = max(stop - start, 1)
+    elif call.plain:
+        size = _DENSE_BLOCK
     else:
-        yield from ((row, min(row + _DENSE_BLOCK, stop)) for row in range(start, stop, _DENSE_BLOCK))
+        num_keys = stop - call.key_offset
+        size = max(_DENSE_SCORES // (num_heads * max(num_keys, 1)), 1)
+    yield from ((row, min(row + size, stop)) for row in range(start, stop, size))
 
 
-def _dense(call: _Call, start: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _dense(call: _Call, start: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
     """Rows from position `start` on that read everything: [num_heads, R, head_dim]."""
     stop = start + query.shape[1]
     sliding_window = call.pattern.sliding_window
     first = call.key_offset if sliding_window is None else max(start - sliding_window + 1, call.key_offset)
-    key, value = (x[:, first - call.key_offset : stop - call.key_offset].unsqueeze(0) for x in (key, value))
+    key, value = (x[:, first - call.key_offset : stop - call.key_offset] for x in (key, value))
     mask = None
-    if start > first or sliding_window is not None:
+    if start > first or sliding_window is not None or not call.plain:
         row = torch.arange(start, stop, device=key.device)[:, None]
         column = torch.arange(first, stop, device=key.device)
         mask = column <= row
         if sliding_window is not None:
             mask &= column > row - sliding_window
-    return F.scaled_dot_product_attention(
-        query.unsqueeze(0), key, value, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=True
-    )[0]
+    if call.plain:
+        query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=True
+        )[0]
+    assert mask is not None
+    grouped = (query * call.scaling).unflatten(0, (len(key), -1))  # [num_key_value_heads, group, R, head_dim]
+    scores = _hide(_cap(grouped @ key.unsqueeze(1).transpose(-1, -2), call.softcap), ~mask)
+    sinks = None if sinks is None else sinks.view(grouped.shape[:2])
+    weights = _with_sinks(scores, sinks).softmax(-1)[..., : key.shape[1]]
+    return (weights @ value.unsqueeze(1)).flatten(0, 1)
 
 
 def _sparse(
@@ -227,6 +254,7 @@ def _sparse(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One chunk of sparse rows of the query heads that share a KV head.
 
@@ -238,11 +266,12 @@ def _sparse(
         start: position of the first row.
         query: [group, R, head_dim].
         key, value: [1, N, head_dim].
+        sinks: [group], or None.
 
     Returns:
         [group, R, head_dim].
     """
-    pattern, key_offset, recorder = call.pattern, call.key_offset, call.recorder
+    pattern, key_offset, softcap, recorder = call.pattern, call.key_offset, call.softcap, call.recorder
     key, value = key[0], value[0]
     stop = start + query.shape[1]
     window = pattern.config.window_size
@@ -267,7 +296,10 @@ def _sparse(
     outputs = []
     for i, head in enumerate(heads):
         rows = query[i]
-        scores = [_hide(rows @ static_key.T, hidden_static), _window_scores(rows, band_key, band_bias)]
+        scores = [
+            _hide(_cap(rows @ static_key.T, softcap), hidden_static),
+            _window_scores(rows, band_key, band_bias, softcap),
+        ]
         gathered: Tensor | None = None
         unused: Tensor | None = None  # entries of `gathered` that do not count
         with torch.no_grad():
@@ -280,9 +312,11 @@ def _sparse(
                     gathered, unused, drawn, position, static, window, key_offset, pattern, table.order
                 )
         if gathered is not None:
-            scores.append(_hide(_GatherDot.apply(rows, key, table.key, gathered, table.order), unused))
+            dots = _GatherDot.apply(rows, key, table.key, gathered, table.order)
+            scores.append(_hide(_cap(dots, softcap), unused))
         side_by_side = torch.cat(scores, -1)
-        weights = side_by_side.softmax(-1).split([part.shape[-1] for part in scores], -1)
+        softmax = _with_sinks(side_by_side, None if sinks is None else sinks[i]).softmax(-1)
+        weights = softmax[:, : side_by_side.shape[1]].split([part.shape[-1] for part in scores], -1)
         output = weights[0] @ static_value + _window_values(weights[1], band_value)
         if gathered is not None:
             output = output + _GatherSum.apply(weights[2], value, table.value, gathered, table.order)
@@ -297,6 +331,17 @@ def _sparse(
 
 def _hide(scores: Tensor, hidden: Tensor | None) -> Tensor:
     return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+
+
+def _cap(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Append a column with each head's sink: [..., R, K] and [...] -> [..., R, K + 1]."""
+    if sinks is None:
+        return scores
+    return torch.cat([scores, sinks[..., None, None].expand(*scores.shape[:-1], 1)], -1)
 
 
 def _band(x: Tensor, start: int, stop: int, window: int, key_offset: int) -> Tensor:
@@ -325,9 +370,13 @@ def _band_bias(band_key: Tensor, start: int, window: int, key_offset: int) -> Te
     return torch.zeros(outside.shape, dtype=band_key.dtype, device=band_key.device).masked_fill_(outside, -torch.inf)
 
 
-def _window_scores(rows: Tensor, band_key: Tensor, band_bias: Tensor) -> Tensor:
+def _window_scores(rows: Tensor, band_key: Tensor, band_bias: Tensor, softcap: float | None) -> Tensor:
     """[R, head_dim] queries -> [R, _BLOCK + window - 1]."""
-    scores = torch.baddbmm(band_bias.expand(len(band_key), -1, -1), _blocks(rows, len(band_key)), band_key)
+    blocks = _blocks(rows, len(band_key))
+    if softcap is None:
+        scores = torch.baddbmm(band_bias.expand(len(band_key), -1, -1), blocks, band_key)
+    else:
+        scores = _cap(blocks @ band_key, softcap) + band_bias
     return scores.flatten(0, 1)[: len(rows)]
 
 

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_sparse_attn import SparseAttentionConfig, sparse_attention
+from hf_sparse_attn.ops import torch as torch_ops
 from hf_sparse_attn.ops.reference import attended_keys
 
 DIM, KV_HEADS, LENGTH = 8, 2, 150
@@ -61,24 +62,59 @@ def inputs(num_queries=LENGTH, num_keys=LENGTH, num_heads=4, num_kv_heads=KV_HEA
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def assert_like_reference(query, key, value, pattern, **kwargs):
-    """Output and the gradients of query, key and value, under a random gradient of the output."""
+def assert_like_reference(query, key, value, pattern, sinks=None, **kwargs):
+    """Output and the gradients of query, key, value and sinks, under a random gradient of the output."""
     results = []
     for implementation in ("torch", "reference"):
-        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-        output = attend(*leaves, pattern, implementation, **kwargs)
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, sinks) if x is not None]
+        output = attend(*leaves[:3], pattern, implementation, sinks=leaves[3] if len(leaves) > 3 else None, **kwargs)
         probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
         results.append([output.detach(), *torch.autograd.grad((output * probe).sum(), leaves)])
-    for name, ours, expected in zip(("output", "query", "key", "value"), *results, strict=True):
+    for name, ours, expected in zip(("output", "query", "key", "value", "sinks"), *results, strict=False):
         torch.testing.assert_close(
             ours, expected, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
         )
     return results[0][0]
 
 
+def sinks_of(num_heads=4):
+    return torch.randn(num_heads, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
 @pytest.mark.parametrize("fields", FEATURES.values(), ids=FEATURES.keys())
 def test_every_feature(fields):
     assert_like_reference(*inputs(), pattern_of(fields))
+
+
+@pytest.mark.parametrize("fields", FEATURES.values(), ids=FEATURES.keys())
+def test_every_feature_with_softcap_and_sinks(fields):
+    assert_like_reference(*inputs(), pattern_of(fields), softcap=0.7, sinks=sinks_of())
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7], ids=["", "softcap"])
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("fields", [{"window_size": LENGTH}, {"dense_below": 60}, {"dense_layers": (0,)}], ids=str)
+@pytest.mark.parametrize("num_queries", [LENGTH, 40])
+def test_softcap_and_sinks_by_their_formula(softcap, with_sinks, fields, num_queries, monkeypatch):
+    """Of rows that read everything, as Gemma 2 and gpt-oss define them."""
+    monkeypatch.setattr(torch_ops, "_DENSE_SCORES", 4 * LENGTH * 7)  # dense rows in blocks of 7
+    query, key, value = inputs()
+    sinks = sinks_of() if with_sinks else None
+    pattern = pattern_of({"window_size": LENGTH} | fields)
+    scores = torch.einsum("hid,hjd->hij", query, key.repeat_interleave(2, 0)) * 0.4
+    if softcap:
+        scores = (scores / softcap).tanh() * softcap
+    exp = scores.exp().tril()
+    total = exp.sum(-1, keepdim=True) + (sinks.exp()[:, None, None] if with_sinks else 0)
+    expected = (exp / total @ value.repeat_interleave(2, 0))[:, -num_queries:]
+    output = attend(query[:, -num_queries:], key, value, pattern, softcap=softcap, sinks=sinks)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_dense_rows_with_softcap_and_sinks_in_blocks(monkeypatch):
+    monkeypatch.setattr(torch_ops, "_DENSE_SCORES", 4 * LENGTH * 7)
+    for fields in ({"dense_layers": (0,)}, {"dense_below": 90, "sliding_window": 41}):
+        assert_like_reference(*inputs(), pattern_of(fields), softcap=0.7, sinks=sinks_of())
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4], ids=lambda group: f"group of {group}")
@@ -271,6 +307,7 @@ LONG = 4096
 LONG_FIELDS = {"window_size": 64, "num_global_tokens": 8, "key_budget": 64, "num_hash_bits": 6, "page_size": 16}
 
 
+@pytest.mark.parametrize("others", [{}, {"softcap": 3.0}], ids=["", "softcap"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
 @pytest.mark.parametrize(
     "fields",
@@ -284,12 +321,13 @@ LONG_FIELDS = {"window_size": 64, "num_global_tokens": 8, "key_budget": 64, "num
     ],
     ids=["routed", "model's window", "random keys", "dense rows", "dense layer", "dense layer and model's window"],
 )
-def test_no_tensor_is_quadratic(fields, backward):
+def test_no_tensor_is_quadratic(fields, backward, others, monkeypatch):
     """Neither rows x keys (as bits, even) nor rows x routed keys x head_dim."""
+    monkeypatch.setattr(torch_ops, "_DENSE_SCORES", 2**20)
     pattern = pattern_of(LONG_FIELDS | fields, num_heads=2, num_kv_heads=1, dtype=torch.float32, dim=64)
     leaves = [x.float().requires_grad_(backward) for x in inputs(LONG, LONG, 2, 1, dim=64)]
     with LargestTensor() as largest:
-        output = attend(*leaves, pattern)
+        output = attend(*leaves, pattern, **others)
         if backward:
             output.sum().backward()
     assert largest.bytes < LONG * LONG / 2
@@ -303,6 +341,9 @@ def test_batch_and_cached_keys_through_the_public_function():
     pattern = make_pattern(config, 4, KV_HEADS, DIM)
     expected = torch.stack([attend(*row, pattern, "reference") for row in rows])
     torch.testing.assert_close(sparse_attention(query, key, value, config=config, scaling=0.4), expected)
+    capped = sparse_attention(query, key, value, config=config, scaling=0.4, softcap=0.7, sinks=sinks_of())
+    expected_capped = [attend(*row, pattern, "reference", softcap=0.7, sinks=sinks_of()) for row in rows]
+    torch.testing.assert_close(capped, torch.stack(expected_capped))
     default = sparse_attention(query, key, value, config=config)
     torch.testing.assert_close(default, sparse_attention(query, key, value, config=config, scaling=1 / math.sqrt(DIM)))
     assert not torch.allclose(default, expected)

@@ -1,0 +1,116 @@
+"""One call of the attention function, once it is known which pattern the layer has: masks to documents to ops."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_sparse_attn import ops
+from hf_sparse_attn.custom_masks import read_custom_mask
+from hf_sparse_attn.masking import document_starts, documents
+from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.routing import LayerPattern
+
+
+class Inputs(NamedTuple):
+    """What Transformers passes to one call.
+
+    Args:
+        query: [batch, num_heads, Q, head_dim].
+        key, value: [batch, num_key_value_heads, KV, head_dim].
+        attention_mask: what `masking.signed_positions` made, a caller's own 4D mask, or None.
+        position_ids: [1 or batch, Q], or None.
+        cu_seq_lens: [documents + 1], or None.
+        seq_idx: [batch, Q], or None.
+        sinks: [num_heads], or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    cu_seq_lens: Tensor | None = None
+    seq_idx: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+def attention(
+    inputs: Inputs, pattern: LayerPattern, scaling: float, softcap: float | None, recorder: Recorder | None = None
+) -> Tensor:
+    """Sparse attention of a batch with any padding and packing.
+
+    Args:
+        inputs: the tensors.
+        pattern: the layer's pattern.
+        scaling, softcap, recorder: as for `ops.sparse_attention`.
+
+    Returns:
+        [batch, Q, num_heads, head_dim], in query's dtype; zeros for padding.
+
+    Raises:
+        ValueError: for a mask or position_ids that cannot be read.
+    """
+    query, key, value = inputs.query, inputs.key, inputs.value
+    batch_size, num_heads, q_length, _ = query.shape
+    kv_length = key.shape[2]
+    if _is_dense(inputs, pattern) and softcap is None:
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=q_length > 1, scale=scaling, enable_gqa=True
+        )
+        if recorder is not None:
+            recorder.add_dense(pattern, range(batch_size * num_heads), kv_length - q_length, kv_length)
+        return output.transpose(1, 2).contiguous()
+
+    mask, position_ids = inputs.attention_mask, inputs.position_ids
+    if mask is not None and mask.dtype != torch.int32 and mask.shape[2:] == (q_length, kv_length):
+        mask = mask.expand(batch_size, -1, -1, -1)
+        mask, position_ids, window = read_custom_mask(mask, position_ids, pattern.sliding_window)
+        pattern = dataclasses.replace(pattern, sliding_window=window)
+    starts = document_starts(inputs.cu_seq_lens, inputs.seq_idx, q_length)
+    output = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])
+    for document in documents(mask, position_ids, batch_size, q_length, kv_length, starts):
+        heads_first = ops.document_attention(
+            query[document.batch][:, document.queries],
+            key[document.batch][:, document.keys],
+            value[document.batch][:, document.keys],
+            pattern=pattern,
+            query_offset=document.query_offset,
+            key_offset=document.key_offset,
+            scaling=scaling,
+            softcap=softcap,
+            sinks=inputs.sinks,
+            recorder=recorder,
+        )
+        output[document.batch, document.queries] = heads_first.transpose(0, 1).to(output.dtype)
+    return output
+
+
+def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:
+    """Whether every row reads all keys up to its own, so that SDPA's own call gives the answer."""
+    q_length, kv_length = inputs.query.shape[2], inputs.key.shape[2]
+    dense_rows = pattern.dense_rows()
+    return (
+        inputs.attention_mask is None
+        and inputs.cu_seq_lens is None
+        and inputs.seq_idx is None
+        and inputs.sinks is None
+        and pattern.config.implementation != "reference"
+        and (dense_rows is None or kv_length <= dense_rows)
+        and (pattern.sliding_window is None or kv_length <= pattern.sliding_window)
+        and q_length in (1, kv_length)
+        and (inputs.position_ids is None or _one_document(inputs.position_ids, kv_length))
+    )
+
+
+def _one_document(position_ids: Tensor, kv_length: int) -> bool:
+    """Whether the positions run on without a new start and reach back to the first key."""
+    if position_ids.ndim != 2:
+        return False
+    if position_ids.shape[1] == 1:
+        return bool((position_ids >= kv_length - 1).all())
+    return bool((position_ids[:, 1:] > position_ids[:, :-1]).all())

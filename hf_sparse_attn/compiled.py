@@ -1,0 +1,154 @@
+"""The attention as one opaque operation, for graphs: torch.compile and torch.export cannot follow what reads values.
+
+Everything about the pattern goes in as plain arguments, so an exported graph stands on its own; loading one needs
+`import hf_sparse_attn`, as custom operations do.
+"""
+
+from __future__ import annotations
+
+import ast
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.attention import Inputs, attention
+from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.ops import compute_dtype
+from hf_sparse_attn.parallel import HeadSplit
+from hf_sparse_attn.routing import LayerPattern, layer_pattern
+
+_NUM_TENSORS = len(Inputs._fields)
+
+
+def compiled_attention(
+    inputs: Inputs,
+    fields: dict[str, Any] | None,
+    layer_idx: int,
+    split: HeadSplit,
+    sliding_window: int | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """`attention.attention` as one node of the graph that is being traced, with a backward.
+
+    Args:
+        inputs: the tensors.
+        fields: the model's `config.sparse_attention`.
+        layer_idx, split, sliding_window, scaling, softcap: as for `routing.layer_pattern` and `attention.attention`.
+
+    Returns:
+        [batch, Q, num_heads, head_dim], in query's dtype.
+    """
+    parts = [split.rank, split.size, split.kv_rank, split.kv_size]
+    return _attention(*inputs, repr(fields), layer_idx, parts, sliding_window, scaling, softcap)
+
+
+@torch.library.custom_op("hf_sparse_attn::attention", mutates_args=())
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    seq_idx: Tensor | None,
+    sinks: Tensor | None,
+    fields: str,
+    layer_idx: int,
+    split: list[int],
+    sliding_window: int | None,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens, seq_idx, sinks)
+    return attention(inputs, _pattern(inputs, fields, layer_idx, split, sliding_window), scaling, softcap)
+
+
+@_attention.register_fake
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    batch_size, num_heads, q_length, _head_dim = query.shape
+    return query.new_empty(batch_size, q_length, num_heads, value.shape[-1])
+
+
+@torch.library.custom_op("hf_sparse_attn::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    seq_idx: Tensor | None,
+    sinks: Tensor | None,
+    fields: str,
+    layer_idx: int,
+    split: list[int],
+    sliding_window: int | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and sinks; an empty tensor where there are no sinks."""
+    present = [x.detach().requires_grad_() for x in (query, key, value, sinks) if x is not None]
+    own_sinks = present[3] if sinks is not None else None
+    inputs = Inputs(present[0], present[1], present[2], attention_mask, position_ids, cu_seq_lens, seq_idx, own_sinks)
+    pattern = _pattern(inputs, fields, layer_idx, split, sliding_window)
+    stream = torch.cuda.current_stream(query.device) if query.is_cuda else None
+
+    def gradients() -> list[Tensor]:
+        with torch.cuda.stream(stream), torch.enable_grad():
+            output = attention(inputs, pattern, scaling, softcap)
+            if not output.requires_grad:  # nothing but padding
+                return [torch.zeros_like(x) for x in present]
+            found = torch.autograd.grad(output, present, grad)
+            return [gradient.contiguous() for gradient in found]
+
+    # Custom operations run below autograd, and this state belongs to the thread.
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(gradients).result()
+    return found[0], found[1], found[2], found[3] if sinks is not None else query.new_empty(0)
+
+
+@_attention_backward.register_fake
+def _attention_backward_fake(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = query.new_empty(0) if others[4] is None else others[4]
+    like = torch.contiguous_format
+    return (
+        torch.empty_like(query, memory_format=like),
+        torch.empty_like(key, memory_format=like),
+        torch.empty_like(value, memory_format=like),
+        torch.empty_like(sinks),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
+    ctx.others = inputs[_NUM_TENSORS:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    query, key, value, sinks = _attention_backward(grad, *tensors, *ctx.others)
+    no_sinks = tensors[-1] is None
+    return query, key, value, *[None] * 4, None if no_sinks else sinks, *[None] * len(ctx.others)
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _pattern(inputs: Inputs, fields: str, layer_idx: int, split: list[int], sliding_window: int | None) -> LayerPattern:
+    query, key = inputs.query, inputs.key
+    heads = query.shape[1], key.shape[1], query.shape[-1]
+    return _cached_pattern(
+        fields, layer_idx, *heads, query.device, compute_dtype(query, key), sliding_window, HeadSplit(*split)
+    )
+
+
+@lru_cache(maxsize=256)
+def _cached_pattern(fields: str, *layer: Any) -> LayerPattern:
+    return layer_pattern(SparseAttentionConfig.from_dict(ast.literal_eval(fields)), *layer)

@@ -1,0 +1,104 @@
+"""A caller's own 4D mask, read back into the description that this plugin works with.
+
+Transformers passes a 4D mask on as it is. One that describes causal attention inside documents, whatever the padding,
+the packing or the cached keys, says which tokens are padding and where documents start, and that is all that is needed
+here. Any other mask is refused, because positions in the pattern would mean nothing under it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.masking import PADDED_QUERY, unsupported
+
+_MASKED = -1e4  # an added bias under which exp() is 0 in float64 too
+_ROWS = 1024  # rows compared at a time
+
+
+def read_custom_mask(
+    mask: Tensor, position_ids: Tensor | None, sliding_window: int | None
+) -> tuple[Tensor, Tensor, int | None]:
+    """What a 4D mask says.
+
+    Args:
+        mask: [batch, 1, Q, KV], bool (True: may attend) or float to be added to the scores (0: may attend, -10000 or
+            less: may not).
+        position_ids: [1 or batch, Q], or None; tells how many keys a sliding cache has dropped.
+        sliding_window: the model's own window for this layer.
+
+    Returns:
+        the mask as `masking.signed_positions` writes it; position_ids [batch, Q] that restart with each document;
+        and the window that holds: the model's own, or None where the mask lets rows read beyond it.
+
+    Raises:
+        ValueError: for a mask that is not causal attention inside documents.
+    """
+    if mask.dtype == torch.bool:
+        admitted = mask
+    elif mask.is_floating_point():
+        admitted = mask == 0
+        if bool((~admitted & ~(mask <= _MASKED)).any()):
+            raise unsupported("a 4D attention_mask that adds biases other than 0 and -10000 or less")
+    else:
+        raise unsupported(f"a 4D attention_mask of dtype {mask.dtype}")
+    if mask.shape[1] != 1:
+        raise unsupported(f"a 4D attention_mask that differs by head (shape {tuple(mask.shape)})")
+    rows = []
+    for batch, row_mask in enumerate(admitted[:, 0]):
+        ids = None if position_ids is None else position_ids[batch % len(position_ids)]
+        rows.append(_read_row(row_mask, ids, sliding_window))
+    signed = torch.stack([row[0] for row in rows])[:, None, None]
+    positions = torch.stack([row[1] for row in rows])
+    for window in dict.fromkeys((sliding_window, None)):
+        if all(_describes(row_mask, *row, window) for row_mask, row in zip(admitted[:, 0], rows, strict=True)):
+            return signed, positions, window
+    raise unsupported("a 4D attention_mask other than causal attention inside documents")
+
+
+def _read_row(admitted: Tensor, position_ids: Tensor | None, sliding_window: int | None) -> tuple[Tensor, Tensor]:
+    """The simplest reading of [Q, KV]: signed positions [KV] and position_ids [Q], yet to be checked."""
+    num_queries, num_keys = admitted.shape
+    row = torch.arange(num_queries, device=admitted.device)
+    last = num_keys - 1 - admitted.flip(-1).int().argmax(-1)
+    offsets = (last - row)[admitted.any(-1)]
+    offsets = offsets[(offsets >= 0) & (offsets <= num_keys - num_queries)]
+    # A token that is no padding reads itself last, so most rows agree on how far slots are ahead of rows.
+    offset = int(offsets.mode().values) if len(offsets) else num_keys - num_queries
+    real = admitted.any(-1) & (last - row == offset)
+    present = admitted[real].any(0)
+    rank = present.cumsum(0, dtype=torch.int32)
+    slot = torch.arange(num_keys, device=admitted.device)
+    is_query = (slot >= offset) & (slot < offset + num_queries)
+    position = torch.zeros(num_queries, dtype=torch.long, device=admitted.device)
+    index = torch.nonzero(real).flatten()
+    if len(index):
+        first = int(admitted[index[0]].sum()) - 1
+        if first + 1 == sliding_window and position_ids is not None:  # older keys do not show
+            first = max(first, int(position_ids[index[0]]))
+            rank = rank + max(first + 1 - int(rank[index[0] + offset]), 0)
+        step = torch.arange(len(index), device=admitted.device)
+        goes_on = admitted[index[1:], index[:-1] + offset]  # a row that reads the token before it
+        begun = torch.nn.functional.pad(torch.where(goes_on, 0, step[1:]), (1, 0)).cummax(-1).values
+        position[index] = step - begun + torch.where(begun == 0, first, 0)
+    signed = torch.where(present, torch.where(is_query, -rank, rank), torch.where(is_query, PADDED_QUERY, 0))
+    return signed.int(), position
+
+
+def _describes(admitted: Tensor, signed: Tensor, position: Tensor, window: int | None) -> bool:
+    """Whether the rows that are no padding admit just the keys that the reading gives them."""
+    queries = signed[signed < 0]
+    row = torch.nonzero(queries != PADDED_QUERY).flatten()
+    if not len(row):
+        return not bool(admitted.any())
+    own = -queries[row]
+    rank = signed.abs()
+    present = (signed != 0) & (signed != PADDED_QUERY)
+    for some, own_rank in zip(row.split(_ROWS), own.split(_ROWS), strict=True):
+        behind = own_rank[:, None] - rank
+        expected = present & (behind >= 0) & (behind <= position[some, None])
+        if window is not None:
+            expected &= behind < window
+        if not torch.equal(expected, admitted[some]):
+            return False
+    return True

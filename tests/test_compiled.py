@@ -1,0 +1,93 @@
+"""torch.compile and torch.export see one opaque operation that gives the eager answer, forward and backward.
+
+Which families and caches work is in the matrix; here is what is special about graphs.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from attention_checks import TOLERANCE, calibrated_hash_text, logits, padded_batch, tiny_model, tokens
+
+CALIBRATED = {"hash": "calibrated", "calibrated_hash": calibrated_hash_text(), "key_budget": [[0, 3, 5, 2], 4]}
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(model):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def padded():
+    rows = [tokens(length, seed=length)[0] for length in (40, 33)]
+    ids, mask, position_ids = padded_batch(rows, "left", 3)
+    return ids, {"attention_mask": mask, "position_ids": position_ids}
+
+
+@pytest.mark.parametrize("fields", [{}, CALIBRATED], ids=["random hash", "calibrated hash"])
+def test_forward(fields):
+    ids, inputs = padded()
+    model = tiny_model(**fields)
+    torch.testing.assert_close(logits(compiled(model), ids, **inputs), logits(model, ids, **inputs), **TOLERANCE)
+
+
+def test_configuration_changed_after_compilation():
+    model, ids = tiny_model(), tokens(40)
+    graph = compiled(model)
+    before = logits(graph, ids)
+    model.config.sparse_attention = {**model.config.sparse_attention, "window_size": 12}
+    after = logits(graph, ids)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, logits(tiny_model(window_size=12), ids), **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"], ids=["", "sinks"])
+def test_gradients(family):
+    gradients = []
+    for prepare in (compiled, lambda model: model):
+        model, ids = tiny_model(family).train(), tokens(40, 2)
+        prepare(model)(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert all(gradient.any() for name, gradient in gradients[0].items() if "k_proj.weight" in name or "sinks" in name)
+    torch.testing.assert_close(*gradients, **TOLERANCE)
+
+
+def test_gradients_of_padding_alone_are_zero():
+    model, ids = tiny_model().train(), tokens(8)
+    graph = compiled(model)
+    graph(ids, attention_mask=torch.zeros_like(ids), labels=ids, use_cache=False).loss.backward()
+    assert not model.model.layers[0].self_attn.k_proj.weight.grad.any()
+
+
+def test_bidirectional_blocks_are_refused_when_the_graph_runs():
+    model = tiny_model()
+    model.config.is_causal = False
+    with pytest.raises(Exception, match="non-causal attention"):
+        logits(compiled(model), tokens(10))
+
+
+LOADING = """
+import sys, torch, hf_sparse_attn
+program = torch.export.load(sys.argv[1])
+ids = torch.load(sys.argv[2])
+torch.save(program.module()(ids, use_cache=False).logits, sys.argv[3])
+"""
+
+
+def test_an_exported_model_stands_alone(tmp_path):
+    """Saved, and loaded in another process."""
+    model, ids = tiny_model(**CALIBRATED), tokens(40)
+    exported = torch.export.export(model, (ids,), {"use_cache": False})
+    torch.export.save(exported, tmp_path / "model.pt2")
+    torch.save(ids, tmp_path / "ids.pt")
+    paths = [tmp_path / name for name in ("model.pt2", "ids.pt", "logits.pt")]
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", LOADING, *paths], check=True, cwd=root)
+    torch.testing.assert_close(torch.load(paths[2]), logits(model, ids), **TOLERANCE)
