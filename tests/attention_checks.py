@@ -1,21 +1,16 @@
 """Checks of what the attention promises, shared by the tests and by the broken variants that must fail them."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
+import json
+from unittest import mock
 
 import torch
+import transformers as hf
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import DynamicCache
 
 from hf_sparse_attn import SparseAttentionConfig, ops, record_density
 from hf_sparse_attn.hashing import encode_calibrated_hash
@@ -23,19 +18,38 @@ from hf_sparse_attn.integration import observe
 from hf_sparse_attn.ops import reference
 from hf_sparse_attn.routing import layer_pattern
 
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCABULARY = 2, 4, 2, 8, 64
+ONE_LAYER_OF_EACH = {"sliding_window": 14, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA = {**ONE_LAYER_OF_EACH, "head_dim": HEAD_DIM, "query_pre_attn_scalar": 5, "tie_word_embeddings": False}
+# batched_mm: the experts' default kernel does not take float64.
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
-    "mistral-sliding": (MistralConfig, MistralForCausalLM, {"sliding_window": 14}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, {}),
+    "mistral": (hf.MistralConfig, hf.MistralForCausalLM, {"sliding_window": None}),
+    "mistral-sliding": (hf.MistralConfig, hf.MistralForCausalLM, {"sliding_window": 14}),
+    "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM, {}),
     "qwen2-mixed": (
-        Qwen2Config,
-        Qwen2ForCausalLM,
+        hf.Qwen2Config,
+        hf.Qwen2ForCausalLM,
         {"use_sliding_window": True, "sliding_window": 14, "max_window_layers": 1},
     ),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM, {"head_dim": HEAD_DIM}),
+    "phi3": (
+        hf.Phi3Config,
+        hf.Phi3ForCausalLM,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "phi3-sliding": (hf.Phi3Config, hf.Phi3ForCausalLM, {"sliding_window": 14}),
+    "gemma2": (hf.Gemma2Config, hf.Gemma2ForCausalLM, {**GEMMA, "attn_logit_softcapping": 3.0}),
+    "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, GEMMA),
+    "mixtral": (hf.MixtralConfig, hf.MixtralForCausalLM, EXPERTS),
+    "gpt_oss": (
+        hf.GptOssConfig,
+        hf.GptOssForCausalLM,
+        {**ONE_LAYER_OF_EACH, **EXPERTS, "head_dim": HEAD_DIM, "rope_parameters": YARN},
+    ),
 }
-NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCABULARY = 2, 4, 2, 8, 64
 # Every part of the pattern is in play at 40 tokens: window, globals, routed keys, pages.
 SPARSE = {
     "window_size": 5,
@@ -64,12 +78,20 @@ def tiny_model(family="llama", implementation="sparse", dtype=torch.float64, **s
         eos_token_id=None,
         pad_token_id=0,
         attn_implementation=implementation,
-        **extra,
+        **copy.deepcopy(extra),
     )
     if implementation == "sparse":
         config.sparse_attention = {**SPARSE, **sparse}
     torch.manual_seed(0)
-    return model_class(config).to(dtype).eval()
+    model = model_class(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0].normal_(0, 0.3)  # padding's is zero: no bucket of a zero query is best
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):  # as large as the scores' own logsumexp, so that they take half of the mass
+                parameter.normal_(3.0)
+            elif parameter.ndim == 1:  # biases start at zero and norms at one
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
 
 
 def tokens(length, batch_size=1, seed=0):
@@ -103,39 +125,98 @@ def cached_logits(model, ids, sizes, cache=None):
 
 
 def padded_batch(rows, side, extra):
-    """Rows of unequal length in one batch, `extra` columns wider than the longest; ids, mask and position_ids."""
+    """Rows of unequal length in one batch, `extra` columns wider than the longest; ids, mask and position_ids.
+
+    side: "left", "right", or "mixed": every row starts somewhere else, with padding on both sides.
+    """
     width = max(len(row) for row in rows) + extra
     ids = torch.full((len(rows), width), 3)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
-        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, columns] = row
-        mask[i, columns] = 1
+        padding = width - len(row)
+        start = {"left": padding, "right": 0, "mixed": padding * (i + 1) // (len(rows) + 1)}[side]
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = 1
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def packed_documents(lengths=(21, 1, 38)):
+    """Documents to be packed into one row, and the position_ids [1, tokens] that tell them apart."""
+    rows = [tokens(length, seed=length)[0] for length in lengths]
+    return rows, torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@functools.cache
+def cached_specification(family, ids, position_ids, own_window, fields):
+    model = tiny_model(family, **json.loads(fields))
+    model.config.sparse_attention["implementation"] = "reference"
+    if not own_window:
+        for layer in model.model.layers:
+            holder = layer.self_attn if hasattr(layer.self_attn, "sliding_window") else model.config
+            holder.sliding_window = None
+    return logits(model, torch.tensor([ids]), position_ids=torch.tensor([position_ids]))[0]
+
+
+def specified(family, ids, position_ids=None, own_window=True, **sparse):
+    """Logits [tokens, vocabulary] of a document `ids` [tokens] alone, in one plain forward of the specification.
+
+    own_window: whether the sliding windows of the family itself hold.
+    """
+    position_ids = range(len(ids)) if position_ids is None else position_ids.tolist()
+    return cached_specification(family, tuple(ids.tolist()), tuple(position_ids), own_window, json.dumps(sparse))
+
+
+def assert_specified(found, family, ids, position_ids=None, **options):
+    """`found` [tokens, vocabulary] are the specification's logits of a document, or of its last tokens."""
+    torch.testing.assert_close(found, specified(family, ids, position_ids, **options)[-len(found) :], **TOLERANCE)
+
+
+def assert_each_specified(found, family, rows, **options):
+    """`found` [1, tokens, vocabulary] holds each document's own logits, one after another."""
+    for part, row in zip(found[0].split([len(row) for row in rows]), rows, strict=True):
+        assert_specified(part, family, row, **options)
+
+
+@contextlib.contextmanager
+def softmax_in_float64():
+    """Keep the softmax that models ask for in float32 in the dtype of its input."""
+    softmax = torch.nn.functional.softmax
+    with mock.patch("torch.nn.functional.softmax", lambda scores, dim=None, dtype=None: softmax(scores, dim)):
+        yield
+
+
+def dense_logits(family, ids, **kwargs):
+    """Logits of the family's own eager attention, its softmax in float64."""
+    with softmax_in_float64():
+        return logits(tiny_model(family, "eager"), ids, **kwargs)
 
 
 def check_matches_reference(family="llama", length=40, **sparse):
     """The fast implementation gives the logits of the specification, which differ from dense attention's."""
     ids = tokens(length, 2)
-    model, oracle = tiny_model(family, **sparse), tiny_model(family, **sparse)
-    oracle.config.sparse_attention["implementation"] = "reference"
-    expected = logits(oracle, ids)
-    assert (expected - logits(tiny_model(family, "sdpa"), ids))[:, 20:].abs().amax() > 1e-2
-    torch.testing.assert_close(logits(model, ids), expected, **TOLERANCE)
+    expected = torch.stack([specified(family, row, **sparse) for row in ids])
+    assert (expected - dense_logits(family, ids))[:, 20:].abs().amax() > 1e-2
+    torch.testing.assert_close(logits(tiny_model(family, **sparse), ids), expected, **TOLERANCE)
 
 
 def check_full_coverage(family="llama", **sparse):
-    """Rows that read everything, by way of the window, give the logits of dense attention."""
+    """Rows that read everything, by way of the window, give the logits of the family's own dense attention."""
     ids = tokens(40, 2)
     model = tiny_model(family, **{"window_size": 60, **sparse})
-    torch.testing.assert_close(logits(model, ids), logits(tiny_model(family, "sdpa"), ids), **TOLERANCE)
+    with softmax_in_float64():
+        ours = logits(model, ids)
+    torch.testing.assert_close(ours, dense_logits(family, ids), **TOLERANCE)
 
 
-def check_chunks(family="llama", sizes=(7, 13), length=40, **sparse):
-    """A forward in pieces with a cache gives the logits of one forward."""
+def check_chunks(
+    family="llama", sizes=(7, 13), length=40, new_cache=lambda config: DynamicCache(config=config), **sparse
+):
+    """A forward in pieces with a cache gives the logits of the specification."""
     ids = tokens(length, 2)
     model = tiny_model(family, **sparse)
-    torch.testing.assert_close(cached_logits(model, ids, sizes), logits(model, ids), **TOLERANCE)
+    found = cached_logits(model, ids, sizes, new_cache(model.config))
+    for part, row in zip(found, ids, strict=True):
+        assert_specified(part, family, row, **sparse)
 
 
 def check_padding(family="llama", side="left", extra=3, **sparse):
@@ -144,25 +225,31 @@ def check_padding(family="llama", side="left", extra=3, **sparse):
     Under position_ids as `generate` makes them, and under those of the columns, which do not show the padding.
     """
     model = tiny_model(family, **sparse)
-    rows = [tokens(length, seed=length)[0] for length in (40, 33, 1)]
+    rows = [tokens(length, seed=length)[0] for length in (40, 33, 21, 1)]
     ids, mask, positions = padded_batch(rows, side, extra)
     for position_ids in (positions, torch.arange(ids.shape[1]).expand_as(ids)):
         together = logits(model, ids, attention_mask=mask, position_ids=position_ids)
         assert together.isfinite().all()
         for i, row in enumerate(rows):
             columns = mask[i].bool()
-            alone = logits(model, row[None], position_ids=position_ids[i, columns][None])[0]
-            torch.testing.assert_close(together[i][columns], alone, **TOLERANCE)
+            assert_specified(together[i][columns], family, row, position_ids[i, columns], **sparse)
 
 
 def check_packed(family="llama", **sparse):
     """Documents packed into one row, told apart by position_ids, give each document's own logits."""
-    model = tiny_model(family, **sparse)
-    rows = [tokens(length, seed=length)[0] for length in (21, 1, 38)]
-    position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
-    together = logits(model, torch.cat(rows)[None], position_ids=position_ids)[0]
-    for part, row in zip(together.split([len(row) for row in rows]), rows, strict=True):
-        torch.testing.assert_close(part, logits(model, row[None])[0], **TOLERANCE)
+    rows, position_ids = packed_documents()
+    together = logits(tiny_model(family, **sparse), torch.cat(rows)[None], position_ids=position_ids)
+    assert_each_specified(together, family, rows, **sparse)
+
+
+def check_packed_unseen(family="llama", **sparse):
+    """The same with `use_cache=True` or a mask of ones, under which Transformers' own masks forget the packing."""
+    rows, position_ids = packed_documents()
+    ids = torch.cat(rows)[None]
+    for inputs in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(ids)}):
+        with torch.no_grad():
+            together = tiny_model(family, **sparse)(ids, position_ids=position_ids, **inputs).logits
+        assert_each_specified(together, family, rows, **sparse)
 
 
 def check_later_tokens(family="llama", length=44, **sparse):
@@ -224,6 +311,7 @@ CHECKS = {
     "left-padding": check_padding,
     "right-padding": functools.partial(check_padding, side="right"),
     "packed": check_packed,
+    "packed-unseen": check_packed_unseen,
     "later-tokens": check_later_tokens,
     "gradients": check_gradients,
     "density": check_density,
@@ -266,11 +354,20 @@ class KeyMask:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest storage, in bytes, that any operation returned."""
+    """Notes the largest storage, in bytes, that any operation returned; all in one thread, the only one it sees."""
 
     def __init__(self):
         super().__init__()
         self.bytes = 0
+
+    def __enter__(self):
+        self.num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.set_num_threads(self.num_threads)
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -280,7 +377,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def attend(query, key, value, pattern, implementation="torch", query_offset=None, key_offset=0, recorder=None):
+def attend(query, key, value, pattern, implementation="torch", query_offset=None, key_offset=0, **others):
     """`ops.document_attention` with an implementation of one's choice; the last query at the last key."""
     pattern = dataclasses.replace(pattern, config=pattern.config.replace(implementation=implementation))
     return ops.document_attention(
@@ -291,5 +388,5 @@ def attend(query, key, value, pattern, implementation="torch", query_offset=None
         query_offset=key_offset + key.shape[1] - query.shape[1] if query_offset is None else query_offset,
         key_offset=key_offset,
         scaling=0.4,
-        recorder=recorder,
+        **others,
     )

@@ -12,9 +12,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+# Property tests: the same few cases every time, or many with --hypothesis-profile=long.
+_COMMON = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.register_profile("short", _COMMON, max_examples=80, derandomize=True)
+settings.register_profile("long", _COMMON, max_examples=2000)
+settings.load_profile("short")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-support-table",
+        action="store_true",
+        help="write docs/support.md from the cells of tests/test_matrix.py",
+    )
 
 
 @pytest.fixture(scope="session")

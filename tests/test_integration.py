@@ -215,7 +215,7 @@ class TestModelsThatNeverCallIt:
         with pytest.raises(ValueError, match="does not support MambaForCausalLM, which never calls its attention"):
             check_model(self.model("Mamba", state_size=4))
 
-    @pytest.mark.parametrize("name", ["GPTNeoX", "Jamba", "Olmo2"])
+    @pytest.mark.parametrize("name", ["GPTNeoX", "Jamba", "Phi3"])
     def test_models_that_do(self, name):
         fields = {"Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "num_experts": 2}}
         model = self.model(name, num_attention_heads=4, num_key_value_heads=2, **fields.get(name, {}))

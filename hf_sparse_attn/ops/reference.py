@@ -78,8 +78,9 @@ def _routed(
     scores = torch.stack([query @ key[known & (bucket == b)].mean(0) for b in buckets]) if len(buckets) else query[:0]
     routed = torch.zeros_like(routable)
     budget = pattern.budgets[head]
-    for rank in scores.argsort(descending=True):
-        members = torch.nonzero(routable & (bucket == buckets[rank])).flatten()
+    # Equal scores, such as those of a query of zeros, go by the bucket's number.
+    for _, best in sorted(zip(scores.tolist(), buckets.tolist(), strict=True), reverse=True):
+        members = torch.nonzero(routable & (bucket == best)).flatten()
         members = members[max(0, len(members) - budget) :]
         routed[members] = True
         budget -= len(members)

@@ -117,6 +117,13 @@ def test_dense_rows_with_softcap_and_sinks_in_blocks(monkeypatch):
         assert_like_reference(*inputs(), pattern_of(fields), softcap=0.7, sinks=sinks_of())
 
 
+def test_queries_of_zeros():
+    """Such as those of a token whose embedding is zero: all buckets score alike."""
+    query, key, value = inputs()
+    query[:, ::2] = 0
+    assert_like_reference(query, key, value, pattern_of({}))
+
+
 @pytest.mark.parametrize("group", [1, 2, 3, 4], ids=lambda group: f"group of {group}")
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65], ids=lambda length: f"{length} tokens")
 def test_lengths_and_groups(length, group):

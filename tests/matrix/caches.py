@@ -1,0 +1,148 @@
+"""Paths through caches: pieces, steps, slots, and caches that are cut, reordered or moved."""
+
+import torch
+from attention_checks import (
+    FAMILIES,
+    assert_specified,
+    check_chunks,
+    packed_documents,
+    padded_batch,
+    tiny_model,
+    tokens,
+)
+from transformers import DynamicCache, StaticCache
+
+
+def new_dynamic(config):
+    """Layers slide where the model's own do."""
+    return DynamicCache(config=config)
+
+
+def new_keeping_everything(config):
+    return DynamicCache()
+
+
+def new_static(config):
+    return StaticCache(config=config, max_cache_len=64)
+
+
+def dynamic_cache(family):
+    """Prefill in pieces of several sizes, then token by token, with `DynamicCache(config=...)`, whose layers slide
+    where the model's own do."""
+    for sizes in ((7, 13), (1,), (39, 1), (3, 16, 4)):
+        check_chunks(family, sizes)
+
+
+def cache_of_every_key(family):
+    """The same with `DynamicCache()`, which keeps every key under sliding layers too."""
+    for sizes in ((7, 13), (31, 1)):
+        check_chunks(family, sizes, new_cache=new_keeping_everything)
+
+
+def static_cache(family):
+    """Prefill in one piece or several, then token by token, with `StaticCache`, up to its last slot."""
+    for sizes in ((40,), (31, 1), (7, 13)):
+        check_chunks(family, sizes, new_cache=new_static)
+    check_chunks(family, (21, 1), 24, lambda config: StaticCache(config=config, max_cache_len=24))
+
+
+def left_padded_cache(family):
+    """A batch padded on the left, prefilled and then fed token by token, in each kind of cache."""
+    for new_cache in (new_dynamic, new_keeping_everything, new_static):
+        check_padded_cache(family, "left", new_cache)
+
+
+def right_padded_cache(family):
+    """A batch padded on the right, prefilled and then fed token by token. With `DynamicCache()` where layers slide:
+    what slides drops keys by the column, padding included."""
+    check_padded_cache(family, "right", new_keeping_everything)
+    if not FAMILIES[family][2].get("sliding_window"):
+        check_padded_cache(family, "right", new_dynamic)
+        check_padded_cache(family, "right", new_static)
+
+
+def check_padded_cache(family, side, new_cache):
+    rows = [tokens(length, seed=length)[0] for length in (36, 20, 9)]
+    prompts, continuations = [row[:-6] for row in rows], torch.stack([row[-6:] for row in rows])
+    model = tiny_model(family)
+    cache = new_cache(model.config)
+    ids, mask, position_ids = padded_batch(prompts, side, 2)
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True)
+        pieces = [output.logits]
+        for step in continuations.T:
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            output = model(
+                step[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(-1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            pieces.append(output.logits)
+    together = torch.cat(pieces, 1)
+    assert together.isfinite().all()
+    for i, row in enumerate(rows):
+        assert_specified(together[i][mask[i].bool()], family, row)
+
+
+def packed_cache(family):
+    """Documents are packed into a prefill and the last one is continued."""
+    rows, position_ids = packed_documents()
+    for new_cache in (new_dynamic, new_keeping_everything, new_static):
+        model = tiny_model(family)
+        cache = new_cache(model.config)
+        ids, cut = torch.cat(rows)[None], 55
+        with torch.no_grad():
+            pieces = []
+            for start, stop in [(0, cut), *((i, i + 1) for i in range(cut, ids.shape[1]))]:
+                inputs = {"position_ids": position_ids[:, start:stop], "past_key_values": cache, "use_cache": True}
+                pieces.append(model(ids[:, start:stop], **inputs).logits)
+        assert_specified(torch.cat(pieces, 1)[0, -len(rows[-1]) :], family, rows[-1])
+
+
+def cropped_cache(family):
+    """Tokens are taken back with `cache.crop` and others follow, as in assisted generation."""
+    ids, other = tokens(40), tokens(40, seed=1)
+    for new_cache in (new_dynamic, new_keeping_everything):
+        model = tiny_model(family)
+        cache = new_cache(model.config)
+        cache.activate_past_recording()
+        with torch.no_grad():
+            for start, kept, stop in ((0, 9, 12), (9, 25, 30)):
+                model(torch.cat([ids[:, start:kept], other[:, kept:stop]], 1), past_key_values=cache, use_cache=True)
+                cache.crop(kept - stop)
+            resumed = model(ids[:, 25:], past_key_values=cache, use_cache=True).logits
+        assert_specified(resumed[0], family, ids[0])
+
+
+def rows_of_a_cache(family):
+    """Rows of a cache are reordered, selected and repeated, as in beam search."""
+    ids, prompt = tokens(40, 3), 25
+    changes = {
+        (2, 0, 0): lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
+        (2, 1): lambda cache: cache.batch_select_indices(torch.tensor([2, 1])),
+        (0, 0, 1, 1, 2, 2): lambda cache: cache.batch_repeat_interleave(2),
+    }
+    for rows, change in changes.items():
+        model = tiny_model(family)
+        cache = new_dynamic(model.config)
+        with torch.no_grad():
+            model(ids[:, :prompt], past_key_values=cache, use_cache=True)
+            change(cache)
+            chosen = ids[list(rows)]
+            found = model(chosen[:, prompt:], past_key_values=cache, use_cache=True).logits
+        for part, row in zip(found, chosen, strict=True):
+            assert_specified(part, family, row)
+
+
+PATHS = {
+    "dynamic cache": dynamic_cache,
+    "cache of every key": cache_of_every_key,
+    "static cache": static_cache,
+    "left-padded batch in a cache": left_padded_cache,
+    "right-padded batch in a cache": right_padded_cache,
+    "packed documents in a cache": packed_cache,
+    "cropped cache": cropped_cache,
+    "rows of a cache": rows_of_a_cache,
+}
