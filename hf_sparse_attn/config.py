@@ -39,7 +39,7 @@ class SparseAttentionConfig:
         key_budget: routed keys per row: one number, one per layer, or one per layer and query head.
         hash: "random" (seeded random hyperplanes, SimHash) or "calibrated" (fitted by `convert.py`).
         num_hash_bits: hyperplanes per KV head of the random hash, hence 2**num_hash_bits buckets; 1 to 12.
-        seed: of the random hash and the random pattern.
+        seed: of the random hash and the random pattern; under 2**32.
         page_size: positions between two refreshes of the bucket means; at least 1.
         dense_layers: indices of layers whose rows read everything.
         dense_below: rows at positions under it read everything; 0 turns it off.
@@ -68,8 +68,9 @@ class SparseAttentionConfig:
     def __post_init__(self) -> None:
         for name, minimum in _MINIMA.items():
             _require_int(name, getattr(self, name), minimum)
-        if self.num_hash_bits > MAX_HASH_BITS:
-            raise ValueError(f"num_hash_bits must be at most {MAX_HASH_BITS}, got {self.num_hash_bits}")
+        for name, maximum in (("num_hash_bits", MAX_HASH_BITS), ("seed", 2**32 - 1)):
+            if getattr(self, name) > maximum:
+                raise ValueError(f"{name} must be at most {maximum}, got {getattr(self, name)}")
         for name in ("global_token_indices", "dense_layers"):
             object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
         object.__setattr__(self, "key_budget", _budget("key_budget", self.key_budget))

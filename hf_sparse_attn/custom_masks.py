@@ -44,10 +44,12 @@ def read_custom_mask(
         raise unsupported(f"a 4D attention_mask of dtype {mask.dtype}")
     if mask.shape[1] != 1:
         raise unsupported(f"a 4D attention_mask that differs by head (shape {tuple(mask.shape)})")
+    last = torch.stack([_last_admitted(row_mask) for row_mask in admitted[:, 0]])
+    offset = _offset(last, mask.shape[3])
     rows = []
     for batch, row_mask in enumerate(admitted[:, 0]):
         ids = None if position_ids is None else position_ids[batch % len(position_ids)]
-        rows.append(_read_row(row_mask, ids, sliding_window))
+        rows.append(_read_row(row_mask, last[batch], offset, ids, sliding_window))
     signed = torch.stack([row[0] for row in rows])[:, None, None]
     positions = torch.stack([row[1] for row in rows])
     for window in dict.fromkeys((sliding_window, None)):
@@ -56,16 +58,33 @@ def read_custom_mask(
     raise unsupported("a 4D attention_mask other than causal attention inside documents")
 
 
-def _read_row(admitted: Tensor, position_ids: Tensor | None, sliding_window: int | None) -> tuple[Tensor, Tensor]:
+def _last_admitted(admitted: Tensor) -> Tensor:
+    """The last slot that each row of [Q, KV] reads; -1: none."""
+    last = admitted.shape[1] - 1 - admitted.flip(-1).to(torch.uint8).argmax(-1)
+    return torch.where(admitted.any(-1), last, -1)
+
+
+def _offset(last: Tensor, num_keys: int) -> int:
+    """How far slots are ahead of rows, from the last slot [batch, Q] that each row reads.
+
+    A token reads itself last. A row of padding reads nothing, or what came before it, or (some masks open such rows,
+    so that no softmax gives NaN) every slot.
+    """
+    num_queries = last.shape[1]
+    ahead = last - torch.arange(num_queries, device=last.device)
+    opened = last == num_keys - 1
+    opened[:, -1] = False
+    ahead = ahead[(last >= 0) & ~opened & (ahead >= 0) & (ahead <= num_keys - num_queries)]
+    return int(ahead.max()) if len(ahead) else num_keys - num_queries
+
+
+def _read_row(
+    admitted: Tensor, last: Tensor, offset: int, position_ids: Tensor | None, sliding_window: int | None
+) -> tuple[Tensor, Tensor]:
     """The simplest reading of [Q, KV]: signed positions [KV] and position_ids [Q], yet to be checked."""
     num_queries, num_keys = admitted.shape
     row = torch.arange(num_queries, device=admitted.device)
-    last = num_keys - 1 - admitted.flip(-1).int().argmax(-1)
-    offsets = (last - row)[admitted.any(-1)]
-    offsets = offsets[(offsets >= 0) & (offsets <= num_keys - num_queries)]
-    # A token that is no padding reads itself last, so most rows agree on how far slots are ahead of rows.
-    offset = int(offsets.mode().values) if len(offsets) else num_keys - num_queries
-    real = admitted.any(-1) & (last - row == offset)
+    real = last == row + offset
     present = admitted[real].any(0)
     rank = present.cumsum(0, dtype=torch.int32)
     slot = torch.arange(num_keys, device=admitted.device)

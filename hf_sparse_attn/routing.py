@@ -94,7 +94,8 @@ def random_positions(config: SparseAttentionConfig, position: Tensor) -> Tensor:
     """
     draw = torch.arange(config.num_random_keys, device=position.device)
     mask = 0xFFFFFFFF
-    x = (position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + config.seed * 0xC2B2AE3D) & mask
+    seed = config.seed * 0xC2B2AE3D & mask
+    x = (position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + seed) & mask
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = ((x ^ (x >> shift)) * factor) & mask
     x = x ^ (x >> 16)

@@ -67,6 +67,7 @@ def test_frozen_and_hashable():
         ("num_random_keys", -1),
         ("num_hash_bits", 0),
         ("num_hash_bits", MAX_HASH_BITS + 1),
+        ("seed", 2**32),
         ("seed", -1),
         ("page_size", 0),
         ("dense_below", -1),

@@ -97,6 +97,24 @@ def test_slots_of_a_static_cache_that_are_not_filled_yet():
     assert split(mask, 2, 8)[0] == [(0, [0, 1], span(0, 5), 3, 0)]
 
 
+@pytest.mark.parametrize("slots", [4, 9], ids=["dynamic cache", "static cache"])
+def test_a_padded_query_that_reads_what_came_before(slots):
+    """As Transformers builds masks; here padding and the only token disagree on where the queries stand."""
+    mask = torch.nn.functional.pad(causal(4) & torch.tensor([1, 1, 1, 0]).bool(), (0, slots - 4))
+    assert split(mask[None, None, 2:], 2, slots)[0] == [(0, [0], [0, 1, 2], 2, 0)]
+
+
+def test_a_batch_row_of_padding_alone():
+    mask = torch.stack([causal(4), torch.zeros(4, 4).bool()])[:, None, 2:]
+    assert split(mask, 2, 4)[0] == [(0, [0, 1], span(0, 4), 2, 0)]
+
+
+def test_open_rows_in_a_static_cache():
+    mask = torch.nn.functional.pad(causal(5) & torch.tensor([0, 0, 1, 1, 1]).bool(), (0, 4))
+    mask[:2] = True
+    assert split(mask[None, None], 5, 9)[0] == [(0, [2, 3, 4], [2, 3, 4], 0, 0)]
+
+
 def test_the_models_window():
     mask = causal(7, sliding_window=3)[None, None]
     assert split(mask, 7, 7, sliding_window=3) == ([(0, span(0, 7), span(0, 7), 0, 0)], 3)

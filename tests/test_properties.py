@@ -41,9 +41,9 @@ class Layout:
 
     rows: tuple[Row, ...]
     positions: str = "documents"  # position_ids that start anew with each document, those of the columns, or "none"
-    mask: str = "none"  # "2D", "4D bool", "4D float" or "none"
-    packing: str = "position_ids"  # further kwargs that tell it: "cu_seq_lens" or "seq_idx"
-    cache: str = "none"
+    mask: str = "none"  # "2D", one of MASKS_4D, or "none"
+    packing: str = "position_ids"  # "cu_seq_lens" or "seq_idx" where a collator passes these as well
+    cache: str = "none"  # or one of CACHES
     pieces: tuple[int, ...] = ()  # with a cache: sizes of the forwards, the last one repeated to the end
     unfilled: int = 0  # slots of a static cache that stay empty
 
@@ -108,9 +108,11 @@ class Layout:
         return [slice(start, stop) for start, stop in pairwise(stops) if start < stop]
 
     def new_cache(self, config):
+        if self.cache == "none":
+            return None
         if self.cache == "static":
             return StaticCache(config=config, max_cache_len=self.width + self.unfilled)
-        return {"none": None, "dynamic": DynamicCache(config=config)}.get(self.cache, DynamicCache())
+        return DynamicCache(config=config) if self.cache == "dynamic" else DynamicCache()
 
     def calls(self, cache, sliding_window):
         """Columns of every forward and what a caller passes to it."""
@@ -122,10 +124,10 @@ class Layout:
         elif self.packing == "seq_idx":
             kwargs = {"seq_idx": number}
         for columns in self.forwards():
-            num_slots, first = (
-                (self.width, 0) if cache is None else cache.get_mask_sizes(columns.stop - columns.start, 0)
-            )
-            mask = self.attention_mask(columns, slice(first, first + num_slots), sliding_window)
+            num_keys, first = self.width, 0
+            if cache is not None:
+                num_keys, first = cache.get_mask_sizes(columns.stop - columns.start, 0)
+            mask = self.attention_mask(columns, slice(first, first + num_keys), sliding_window)
             call = {"attention_mask": mask, "past_key_values": cache, **kwargs}
             if position_ids is not None:
                 call["position_ids"] = position_ids[:, columns]
@@ -251,7 +253,7 @@ class Reads(KeyMask):
 @st.composite
 def layouts(draw, most_tokens, caches=CACHES, masks_4d=MASKS_4D):
     """Up to three rows of 80 tokens each, together at most `most_tokens`."""
-    packing = draw(st.sampled_from(["position_ids"] * 4 + ["seq_idx", "cu_seq_lens"]))
+    packing = draw(st.sampled_from(["position_ids"] * 10 + ["seq_idx", "cu_seq_lens"]))
     in_one_go = packing != "position_ids"  # so collators pass it: without padding and without a cache
     num_rows = draw(st.integers(1, 1 if packing == "cu_seq_lens" else 3))
     widest = min(most_tokens // num_rows, 80)
@@ -310,10 +312,10 @@ def patterns(num_layers, num_heads):
 
 
 @st.composite
-def cases(draw, head_dims=range(1, 10), **choices):
+def cases(draw, **choices):
     num_kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     layer_idx = draw(st.sampled_from([0, 0, 1, 2]))
-    num_heads, head_dim = num_kv_heads * group, draw(st.sampled_from(head_dims))
+    num_heads, head_dim = num_kv_heads * group, draw(st.integers(1, 9))
     return Case(
         layout=draw(layouts(480 // num_heads, **choices)),
         sparse=draw(patterns(layer_idx + 1, num_heads)),
@@ -334,7 +336,8 @@ def count_layout(layout):
     """Have the statistics of a run show what the case covers."""
     sides = {(row.left > 0, row.right > 0) for row in layout.rows if row.documents}
     names = {(True, False): "left", (False, True): "right", (True, True): "both sides of a row"}
-    event("padding", "none" if not layout.is_padded else names.get(*sides) if len(sides) == 1 else "differs by row")
+    padding = names.get(*sides, "whole rows") if len(sides) == 1 else "differs by row"
+    event("padding", padding if layout.is_padded else "none")
     lengths = [len(row.documents) for row in layout.rows]
     forwards = [columns.stop - columns.start for columns in layout.forwards()]
     pieces = "one" if len(forwards) == 1 else "one token at a time" if forwards[-2:] == [1, 1] else "several"
@@ -379,7 +382,7 @@ def test_output(case):
     assert output.isfinite().all() if case.layout.mask in MASKS_4D else not output[~is_token].any()
 
 
-@given(case=cases(caches=CACHES[:2]))  # a static cache keeps no gradients
+@given(case=cases(caches=CACHES[:2]))  # a static cache overwrites what the backward needs
 def test_gradients(case):
     count_case(case)
     gradients = []
@@ -402,15 +405,17 @@ def test_what_is_read(case):
         for _, _, attended in attended_alone(case, *inputs[:2]):
             length = attended.shape[1]
             expected.count[:, :length, :length] += attended
+            if (attended.sum(-1) < torch.arange(length) + 1).any():
+                event("a document with keys left out")
     assert torch.equal(reads.count, expected.count)
 
 
-# Even, because the last bit of a dot product of doubles tells whether both lie at multiples of 16 bytes.
-@given(case=cases(head_dims=(2, 4, 6, 8)), cut=st.integers(1, 79))
+# Even, as under any RoPE: PyTorch rounds a dot product by whether its vectors start at multiples of 16 bytes.
+@given(case=cases(), cut=st.integers(0, 79))
 def test_later_tokens_change_no_bit(case, cut):
     """Nor do what padding holds, and other tokens of the batch from the cut on."""
     count_case(case)
-    cut = cut % case.layout.width
+    cut = 1 + cut % max(case.layout.width - 1, 1)
     inputs, others = case.inputs(), replace(case, seed=case.seed + 1).inputs()
     changed = [
         torch.cat([x[:, :, :cut], other[:, :, cut:]], 2) for x, other in zip(inputs[:3], others[:3], strict=True)
@@ -437,7 +442,7 @@ def model_cases(draw):
 
 
 @given(case=model_cases())
-@settings(max_examples=settings().max_examples // 4)
+@settings(max_examples=settings().max_examples // 2)
 def test_logits_of_a_model(case):
     family, layout, sparse = case
     count_layout(layout)

@@ -255,8 +255,9 @@ def test_static_positions():
     assert static_positions(config, 1, torch.device("cpu")).tolist() == [0]
 
 
-def test_random_positions_are_in_range_and_spread():
-    config = SparseAttentionConfig(num_random_keys=8, seed=3)
+@pytest.mark.parametrize("seed", [3, 2**32 - 1])
+def test_random_positions_are_in_range_and_spread(seed):
+    config = SparseAttentionConfig(num_random_keys=8, seed=seed)
     position = torch.arange(2000)
     drawn = random_positions(config, position)
     assert drawn.shape == (2000, 8)

@@ -1,6 +1,7 @@
 """A pytest plugin: what computes the attention called "sdpa" in this process, and a record of what became of each test.
 
-Rows that read everything must give dense attention's output, whichever part of the pattern finds the keys.
+Rows that read everything must give dense attention's output, whichever part of the pattern finds the keys. One thing is
+kept from the sparse attention: `output_attentions=True`, which it refuses and SDPA ignores with a warning.
 """
 
 import json
@@ -61,26 +62,27 @@ class Replacement:
         from transformers import AttentionInterface
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        self.path, self.calls, self.tests = option.outcomes, 0, {}
+        self.path, self.calls, self.wants_weights, self.tests = option.outcomes, 0, False, {}
         attention = ALL_ATTENTION_FUNCTIONS["sdpa"] if option.attention == "sdpa" else sparse(option.attention)
         broken = BROKEN.get(option.broken)
 
-        def counted(*args, **kwargs):
+        def counted(*args, output_attentions=False, **kwargs):
             self.calls += 1
+            self.wants_weights |= bool(output_attentions)
             return broken(attention, *args, **kwargs) if broken else attention(*args, **kwargs)
 
         AttentionInterface.register("sdpa", counted)
 
     def pytest_runtest_logstart(self):
-        self.calls = 0
+        self.calls, self.wants_weights = 0, False
 
     def pytest_runtest_logreport(self, report):
         test = self.tests.setdefault(report.nodeid.split("::", 1)[1], {"outcome": "passed"})
-        test["attention_calls"] = self.calls
+        test.update(attention_calls=self.calls, output_attentions=self.wants_weights)
         if report.failed:
             test["outcome"] = "failed"
             test.setdefault("reason", report.longrepr.reprcrash.message.splitlines()[0])
-        elif report.skipped and test["outcome"] == "passed":
+        elif report.skipped and not hasattr(report, "context"):  # a skipped subtest skips no test
             test["outcome"] = "skipped"
 
     def pytest_sessionfinish(self):
