@@ -46,14 +46,16 @@ def read_custom_mask(
         raise unsupported(f"a 4D attention_mask that differs by head (shape {tuple(mask.shape)})")
     last = torch.stack([_last_admitted(row_mask) for row_mask in admitted[:, 0]])
     offset = _offset(last, mask.shape[3])
+    is_token = last == torch.arange(mask.shape[2], device=mask.device) + offset
     rows = []
     for batch, row_mask in enumerate(admitted[:, 0]):
         ids = None if position_ids is None else position_ids[batch % len(position_ids)]
-        rows.append(_read_row(row_mask, last[batch], offset, ids, sliding_window))
+        rows.append(_read_row(row_mask, is_token[batch], offset, ids, sliding_window))
     signed = torch.stack([row[0] for row in rows])[:, None, None]
     positions = torch.stack([row[1] for row in rows])
     for window in dict.fromkeys((sliding_window, None)):
-        if all(_describes(row_mask, *row, window) for row_mask, row in zip(admitted[:, 0], rows, strict=True)):
+        described = all(_describes(row_mask, *row, window) for row_mask, row in zip(admitted[:, 0], rows, strict=True))
+        if described and bool(is_token.any() or not admitted.any()):  # else rows read keys, but none its own
             return signed, positions, window
     raise unsupported("a 4D attention_mask other than causal attention inside documents")
 
@@ -79,18 +81,20 @@ def _offset(last: Tensor, num_keys: int) -> int:
 
 
 def _read_row(
-    admitted: Tensor, last: Tensor, offset: int, position_ids: Tensor | None, sliding_window: int | None
+    admitted: Tensor, is_token: Tensor, offset: int, position_ids: Tensor | None, sliding_window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The simplest reading of [Q, KV]: signed positions [KV] and position_ids [Q], yet to be checked."""
+    """The simplest reading of [Q, KV]: signed positions [KV] and position_ids [Q], yet to be checked.
+
+    Args:
+        is_token: [Q], False for padding.
+    """
     num_queries, num_keys = admitted.shape
-    row = torch.arange(num_queries, device=admitted.device)
-    real = last == row + offset
-    present = admitted[real].any(0)
+    present = admitted[is_token].any(0)
     rank = present.cumsum(0, dtype=torch.int32)
     slot = torch.arange(num_keys, device=admitted.device)
     is_query = (slot >= offset) & (slot < offset + num_queries)
     position = torch.zeros(num_queries, dtype=torch.long, device=admitted.device)
-    index = torch.nonzero(real).flatten()
+    index = torch.nonzero(is_token).flatten()
     if len(index):
         first = int(admitted[index[0]].sum()) - 1
         if first + 1 == sliding_window and position_ids is not None:  # older keys do not show
@@ -108,8 +112,6 @@ def _describes(admitted: Tensor, signed: Tensor, position: Tensor, window: int |
     """Whether the rows that are no padding admit just the keys that the reading gives them."""
     queries = signed[signed < 0]
     row = torch.nonzero(queries != PADDED_QUERY).flatten()
-    if not len(row):
-        return not bool(admitted.any())
     own = -queries[row]
     rank = signed.abs()
     present = (signed != 0) & (signed != PADDED_QUERY)

@@ -104,6 +104,12 @@ def test_a_padded_query_that_reads_what_came_before(slots):
     assert split(mask[None, None, 2:], 2, slots)[0] == [(0, [0], [0, 1, 2], 2, 0)]
 
 
+def test_a_finished_row_of_a_batch_that_goes_on():
+    """Its query is padding that reads what came before it; the other row says where the queries stand."""
+    mask = torch.stack([causal(4), causal(4) & torch.tensor([1, 1, 1, 0]).bool()])[:, None, 3:]
+    assert split(mask, 1, 4)[0] == [(0, [0], span(0, 4), 3, 0)]
+
+
 def test_a_batch_row_of_padding_alone():
     mask = torch.stack([causal(4), torch.zeros(4, 4).bool()])[:, None, 2:]
     assert split(mask, 2, 4)[0] == [(0, [0, 1], span(0, 4), 2, 0)]

@@ -95,6 +95,7 @@ class Layout:
         key = nn.functional.pad(number, (0, self.unfilled))[:, None, slots]
         behind = torch.arange(self.width)[columns, None] - torch.arange(self.width + self.unfilled)[slots]
         mask = ((key == reader) & (key > 0) & (behind >= 0) & (behind < (sliding_window or self.width)))[:, None]
+        mask = mask & (number[:, columns] > 0).any()  # where no query is a token, nobody reads itself
         if self.mask == "4D bool":
             return mask
         return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
@@ -312,10 +313,10 @@ def patterns(num_layers, num_heads):
 
 
 @st.composite
-def cases(draw, **choices):
+def cases(draw, head_dims=range(1, 10), **choices):
     num_kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     layer_idx = draw(st.sampled_from([0, 0, 1, 2]))
-    num_heads, head_dim = num_kv_heads * group, draw(st.integers(1, 9))
+    num_heads, head_dim = num_kv_heads * group, draw(st.sampled_from(head_dims))
     return Case(
         layout=draw(layouts(480 // num_heads, **choices)),
         sparse=draw(patterns(layer_idx + 1, num_heads)),
@@ -411,7 +412,7 @@ def test_what_is_read(case):
 
 
 # Even, as under any RoPE: PyTorch rounds a dot product by whether its vectors start at multiples of 16 bytes.
-@given(case=cases(), cut=st.integers(0, 79))
+@given(case=cases(head_dims=(2, 4, 6, 8)), cut=st.integers(0, 79))
 def test_later_tokens_change_no_bit(case, cut):
     """Nor do what padding holds, and other tokens of the batch from the cut on."""
     count_case(case)

@@ -461,9 +461,6 @@ class _GatherSum(torch.autograd.Function):
 
 def _gather_dot(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
     num_rows, width = index.shape
-    missing = -rows.shape[1] % 4
-    if missing:  # vectors that start between multiples of 16 bytes are rounded by where they stand
-        rows, table = F.pad(rows, (0, missing)), F.pad(table, (0, missing))
     offsets = torch.arange(0, num_rows * width, width, device=index.device, dtype=index.dtype)
     bags = (
         torch.arange(num_rows, device=index.device, dtype=index.dtype)[:, None].expand(-1, width).contiguous().view(-1)
