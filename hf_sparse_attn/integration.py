@@ -25,6 +25,9 @@ _CACHED = "_sparse_attention_pattern"
 _RECORDER = "_sparse_attention_recorder"
 _OBSERVER = "_sparse_attention_observer"
 
+# What some families also pass, and what would change the answer: biases, the choices of an indexer of their own.
+_NOT_READ = ("position_bias", "indices", "block_indices", "sinks", "cache")
+
 Observer = Callable[[LayerPattern, Tensor, Tensor, Tensor, float], None]
 
 
@@ -82,6 +85,9 @@ def sparse_attention_forward(
         raise unsupported(f"attention dropout (attention_dropout={dropout})")
     if output_attentions:
         raise unsupported("output_attentions=True, because attention weights are never formed")
+    for name in _NOT_READ:
+        if kwargs.get(name) is not None:
+            raise unsupported(f"the argument {name} of {type(module).__name__}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens_q, seq_idx, s_aux)
     if torch.compiler.is_compiling():

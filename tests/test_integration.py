@@ -131,8 +131,10 @@ class TestRefusals:
             ({"is_causal": False}, "non-causal attention"),
             ({"dropout": 0.1}, r"attention dropout \(attention_dropout=0.1\)"),
             ({"output_attentions": True}, "output_attentions=True"),
+            ({"position_bias": torch.zeros(1, 4, 5, 5)}, "the argument position_bias of LlamaAttention"),
+            ({"indices": torch.zeros(1, 5, 2)}, "the argument indices of LlamaAttention"),
         ],
-        ids=["non-causal", "dropout", "weights"],
+        ids=["non-causal", "dropout", "weights", "bias", "indexer"],
     )
     def test_call(self, kwargs, message):
         with pytest.raises(ValueError, match=rf'^attn_implementation="sparse" does not support {message}') as error:
