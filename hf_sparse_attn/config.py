@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 HASHES = ("random", "calibrated")
@@ -23,12 +25,14 @@ class SparseAttentionConfig:
         window    p - window_size < j <= p                window_size keys, the row's own included
         static    j < num_global_tokens, j in global_token_indices, or j % stride == 0 (stride > 0)
         random    num_random_keys positions drawn from a fixed hash of (seed, p)
-        routed    key_budget of the remaining keys j <= p - window_size, found through hash buckets
+        routed    up to key_budget of the remaining keys j <= p - window_size, found through hash buckets
 
-    Routed keys: every key falls into one bucket of its KV head's hash. The row scores each bucket by the product of
-    its own query with the mean of the bucket's keys, and takes buckets from the best down until `key_budget` keys
-    are taken; of the last bucket, the most recent ones. The bucket means are refreshed every `page_size` positions
-    and hold only keys that were older than the window then, so nothing later than the row decides what it reads.
+    Routed keys: every key falls into one bucket of its KV head's hash. The queries of the KV head's group at the row's
+    own token are added up, each bucket is scored by the product of that sum with the mean of the bucket's keys, and
+    buckets are taken from the best down until `key_budget` keys are taken; of the last bucket, the most recent ones.
+    Every row of the group scores these keys with its own query, beside its other keys, and reads those whose softmax
+    weight among all that it scored is at least `min_weight`. The bucket means are refreshed every `page_size`
+    positions with all keys before that position, so nothing later than the row decides what it reads.
 
     Args:
         window_size: keys of the local window, the row's own included; at least 1.
@@ -36,7 +40,9 @@ class SparseAttentionConfig:
         global_token_indices: further positions that every later row reads.
         stride: every `stride`-th key is read by every later row; 0 turns it off.
         num_random_keys: draws of the seeded random pattern per row; 0 turns it off.
-        key_budget: routed keys per row: one number, one per layer, or one per layer and query head.
+        key_budget: keys found for a row through the buckets: one number, one per layer, or one per layer and KV head.
+        min_weight: softmax weight under which a row does not read a key found through the buckets, at least 0 and under
+            1; one number, one per layer, or one per layer and query head. 0 reads them all.
         hash: "random" (seeded random hyperplanes, SimHash) or "calibrated" (fitted by `convert.py`).
         num_hash_bits: hyperplanes per KV head of the random hash, hence 2**num_hash_bits buckets; 1 to 12.
         seed: of the random hash and the random pattern; under 2**32.
@@ -55,7 +61,8 @@ class SparseAttentionConfig:
     global_token_indices: tuple[int, ...] = ()
     stride: int = 0
     num_random_keys: int = 0
-    key_budget: int | tuple[int, ...] | tuple[tuple[int, ...], ...] = 512
+    key_budget: int | tuple[int | tuple[int, ...], ...] = 1024
+    min_weight: float | tuple[float | tuple[float, ...], ...] = 2e-4
     hash: str = "random"
     num_hash_bits: int = 10
     seed: int = 0
@@ -73,7 +80,10 @@ class SparseAttentionConfig:
                 raise ValueError(f"{name} must be at most {maximum}, got {getattr(self, name)}")
         for name in ("global_token_indices", "dense_layers"):
             object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
-        object.__setattr__(self, "key_budget", _budget("key_budget", self.key_budget))
+        object.__setattr__(
+            self, "key_budget", _by_head(self.key_budget, partial(_require_int, "key_budget", minimum=0))
+        )
+        object.__setattr__(self, "min_weight", _by_head(self.min_weight, _require_weight))
         _require_choice("hash", self.hash, HASHES)
         _require_choice("implementation", self.implementation, IMPLEMENTATIONS)
         if self.calibrated_hash is not None and not isinstance(self.calibrated_hash, str):
@@ -117,23 +127,21 @@ class SparseAttentionConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
 
-    def head_budgets(self, layer_idx: int, num_heads: int) -> list[int]:
-        """Routed keys per row for each of a layer's query heads.
+    def key_budgets(self, layer_idx: int, num_key_value_heads: int) -> list[int]:
+        """Keys found through the buckets for a row, for each of a layer's KV heads.
 
         Raises:
-            ValueError: if key_budget lists another number of layers or heads than the model has.
+            ValueError: if key_budget lists another number of layers or KV heads than the model has.
         """
-        budget = self.key_budget
-        if isinstance(budget, int):
-            return [budget] * num_heads
-        if layer_idx >= len(budget):
-            raise ValueError(f"key_budget lists {len(budget)} layers, but the model has a layer {layer_idx}")
-        layer = budget[layer_idx]
-        if isinstance(layer, int):
-            return [layer] * num_heads
-        if len(layer) != num_heads:
-            raise ValueError(f"key_budget lists {len(layer)} heads in layer {layer_idx}, but the model has {num_heads}")
-        return list(layer)
+        return _of_layer("key_budget", self.key_budget, layer_idx, num_key_value_heads, "KV heads")
+
+    def min_weights(self, layer_idx: int, num_heads: int) -> list[float]:
+        """Smallest weight of a routed key, for each of a layer's query heads.
+
+        Raises:
+            ValueError: if min_weight lists another number of layers or heads than the model has.
+        """
+        return _of_layer("min_weight", self.min_weight, layer_idx, num_heads, "heads")
 
 
 _MINIMA = {
@@ -166,14 +174,31 @@ def _int_tuple(name: str, values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _budget(name: str, value: Any) -> Any:
-    """`key_budget` as nested tuples: a number, one per layer, or one per layer and head (the two may be mixed)."""
-    if not isinstance(value, (list, tuple)):
-        _require_int(name, value, 0)
-        return value
-    return tuple(
-        _int_tuple(name, layer) if isinstance(layer, (list, tuple)) else _budget(name, layer) for layer in value
-    )
+def _require_weight(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"min_weight must be a number of at least 0 and under 1, got {value!r}")
+
+
+def _by_head(value: Any, require: Callable[[Any], None], depth: int = 2) -> Any:
+    """One value, one per layer, or one per layer and head (mixed, too), as nested tuples."""
+    if depth and isinstance(value, (list, tuple)):
+        return tuple(_by_head(item, require, depth - 1) for item in value)
+    require(value)
+    return value
+
+
+def _of_layer(name: str, value: Any, layer_idx: int, num_heads: int, unit: str) -> list[Any]:
+    """A layer's part of a field that may differ by layer and head: one value per head."""
+    if not isinstance(value, tuple):
+        return [value] * num_heads
+    if layer_idx >= len(value):
+        raise ValueError(f"{name} lists {len(value)} layers, but the model has a layer {layer_idx}")
+    layer = value[layer_idx]
+    if not isinstance(layer, tuple):
+        return [layer] * num_heads
+    if len(layer) != num_heads:
+        raise ValueError(f"{name} lists {len(layer)} {unit} in layer {layer_idx}, but the model has {num_heads}")
+    return list(layer)
 
 
 def _listed(value: Any) -> Any:

@@ -28,7 +28,7 @@ _OBSERVER = "_sparse_attention_observer"
 # What some families also pass, and what would change the answer: biases, the choices of an indexer of their own.
 _NOT_READ = ("position_bias", "indices", "block_indices", "sinks", "cache")
 
-Observer = Callable[[LayerPattern, Tensor, Tensor, Tensor, float], None]
+Observer = Callable[[LayerPattern, Tensor, Tensor, Tensor, float, Tensor], None]
 
 
 def register() -> None:
@@ -95,10 +95,11 @@ def sparse_attention_forward(
         split = head_split(module, query.shape[1], key.shape[1])
         return compiled_attention(inputs, fields, _layer_idx(module), split, sliding_window, scaling, softcap), None
     pattern = _module_pattern(module, query, key, sliding_window)
+    output = attention(inputs, pattern, scaling, softcap, module.__dict__.get(_RECORDER))
     observer = module.__dict__.get(_OBSERVER)
     if observer is not None:
-        observer(pattern, query, key, value, scaling)
-    return attention(inputs, pattern, scaling, softcap, module.__dict__.get(_RECORDER)), None
+        observer(pattern, query, key, value, scaling, output)
+    return output, None
 
 
 def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_window: int | None) -> LayerPattern:
@@ -186,7 +187,7 @@ def record(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]
 
 
 def observe(model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
-    """Call `observer(pattern, query, key, value, scaling)` before each attention of the forwards in this block."""
+    """Call `observer(pattern, query, key, value, scaling, output)` after each attention of this block's forwards."""
     return _attached(model, _OBSERVER, observer)
 
 

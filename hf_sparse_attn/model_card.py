@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_sparse_attn.allocation import Allocation
 from hf_sparse_attn.config import SparseAttentionConfig
 
 
@@ -15,6 +17,8 @@ def write_model_card(
     source: str,
     config: SparseAttentionConfig,
     budgets: dict[str, Any],
+    trade: Sequence[Allocation],
+    choice: Allocation,
     calibration: list[str],
     result: dict[str, Any] | None,
     environment: dict[str, Any],
@@ -25,6 +29,8 @@ def write_model_card(
         source: the dense checkpoint that was converted.
         config: the fitted configuration.
         budgets: what `conversion.describe_budgets` returns.
+        trade: choices at other densities.
+        choice: what the configuration was chosen as.
         calibration: names of the calibration documents.
         result: what `perplexity.compare_perplexity` returns, or None if nothing was evaluated.
         environment: where it was measured.
@@ -43,6 +49,8 @@ def write_model_card(
         source="SmolLM2-135M-Instruct" if source == "demo" else Path(source).name if Path(source).exists() else source,
         config=config,
         budgets=budgets,
+        trade=trade,
+        choice=choice,
         calibration=calibration,
         result=result,
         environment=environment,

@@ -16,19 +16,29 @@ class Recorder(Protocol):
     """Receives every row's keys; put in place by `integration.record`."""
 
     def add(
-        self, pattern: LayerPattern, head: int, position: Tensor, attended: Tensor, keys: Callable[[], Tensor]
+        self,
+        pattern: LayerPattern,
+        head: int,
+        position: Tensor,
+        attended: Tensor,
+        num_scored: int,
+        keys: Callable[[], Tensor],
     ) -> None:
-        """Rows at `position` [R] of one head read the keys at positions `keys()` [R, K] where `attended` [R, K]."""
+        """Rows at `position` [R] of one head read the keys at positions `keys()` [R, K] where `attended` [R, K].
+
+        To choose them, they scored `num_scored` keys in all.
+        """
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
         """Rows at positions start .. stop - 1 of the heads read everything admissible."""
 
 
 class DensityRecorder:
-    """Counts attended and admissible (row, key) pairs."""
+    """Counts (row, key) pairs: attended, scored with the row's own query, and admissible."""
 
     def __init__(self) -> None:
         self.attended = 0
+        self.scored = 0
         self.admissible = 0
 
     @property
@@ -36,18 +46,32 @@ class DensityRecorder:
         """Attended over admissible pairs; NaN before any forward."""
         return self.attended / self.admissible if self.admissible else float("nan")
 
+    @property
+    def scored_density(self) -> float:
+        """Scored over admissible pairs: products of queries and keys that were formed; NaN before any forward."""
+        return self.scored / self.admissible if self.admissible else float("nan")
+
     def add(
-        self, pattern: LayerPattern, head: int, position: Tensor, attended: Tensor, keys: Callable[[], Tensor]
+        self,
+        pattern: LayerPattern,
+        head: int,
+        position: Tensor,
+        attended: Tensor,
+        num_scored: int,
+        keys: Callable[[], Tensor],
     ) -> None:
         self.attended += int(attended.sum())
-        self.admissible += _admissible(position, pattern.sliding_window)
+        self.scored += num_scored
+        self.admissible += admissible_pairs(position, pattern.sliding_window)
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
-        pairs = len(heads) * _admissible(torch.arange(start, stop), pattern.sliding_window)
+        pairs = len(heads) * admissible_pairs(torch.arange(start, stop), pattern.sliding_window)
         self.attended += pairs
+        self.scored += pairs
         self.admissible += pairs
 
 
-def _admissible(position: Tensor, sliding_window: int | None) -> int:
+def admissible_pairs(position: Tensor, sliding_window: int | None) -> int:
+    """(row, key) pairs of one head's rows at the given positions [R] that the model itself admits."""
     pairs = position + 1 if sliding_window is None else (position + 1).clamp(max=sliding_window)
     return int(pairs.sum())

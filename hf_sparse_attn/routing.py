@@ -16,6 +16,7 @@ from hf_sparse_attn.hashing import BucketHash, layer_hash
 from hf_sparse_attn.parallel import HeadSplit
 
 CHUNK_PAGES = 16  # pages of rows that are routed and computed together
+_MEANS_LAG = 1  # the bucket means of a page hold the keys at least this far behind its first row
 _UNROUTABLE = -1e30  # score of a bucket that a row must not take
 
 
@@ -26,7 +27,8 @@ class LayerPattern:
     Args:
         config: the model's sparse attention config.
         layer_idx: index of the layer.
-        budgets: routed keys per row for each query head of this process.
+        budgets: keys found for a row through the buckets, for each KV head of this process.
+        min_weights: smallest softmax weight of a routed key that is read, for each query head of this process.
         bucket_hash: the hash of its KV heads.
         sliding_window: the model's own window (keys with `p - sliding_window < j`), or None.
     """
@@ -34,6 +36,7 @@ class LayerPattern:
     config: SparseAttentionConfig
     layer_idx: int
     budgets: list[int]
+    min_weights: list[float]
     bucket_hash: BucketHash
     sliding_window: int | None = None
 
@@ -65,14 +68,16 @@ def layer_pattern(
         split: which part of the layer's heads this process holds; None: all of them.
 
     Raises:
-        ValueError: if the config's budgets or its calibrated hash do not fit the layer.
+        ValueError: if the config's budgets, smallest weights or calibrated hash do not fit the layer.
     """
     split = split or HeadSplit()
-    budgets = config.head_budgets(layer_idx, num_heads * split.size)[split.rank * num_heads :][:num_heads]
-    whole = layer_hash(config, layer_idx, num_kv_heads * split.kv_size, head_dim)
+    heads = slice(split.rank * num_heads, (split.rank + 1) * num_heads)
     kv_heads = slice(split.kv_rank * num_kv_heads, (split.kv_rank + 1) * num_kv_heads)
+    budgets = config.key_budgets(layer_idx, num_kv_heads * split.kv_size)[kv_heads]
+    min_weights = config.min_weights(layer_idx, num_heads * split.size)[heads]
+    whole = layer_hash(config, layer_idx, num_kv_heads * split.kv_size, head_dim)
     bucket_hash = BucketHash(whole.weight[kv_heads].to(device, dtype), whole.bias[kv_heads].to(device, dtype))
-    return LayerPattern(config, layer_idx, budgets, bucket_hash, sliding_window)
+    return LayerPattern(config, layer_idx, budgets, min_weights, bucket_hash, sliding_window)
 
 
 def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device) -> Tensor:
@@ -132,7 +137,7 @@ class BucketIndex:
         edges = torch.arange(self.num_buckets, device=key.device, dtype=torch.int32)
         self.start = torch.searchsorted(sorted_bucket, edges).int()  # [num_buckets]
         self.first_page = first_row // self.page_size // CHUNK_PAGES * CHUNK_PAGES
-        self._entered = self._chunk_sums(self.window_size)
+        self._entered = self._chunk_sums(_MEANS_LAG)
         self._left = None if self.sliding_window is None else self._chunk_sums(self._page_lag())
         self._columns = 64  # buckets per row looked at first; grows to what budgets need
 
@@ -143,7 +148,7 @@ class BucketIndex:
         """
         page_size = self.page_size
         pages = range(start // page_size, -(-stop // page_size))
-        sums, counts = self._page_state(pages, self._entered, self.window_size)
+        sums, counts = self._page_state(pages, self._entered, _MEANS_LAG)
         upper = self._row_counts(pages, self.window_size)[start - pages[0] * page_size :][: stop - start]
         lower = None
         if self.sliding_window is not None:
@@ -230,10 +235,10 @@ class RowChunk:
     lower: Tensor | None  # [R, num_buckets]: of these, keys already outside the model's own window
 
     def select(self, query: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-        """Routed keys of every row for one query head.
+        """Keys found through the buckets for every row.
 
         Args:
-            query: [R, head_dim].
+            query: [R, head_dim], the sum of the queries of the KV head's group at each token.
             budget: keys per row.
 
         Returns:
@@ -270,7 +275,8 @@ class RowChunk:
             rows = slice(low - self.start, high - self.start)
             torch.addmm(offset[page], query[rows], self.means[page].T, out=scores[rows])
             low = high
-        return scores
+        # A bucket may be known and hold nothing that is older than the row's window.
+        return scores.masked_fill_(self.upper == (0 if self.lower is None else self.lower), _UNROUTABLE)
 
     def _candidates(self, ranked: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """The best `columns` buckets of each row: keys available and end of their run in `order`. [R, C], int32"""

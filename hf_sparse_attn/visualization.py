@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from hf_sparse_attn.routing import LayerPattern
+    from hf_sparse_attn.allocation import Allocation
+from hf_sparse_attn.routing import LayerPattern
 
 
 def bin_pairs(rows: torch.Tensor, keys: torch.Tensor, num_tokens: int, num_bins: int) -> torch.Tensor:
@@ -65,6 +66,7 @@ class PatternRecorder:
         head: int,
         position: torch.Tensor,
         attended: torch.Tensor,
+        num_scored: int,
         keys: Callable[[], torch.Tensor],
     ) -> None:
         if pattern.layer_idx in self.layers:
@@ -122,4 +124,55 @@ def plot_pattern(
     figure.supxlabel("key position")
     figure.supylabel("row (query) position")
     figure.colorbar(image, ax=list(panels), label="share of causal pairs attended", shrink=0.8)
+    figure.savefig(path)
+
+
+def plot_heads(maps: torch.Tensor, titles: Sequence[str], path: str | Path, num_columns: int = 3) -> None:
+    """Draw one heat map per panel, layers downwards, heads to the right, all on one colour scale that ends at 1.
+
+    Args:
+        maps: [panels, num_layers, num_heads], shares in [0, 1]; NaN is drawn grey.
+        titles: one a panel.
+        path: the picture to write; its suffix chooses the format (.png, .svg, .pdf).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    num_columns = min(num_columns, len(titles))
+    num_rows = -(-len(titles) // num_columns)
+    figure = Figure(figsize=(2.6 * num_columns + 1, 3.2 * num_rows), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True).flatten()
+    lowest = maps.nan_to_num(1.0).min().item()
+    for panel, values, title in zip(panels, maps, titles, strict=False):
+        panel.set_facecolor("lightgrey")
+        image = panel.imshow(
+            values.numpy(), vmin=min(lowest, 0.99), vmax=1, cmap="viridis", aspect="auto", interpolation="nearest"
+        )
+        panel.set_title(title, fontsize=9)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for panel in panels[len(titles) :]:
+        panel.set_visible(False)
+    figure.supxlabel("head")
+    figure.supylabel("layer")
+    figure.colorbar(image, ax=list(panels), label="share; dense layers are grey", shrink=0.8)
+    figure.savefig(path)
+
+
+def plot_trade(trade: Sequence[Allocation], choice: Allocation, path: str | Path) -> None:
+    """Draw the predicted loss over the density, the choice marked; the suffix of `path` chooses the format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([point.density for point in trade], [point.loss for point in trade], marker=".")
+    axes.plot([choice.density], [choice.loss], marker="o", linestyle="none", label="chosen")
+    axes.set_yscale("symlog", linthresh=1e-5)
+    axes.set_xlabel("density: read over admissible (row, key) pairs")
+    axes.set_ylabel("predicted rise of the loss, nats per token")
+    axes.legend()
     figure.savefig(path)

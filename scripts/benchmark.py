@@ -87,12 +87,13 @@ def main() -> None:
 def print_rows(rows: list[dict[str, Any]]) -> None:
     print_table(
         f"{rows[0]['pass']}, attention alone",
-        ["tokens", "dense ms", "sparse ms", "speedup", "density", "dense peak MB", "sparse peak MB"],
+        ["tokens", "dense ms", "sparse ms", "routing ms", "speedup", "density", "dense peak MB", "sparse peak MB"],
         [
             [
                 str(row["seq_len"]),
                 f"{row['dense_ms']:.1f}",
                 f"{row['sparse_ms']:.1f}",
+                f"{row['routing_ms']:.1f}",
                 f"{row['speedup']:.2f}",
                 f"{row['density']:.3f}",
                 f"{row['dense_peak_bytes'] / 1e6:.0f}",

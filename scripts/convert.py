@@ -1,6 +1,8 @@
-"""Convert a dense checkpoint: calibrate the hash and the budgets of its sparse attention on sample documents.
+"""Convert a dense checkpoint: fit the hash and what every head reads on sample documents.
 
     python scripts/convert.py --model demo --output converted
+    python scripts/convert.py --model demo --output converted --target-density 0.13
+    python scripts/convert.py --model demo --output converted --max-loss 0.01
     python scripts/convert.py --model meta-llama/Llama-3.2-1B --output converted --calibration-dataset books.jsonl
 
 The weights stay as they are. The output directory loads with stock `from_pretrained(DIR, attn_implementation="sparse")`
@@ -18,9 +20,11 @@ from hf_sparse_attn.command_line import (
     check_output_directory,
     json_object,
     positive_int,
+    print_table,
     run,
 )
 
+TARGET_DENSITY = 0.19
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 
 
@@ -33,8 +37,23 @@ def parse_arguments() -> Any:
     )
     parser.add_argument("--num-calibration-documents", type=positive_int, default=3, help="default: %(default)s")
     parser.add_argument("--context-length", type=positive_int, default=8192, help="tokens of each (default: 8192)")
+    aim = parser.add_mutually_exclusive_group()
+    aim.add_argument(
+        "--target-density",
+        type=float,
+        help=f"share of the (row, key) pairs that may be read, 0 to 1 (default: {TARGET_DENSITY})",
+    )
+    aim.add_argument(
+        "--max-loss",
+        type=float,
+        help="instead: read as little as keeps the loss of a calibration document from rising by more, nats per token",
+    )
     parser.add_argument(
-        "--key-budget", type=positive_int, default=512, help="mean routed keys per row (default: %(default)s)"
+        "--key-budget",
+        type=positive_int,
+        default=1024,
+        help="keys that may be found for a row, mean over layers and KV heads: time, where density is what is read "
+        "(default: %(default)s)",
     )
     parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to set")
     parser.add_argument(
@@ -60,19 +79,29 @@ def main() -> None:
     from tqdm import tqdm
     from transformers import AutoConfig, AutoTokenizer
 
+    from hf_sparse_attn.allocation import least_density
     from hf_sparse_attn.config import SparseAttentionConfig
-    from hf_sparse_attn.conversion import calibrate, describe_budgets, minimum_tokens, num_steps
+    from hf_sparse_attn.conversion import calibrate, choose_by_loss, describe_budgets, minimum_tokens, num_steps
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
     from hf_sparse_attn.evaluation.speed import measure_dense_below
     from hf_sparse_attn.loading import load_sparse_model, parse_device, resolve_model
     from hf_sparse_attn.model_card import write_model_card
+    from hf_sparse_attn.visualization import plot_trade
 
     with argument("--sparse-attention"):
-        if "key_budget" in arguments.sparse_attention or "hash" in arguments.sparse_attention:
-            raise ValueError("key_budget and hash are what the conversion fits; use --key-budget")
+        for name in ("key_budget", "min_weight", "hash", "calibrated_hash"):
+            if name in arguments.sparse_attention:
+                raise ValueError(f"{name} is what the conversion fits; use --target-density, --max-loss, --key-budget")
         base = SparseAttentionConfig.from_dict(arguments.sparse_attention)
+    with argument("--target-density"):
+        density = TARGET_DENSITY if arguments.target_density is None else arguments.target_density
+        if not 0 < density <= 1:
+            raise ValueError(f"must be over 0 and at most 1, got {density}")
+    with argument("--max-loss"):
+        if arguments.max_loss is not None and not arguments.max_loss > 0:
+            raise ValueError(f"must be over 0, got {arguments.max_loss}")
     with argument("--num-evaluation-documents"):
         if arguments.num_evaluation_documents < 0:
             raise ValueError(f"must be at least 0, got {arguments.num_evaluation_documents}")
@@ -98,6 +127,13 @@ def main() -> None:
     with argument("--context-length"):
         if arguments.context_length < minimum_tokens(base):
             raise ValueError(f"must be at least {minimum_tokens(base)}, so that some rows are sparse")
+    with argument("--target-density"):
+        least = least_density(base, arguments.context_length)
+        if density < least:
+            raise ValueError(
+                f"must be at least {least:.4f} at {arguments.context_length} tokens: rows below dense_below, windows "
+                "and global keys take that; see --sparse-attention"
+            )
     with argument("--calibration-dataset"):
         documents = long_documents(
             texts, tokenizer, arguments.context_length, max_documents=arguments.num_calibration_documents
@@ -110,14 +146,17 @@ def main() -> None:
             bar.update(1 if bar.postfix else 0)  # the step before this one is done
             bar.set_postfix_str(step)
 
-        fitted = calibrate(
-            model,
-            [torch.tensor(document["input_ids"]) for document in documents],
-            base,
-            arguments.key_budget,
-            progress,
-        )
+        rows = [torch.tensor(document["input_ids"]) for document in documents]
+        calibration = calibrate(model, rows, base, progress)
         bar.update()
+    if arguments.max_loss is None:
+        fitted, choice = calibration.choose(density, arguments.key_budget)
+    else:
+        with argument("--max-loss"):
+            fitted, choice = choose_by_loss(
+                model, calibration, rows[-1], arguments.max_loss, arguments.key_budget, progress=print
+            )
+    trade = calibration.trade(arguments.key_budget)
     model.config.sparse_attention = fitted.to_dict()
 
     result = None
@@ -130,12 +169,15 @@ def main() -> None:
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        plot_trade(trade, choice, unfinished / "trade.png")
         write_model_card(
             unfinished / "README.md",
             TEMPLATE,
             source=arguments.model,
             config=fitted,
-            budgets=describe_budgets(fitted, config.num_hidden_layers, config.num_attention_heads),
+            budgets=describe_budgets(choice),
+            trade=trade,
+            choice=choice,
             calibration=[document["name"] for document in documents],
             result=result,
             environment=describe_environment(device),
@@ -145,7 +187,7 @@ def main() -> None:
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    report(output, fitted, result)
+    report(output, fitted, trade, choice, result)
 
 
 def parse_dense_below(text: str | None) -> int | str | None:
@@ -170,7 +212,20 @@ def evaluation_documents(arguments: Any, calibration: list[dict[str, Any]], toke
     return [document for document in found if document["name"] not in used][:wanted]
 
 
-def report(output: Path, config: Any, result: dict[str, Any] | None) -> None:
+def report(output: Path, config: Any, trade: list[Any], choice: Any, result: dict[str, Any] | None) -> None:
+    print_table(
+        "What density costs (predicted; the real loss is higher, the order is what counts)",
+        ["density", "rise of the loss, nats", "keys found per row", "dense layers"],
+        [
+            [
+                f"{point.density:.3f}" + (" (chosen)" if point is choice else ""),
+                f"{point.loss:.5f}",
+                f"{point.mean_key_budget:.0f}",
+                ", ".join(map(str, point.dense_layers)) or "none",
+            ]
+            for point in sorted([*trade, choice], key=lambda point: point.density)
+        ],
+    )
     print(f"{output}: {len(config.calibrated_hash) / 1e6:.2f} MB of calibrated hash in config.json")
     if result is None:
         print("not evaluated: run scripts/eval_perplexity.py on documents that did not calibrate it")

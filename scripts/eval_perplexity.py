@@ -103,6 +103,7 @@ def print_result(result: dict[str, Any]) -> None:
             ["perplexity", f"{dense['perplexity']:.4f}", f"{sparse['perplexity']:.4f}"],
             ["seconds", f"{dense['seconds']:.1f}", f"{sparse['seconds']:.1f}"],
             ["density", "1", f"{sparse['density']:.4f}"],
+            ["scored density", "1", f"{sparse['scored_density']:.4f}"],
             ["perplexity ratio", "", f"{result['perplexity_ratio']:.4f}"],
             ["nll difference per token", "", f"{result['delta_nll']['mean']:+.5f}"],
             ["  95% interval", "", f"{low:+.5f} .. {high:+.5f}"],

@@ -1,9 +1,14 @@
-"""Attention mass that the sparse rows keep, against the best possible keys of the same number, by layer and head.
+"""What of the dense attention the sparse rows find, by layer and head: the mass they keep and the top keys they read.
 
-python scripts/eval_recall.py --model converted --dataset demo --context-length 8192
-python scripts/eval_recall.py --model demo --dataset book.txt --context-length 4096 --output recall.json
+    python scripts/eval_recall.py --model converted --dataset demo --context-length 8192 --picture recall.png
+    python scripts/eval_recall.py --model demo --dataset book.txt --context-length 4096 --hashes random none \
+        --output recall.json
+
+The model's own hash is measured, and beside it the others of --hashes with the same budgets: the calibrated one, random
+hyperplanes, or none (window and static keys alone). `hf_sparse_attn/evaluation/recall.py` defines the figures.
 """
 
+from functools import partial
 from typing import Any
 
 from hf_sparse_attn.command_line import (
@@ -16,6 +21,9 @@ from hf_sparse_attn.command_line import (
     run,
     write_json,
 )
+from hf_sparse_attn.config import HASHES
+
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def parse_arguments() -> Any:
@@ -26,9 +34,19 @@ def parse_arguments() -> Any:
     parser.add_argument("--context-length", type=positive_int, required=True, help="tokens read of each document")
     parser.add_argument("--max-documents", type=positive_int, default=2, help="default: %(default)s")
     parser.add_argument("--num-rows", type=positive_int, default=64, help="rows per document (default: %(default)s)")
+    parser.add_argument(
+        "--top-keys", type=positive_int, default=64, help="heaviest keys of a row to find (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--hashes",
+        nargs="+",
+        choices=[*HASHES, "none"],
+        help="beside the model's own (default: all it has)",
+    )
     parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to override")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--picture", help="heat maps to write: " + ", ".join(SUFFIXES))
     return parser.parse_args()
 
 
@@ -37,17 +55,24 @@ def main() -> None:
     if arguments.output:
         with argument("--output"):
             check_output_file(arguments.output)
+    if arguments.picture:
+        with argument("--picture"):
+            picture = check_output_file(arguments.picture)
+            if picture.suffix not in SUFFIXES:
+                raise ValueError(f"{arguments.picture!r} must end in one of {', '.join(SUFFIXES)}")
 
     import torch
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
+    from hf_sparse_attn.allocation import first_row
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
-    from hf_sparse_attn.evaluation.recall import kept_mass
+    from hf_sparse_attn.evaluation.recall import hash_families, measure_recall
     from hf_sparse_attn.integration import merge_sparse_attention
     from hf_sparse_attn.loading import load_config, load_sparse_model, parse_device, resolve_model
+    from hf_sparse_attn.visualization import plot_heads
 
     with argument("--device"):
         device = parse_device(arguments.device)
@@ -59,22 +84,31 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(path)
     with argument("--sparse-attention"):
         config = SparseAttentionConfig.from_dict(merge_sparse_attention(model_config, arguments.sparse_attention))
+        if set(config.dense_layers) >= set(range(model_config.num_hidden_layers)):
+            raise ValueError("every layer is dense: there is nothing to measure")
+    with argument("--hashes"):
+        configs = hash_families(config, arguments.hashes)
     with argument("--context-length"):
-        sparse_from = max(config.dense_below, config.window_size)
+        sparse_from = first_row(config)
         if arguments.context_length < sparse_from + 64:
             raise ValueError(f"must be at least {sparse_from + 64}: rows below {sparse_from} read nearly everything")
     with argument("--dataset"):
         documents = long_documents(texts, tokenizer, arguments.context_length, arguments.max_documents)
     with argument(f"--model {arguments.model}"):
         model = load_sparse_model(path, arguments.sparse_attention).to(device).eval()
-        result = kept_mass(
+        families = measure_recall(
             model,
             [torch.tensor(document["input_ids"]) for document in documents],
-            config,
+            configs,
             arguments.num_rows,
-            progress=lambda steps: tqdm(steps, desc="measuring", unit="document"),
+            arguments.top_keys,
+            progress=partial(tqdm, desc="measuring", unit="document"),
         )
-    result |= {
+    result = {
+        **families[config.hash],
+        "families": families,
+        "hash": config.hash,
+        "top_keys": arguments.top_keys,
         "model": arguments.model,
         "documents": [document["name"] for document in documents],
         "context_length": arguments.context_length,
@@ -82,24 +116,43 @@ def main() -> None:
     }
     if arguments.output:
         write_json(arguments.output, result)
+    if arguments.picture:
+        maps = [head_map(family["layers"], name) for name in ("ratio", "recall") for family in families.values()]
+        titles = [f"{name}: {what}" for what in ("kept / best", "recall") for name in families]
+        plot_heads(torch.tensor(maps), titles, picture, num_columns=len(families))
     print_result(result)
 
 
-def print_result(result: dict[str, Any]) -> None:
-    rows = [
-        [
-            str(layer),
-            *(f"{sum(head[name] for head in heads) / len(heads):.4f}" for name in ("kept", "best", "lost")),
-            f"{sum(head['keys'] for head in heads) / len(heads):.0f}",
-        ]
-        for layer, heads in enumerate(result["layers"])
+def head_map(layers: list[Any], name: str) -> list[list[float]]:
+    """One figure by layer and head; NaN where nothing was measured."""
+    num_heads = max(len(heads) for heads in layers if isinstance(heads, list))
+    return [
+        [head[name] for head in heads] if isinstance(heads, list) else [float("nan")] * num_heads for heads in layers
     ]
-    rows.append(["all", *(f"{result[name]:.4f}" for name in ("kept", "best", "lost")), f"{result['keys']:.0f}"])
+
+
+def print_result(result: dict[str, Any]) -> None:
+    families = result["families"]
+    shown = [(result["hash"], "best"), *((family, name) for family in families for name in ("kept", "recall"))]
+    rows = []
+    for layer, own in enumerate(result["layers"]):
+        if isinstance(own, list):
+            figures = [mean(families[family]["layers"][layer], name) for family, name in shown]
+            rows.append([str(layer), *(f"{figure:.4f}" for figure in figures)])
+        else:
+            rows.append([str(layer), "dense" if own else "no attention"])
+    rows.append(["all", *(f"{families[family][name]:.4f}" for family, name in shown)])
+    keys = ", ".join(f"{name} {family['keys']:.0f}" for name, family in families.items())
     print_table(
-        f"{result['model']}: attention mass kept; {result['ratio']:.4f} of the best keys'",
-        ["layer", "kept", "best possible", "rows under half", "keys per row"],
+        f"{result['model']}: attention mass kept, {result['ratio']:.4f} of the best keys' of the same number; "
+        f"recall of the top {result['top_keys']} keys. Keys per row: {keys}",
+        ["layer", "best possible", *(f"{family} {name}" for family, name in shown[1:])],
         rows,
     )
+
+
+def mean(heads: list[dict[str, float]], name: str) -> float:
+    return sum(head[name] for head in heads) / len(heads)
 
 
 if __name__ == "__main__":

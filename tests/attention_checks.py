@@ -54,11 +54,13 @@ FAMILIES = {
 SPARSE = {
     "window_size": 5,
     "num_global_tokens": 2,
-    "key_budget": 4,
+    "key_budget": 6,
+    "min_weight": 0.03,
     "num_hash_bits": 2,
     "page_size": 4,
     "dense_below": 0,
 }
+SCALING = 0.4  # of `attend`
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -282,23 +284,26 @@ def check_density(family="llama", length=40, **sparse):
     model = tiny_model(family, **sparse)
     model_window = getattr(model.config, "sliding_window", None)
     windows = [getattr(layer.self_attn, "sliding_window", model_window) for layer in model.model.layers]
-    attended = admissible = 0
+    attended = scored = admissible = 0
 
-    def count(observed, query, key, value, scaling):
-        nonlocal attended, admissible
+    def count(observed, query, key, value, scaling, _output):
+        nonlocal attended, scored, admissible
         layer_idx = observed.layer_idx
         assert observed.sliding_window == windows[layer_idx]
         config = SparseAttentionConfig.from_dict(model.config.sparse_attention)
         pattern = make_pattern(config, query.shape[1], key.shape[1], key.shape[-1], layer_idx, windows[layer_idx])
         for q, k in zip(query, key, strict=True):
-            attended += int(reference.attended_keys(q, k, pattern, 0).sum())
+            layer = model.model.layers[layer_idx].self_attn
+            others = {"softcap": getattr(layer, "attn_logit_softcapping", None), "sinks": getattr(layer, "sinks", None)}
+            attended += int(reference.attended_keys(q, k, pattern, 0, scaling=scaling, **others).sum())
+            scored += int(reference.scored_keys(q, k, pattern, 0)[0].sum())
         for p in range(length):
             admissible += query.shape[0] * query.shape[1] * min(p + 1, windows[layer_idx] or length)
 
     with observe(model, count), record_density(model) as recorder:
         logits(model, tokens(length, 2))
-    assert 0 < attended < admissible
-    assert (recorder.attended, recorder.admissible) == (attended, admissible)
+    assert 0 < attended < scored < admissible
+    assert (recorder.attended, recorder.scored, recorder.admissible) == (attended, scored, admissible)
     assert recorder.density == attended / admissible
 
 
@@ -331,7 +336,7 @@ class KeyMask:
         self.count = torch.zeros(num_heads, num_queries, num_keys, dtype=torch.int64)
         self.query_offset, self.key_offset = query_offset, key_offset
 
-    def add(self, pattern, head, position, attended, keys):
+    def add(self, pattern, head, position, attended, num_scored, keys):
         row, column = attended.nonzero(as_tuple=True)
         keys = keys()[row, column] - self.key_offset
         assert (keys >= 0).all()
@@ -387,6 +392,6 @@ def attend(query, key, value, pattern, implementation="torch", query_offset=None
         pattern=pattern,
         query_offset=key_offset + key.shape[1] - query.shape[1] if query_offset is None else query_offset,
         key_offset=key_offset,
-        scaling=0.4,
+        scaling=SCALING,
         **others,
     )

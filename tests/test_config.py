@@ -13,6 +13,7 @@ NOT_DEFAULT = {
     "stride": 4,
     "num_random_keys": 2,
     "key_budget": ((1, 0), (2, 3)),
+    "min_weight": ((0.25, 0.0), 0.5),
     "hash": "calibrated",
     "num_hash_bits": 5,
     "seed": 9,
@@ -76,6 +77,11 @@ def test_frozen_and_hashable():
         ("global_token_indices", ["a"]),
         ("dense_layers", "0"),
         ("dense_layers", [0.5]),
+        ("min_weight", -1e-9),
+        ("min_weight", 1),
+        ("min_weight", None),
+        ("min_weight", [0.1, "x"]),
+        ("min_weight", float("nan")),
         ("key_budget", -1),
         ("key_budget", None),
         ("key_budget", [4, -1]),
@@ -133,15 +139,23 @@ def test_replace_validates():
     [(5, [5, 5, 5]), ([1, 7], [7, 7, 7]), ([[9, 9, 9], [1, 2, 3]], [1, 2, 3]), ([[9], 4], [4, 4, 4])],
     ids=["one number", "by layer", "by head", "mixed"],
 )
-def test_head_budgets(budget, expected):
-    assert SparseAttentionConfig(key_budget=budget).head_budgets(1, 3) == expected
+def test_values_by_head(budget, expected):
+    assert SparseAttentionConfig(key_budget=budget).key_budgets(1, 3) == expected
 
 
 @pytest.mark.parametrize(
     ("budget", "message"),
-    [([1], "key_budget lists 1 layers"), ([[1, 2, 3], [1, 2]], "key_budget lists 2 heads in layer 1")],
+    [([1], "key_budget lists 1 layers"), ([[1, 2, 3], [1, 2]], "key_budget lists 2 KV heads in layer 1")],
     ids=["too few layers", "too few heads"],
 )
-def test_head_budgets_of_another_model(budget, message):
+def test_values_of_another_model(budget, message):
     with pytest.raises(ValueError, match=message):
-        SparseAttentionConfig(key_budget=budget).head_budgets(1, 3)
+        SparseAttentionConfig(key_budget=budget).key_budgets(1, 3)
+
+
+def test_smallest_weights_by_head():
+    config = SparseAttentionConfig(min_weight=[0.5, [0.0, 1e-4]])
+    assert config.min_weights(0, 2) == [0.5, 0.5]
+    assert config.min_weights(1, 2) == [0.0, 1e-4]
+    with pytest.raises(ValueError, match="min_weight lists 2 heads in layer 1, but the model has 3"):
+        config.min_weights(1, 3)

@@ -40,15 +40,15 @@ class TestConfiguration:
     @pytest.mark.parametrize("how", ["a new dict", "in place", "in place, in a nested list"])
     def test_changes_after_load_take_effect(self, how):
         ids = tokens(40)
-        model = tiny_model(key_budget=[[2, 2, 2, 2], [2, 2, 2, 2]])
+        model = tiny_model(key_budget=[[2, 2], [2, 2]])
         before = logits(model, ids)
-        changed = {"key_budget": [[2, 2, 2, 2], [9, 9, 9, 9]]}
+        changed = {"key_budget": [[2, 2], [9, 9]]}
         if how == "a new dict":
             model.config.sparse_attention = {**model.config.sparse_attention, **changed}
         elif how == "in place":
             model.config.sparse_attention.update(changed)
         else:
-            model.config.sparse_attention["key_budget"][1][:] = [9, 9, 9, 9]
+            model.config.sparse_attention["key_budget"][1][:] = [9, 9]
         after = logits(model, ids)
         assert not torch.equal(after, before)
         assert torch.equal(after, logits(tiny_model(**changed), ids))
@@ -65,7 +65,7 @@ class TestConfiguration:
             ({"window": 3}, "no field 'window'"),
             ({"window_size": 0}, "^window_size must be"),
             ({"key_budget": [1]}, "^key_budget lists 1 layers"),
-            ({"key_budget": [[1, 2], [1, 2]]}, "^key_budget lists 2 heads"),
+            ({"key_budget": [[1, 2, 3], [1, 2, 3]]}, "^key_budget lists 3 KV heads"),
             ({"hash": "calibrated"}, "calibrated_hash is missing"),
             ({"hash": "calibrated", "calibrated_hash": calibrated_hash_text()[:-9]}, "^calibrated_hash is damaged"),
             (
@@ -84,7 +84,7 @@ class TestConfiguration:
     @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "qwen3"])
     def test_save_and_load(self, family, tmp_path):
         """Twice, without a forward in between: what calibration fitted lies in the config and nowhere else."""
-        fields = {"hash": "calibrated", "calibrated_hash": calibrated_hash_text(), "key_budget": [[0, 3, 5, 2], 4]}
+        fields = {"hash": "calibrated", "calibrated_hash": calibrated_hash_text(), "key_budget": [[0, 3], 4]}
         model, ids = tiny_model(family, **fields), tokens(40, 2)
         model.save_pretrained(tmp_path / "first")
         arguments = {"attn_implementation": "sparse", "dtype": torch.float64}

@@ -212,7 +212,7 @@ def bucket_means_are_sums(monkeypatch):
     def mutant(self, start, stop):
         chunk = rows(self, start, stop)
         pages = range(start // self.page_size, -(-stop // self.page_size))
-        counts = self._page_state(pages, self._entered, self.window_size)[1]
+        counts = self._page_state(pages, self._entered, routing._MEANS_LAG)[1]
         return dataclasses.replace(chunk, means=chunk.means * counts.unsqueeze(-1))
 
     monkeypatch.setattr(BucketIndex, "rows", mutant)
@@ -268,7 +268,7 @@ def no_gradient_of_queries_through_routed_keys(monkeypatch):
 
 
 def count_a_key_twice(monkeypatch):
-    def mutant(self, pattern, head, position, attended, keys):
+    def mutant(self, pattern, head, position, attended, num_scored, keys):
         self.attended += int(attended.sum()) + 1
         self.admissible += int((position + 1).sum())
 
@@ -294,7 +294,9 @@ MUTANTS = {
     "another scaling": other_scaling,
     "forget the routed keys": patterns(budgets=lambda pattern: [0] * len(pattern.budgets)),
     "one routed key too few": patterns(budgets=lambda pattern: [budget - 1 for budget in pattern.budgets]),
-    "budget of the first head alone": patterns(budgets=lambda pattern: [pattern.budgets[0], *[0] * 3]),
+    "budget of the first KV head alone": patterns(budgets=lambda pattern: [pattern.budgets[0], 0]),
+    "light keys are read": patterns(min_weights=lambda pattern: [0.0] * 4),
+    "smallest weight of the next head": patterns(min_weights=lambda pattern: [*pattern.min_weights[1:], 0.0]),
     "forget the model's own window": patterns(sliding_window=lambda pattern: None),
     "hash of another layer": patterns(
         bucket_hash=lambda pattern: dataclasses.replace(pattern.bucket_hash, weight=pattern.bucket_hash.weight.flip(1))

@@ -216,20 +216,23 @@ def attend(case, query, key, value, sinks=None, recorder=None):
     return torch.cat(outputs, 1)
 
 
-def attended_alone(case, query, key):
+def attended_alone(case, query, key, sinks=None):
     """Batch row, columns and S(row) [num_heads, tokens, tokens] of every document."""
     pattern = make_pattern(
         case.config(), case.num_heads, case.num_kv_heads, case.head_dim, case.layer_idx, case.sliding_window
     )
     for batch, columns in case.layout.documents():
-        yield batch, columns, attended_keys(query[batch, :, columns], key[batch, :, columns], pattern, 0)
+        parts = query[batch, :, columns], key[batch, :, columns], pattern, 0
+        yield batch, columns, attended_keys(*parts, scaling=case.scaling, softcap=case.softcap, sinks=sinks)
 
 
 def attend_alone(case, query, key, value, sinks=None):
     """As `attend`: each document alone, by a softmax over the specification's keys; zeros for padding."""
     group = case.num_heads // case.num_kv_heads
     output = query.new_zeros(len(query), case.layout.width, case.num_heads, case.value_dim)
-    for batch, columns, attended in attended_alone(case, query.detach(), key.detach()):
+    for batch, columns, attended in attended_alone(
+        case, query.detach(), key.detach(), None if sinks is None else sinks.detach()
+    ):
         keys, values = (x[batch, :, columns].repeat_interleave(group, 0) for x in (key, value))
         scores = query[batch, :, columns] @ keys.transpose(1, 2) * case.scaling
         if case.softcap is not None:
@@ -287,15 +290,18 @@ def layouts(draw, most_tokens, caches=CACHES, masks_4d=MASKS_4D):
     return layout
 
 
-def patterns(num_layers, num_heads):
+def patterns(num_layers, num_heads, num_kv_heads):
     """Fields of `SparseAttentionConfig`, of a size that matters within a few dozen tokens."""
     budget = st.integers(0, 9)
-    layer_budget = budget | st.lists(budget, min_size=num_heads, max_size=num_heads)
+    layer_budget = budget | st.lists(budget, min_size=num_kv_heads, max_size=num_kv_heads)
+    weight = st.sampled_from([0.0, 0.0, 0.01, 0.05, 0.2])
+    layer_weight = weight | st.lists(weight, min_size=num_heads, max_size=num_heads)
     return st.fixed_dictionaries(
         {
             "window_size": st.integers(1, 9),
             "num_global_tokens": st.integers(0, 3),
             "key_budget": budget | st.lists(layer_budget, min_size=num_layers, max_size=num_layers),
+            "min_weight": weight | st.lists(layer_weight, min_size=num_layers, max_size=num_layers),
             "num_hash_bits": st.integers(1, 5),
             "page_size": st.integers(1, 9),
             "dense_below": st.sampled_from([0, 0, 0, 0, 1, 7, 19, 40]),
@@ -319,7 +325,7 @@ def cases(draw, head_dims=range(1, 10), **choices):
     num_heads, head_dim = num_kv_heads * group, draw(st.sampled_from(head_dims))
     return Case(
         layout=draw(layouts(480 // num_heads, **choices)),
-        sparse=draw(patterns(layer_idx + 1, num_heads)),
+        sparse=draw(patterns(layer_idx + 1, num_heads, num_kv_heads)),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -364,6 +370,7 @@ def count_case(case):
     event("sinks", "yes" if case.has_sinks else "none")
     event("hash", case.sparse.get("hash", "random"))
     event("budget", "by head" if isinstance(layer_budget, list) else "by layer" if isinstance(budget, list) else "one")
+    event("min_weight" if case.sparse["min_weight"] else "reads every scored key")
     event("dense layer" if case.layer_idx in case.sparse.get("dense_layers", []) else "sparse layer")
     for name in ("dense_below", "global_token_indices", "stride", "num_random_keys", "seed"):
         if case.sparse.get(name):
@@ -403,7 +410,7 @@ def test_what_is_read(case):
     reads, expected = (Reads(case.num_heads, width, width) for _ in range(2))
     with torch.no_grad():
         attend(case, *inputs, recorder=reads)
-        for _, _, attended in attended_alone(case, *inputs[:2]):
+        for _, _, attended in attended_alone(case, *inputs[:2], *inputs[3:]):
             length = attended.shape[1]
             expected.count[:, :length, :length] += attended
             if (attended.sum(-1) < torch.arange(length) + 1).any():
@@ -439,7 +446,7 @@ def has_one_kind_of_layer(family):
 def model_cases(draw):
     family = draw(st.sampled_from(list(FAMILIES)))
     masks_4d = MASKS_4D if has_one_kind_of_layer(family) else ()  # one 4D mask holds for all layers
-    return family, draw(layouts(60, masks_4d=masks_4d)), draw(patterns(num_layers=2, num_heads=4))
+    return family, draw(layouts(60, masks_4d=masks_4d)), draw(patterns(num_layers=2, num_heads=4, num_kv_heads=2))
 
 
 @given(case=model_cases())

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from attention_checks import KeyMask, attend, calibrated_hash_text, make_pattern
+from attention_checks import SCALING, KeyMask, attend, calibrated_hash_text, make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.ops.reference import attended_keys
+from hf_sparse_attn.ops import reference
 from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, _expand, _rank, random_positions, static_positions
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 90
@@ -20,9 +20,15 @@ PATTERNS = {
     "strided": {"stride": 9},
     "random": {"num_random_keys": 5},
     "random without routing": {"num_random_keys": 5, "key_budget": 0},
-    "budgets by head": {"key_budget": ((0, 3, 11, 0),)},
-    "one KV head without budget": {"key_budget": ((0, 0, 5, 90),)},
+    "budgets by head": {"key_budget": ((3, 11),)},
+    "one KV head without budget": {"key_budget": ((0, 90),)},
     "budget over everything": {"key_budget": 200},
+    "smallest weight": {"key_budget": 20, "min_weight": 0.02},
+    "smallest weights by head, random keys": {
+        "key_budget": 40,
+        "min_weight": ((0.0, 0.01, 0.05, 0.5),),
+        "num_random_keys": 5,
+    },
     "many buckets": {"num_hash_bits": 7, "key_budget": 20},
     "two buckets": {"num_hash_bits": 1},
     "calibrated": {"hash": "calibrated", "calibrated_hash": calibrated_hash_text()},
@@ -39,7 +45,7 @@ PATTERNS = {
         "num_random_keys": 3,
         "global_token_indices": (13, 60),
         "dense_below": 20,
-        "key_budget": ((0, 3, 11, 7),),
+        "key_budget": ((3, 11),),
     },
 }
 
@@ -57,6 +63,11 @@ def inputs(num_queries=LENGTH, num_keys=LENGTH, seed=0):
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
+def attended_keys(query, key, pattern, query_offset, key_offset=0):
+    """S(row) as the reference says."""
+    return reference.attended_keys(query, key, pattern, query_offset, key_offset, scaling=SCALING)
+
+
 def read_keys(query, key, value, pattern, query_offset=None, key_offset=0):
     """S(row) as the torch implementation really reads it."""
     query_offset = key_offset + key.shape[1] - query.shape[1] if query_offset is None else query_offset
@@ -67,11 +78,12 @@ def read_keys(query, key, value, pattern, query_offset=None, key_offset=0):
 
 def by_the_rules(query, key, pattern):
     """S(row) of one document as Python sets, from the config's docstring alone."""
-    config, sliding_window = pattern.config, pattern.sliding_window or LENGTH
+    config, sliding_window = pattern.config, pattern.sliding_window or 2 * LENGTH
     bucket = pattern.bucket_hash.assign(key).tolist()
     rows = {}
     for head in range(HEADS):
-        kv_head = head // (HEADS // KV_HEADS)
+        group = HEADS // KV_HEADS
+        kv_head = head // group
         for p in range(query.shape[1]):
             admissible = set(range(max(0, p - sliding_window + 1), p + 1))
             if p < config.dense_below or 0 in config.dense_layers:
@@ -88,11 +100,11 @@ def by_the_rules(query, key, pattern):
             for b in set(bucket[kv_head]):
                 known = [
                     j
-                    for j in range(max(0, page_end - sliding_window + 1), page_start - config.window_size + 1)
+                    for j in range(max(0, page_end - sliding_window + 1), page_start)
                     if bucket[kv_head][j] == b and j not in static
                 ]
                 if known:
-                    scores[b] = float(query[head, p] @ key[kv_head, known].mean(0))
+                    scores[b] = float(query[kv_head * group :][:group, p].sum(0) @ key[kv_head, known].mean(0))
             routed = []
             for b in sorted(scores, key=scores.get, reverse=True):
                 members = [
@@ -100,8 +112,12 @@ def by_the_rules(query, key, pattern):
                     for j in range(p - config.window_size, -1, -1)
                     if j in admissible and j not in static and bucket[kv_head][j] == b
                 ]
-                routed += members[: pattern.budgets[head] - len(routed)]
-            rows[head, p] = (static | window | drawn | set(routed)) & admissible
+                routed += members[: pattern.budgets[kv_head] - len(routed)]
+            fixed = (static | window | drawn) & admissible
+            scored = sorted(fixed | set(routed))
+            weights = (SCALING * query[head, p] @ key[kv_head, scored].T).softmax(-1).tolist()
+            heavy = {j for j, weight in zip(scored, weights, strict=True) if weight >= pattern.min_weights[head]}
+            rows[head, p] = fixed | heavy & set(routed)
     return rows
 
 
@@ -202,7 +218,7 @@ def test_select_pads_with_keys_that_do_not_count():
     bucket = pattern.bucket_hash.assign(key)
     index = BucketIndex(key[0], bucket[0], static_positions(pattern.config, LENGTH, key.device), 0, 0, pattern)
     start, stop = 3, CHUNK_PAGES * 4 - 1
-    routed, count = index.rows(start, stop).select(query[0, start:stop], 30)
+    routed, count = index.rows(start, stop).select(query[:2, start:stop].sum(0), 30)
     assert routed.shape == (stop - start, 30)
     assert routed.min() >= 0
     assert routed.max() < LENGTH

@@ -1,13 +1,22 @@
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import hf_sparse_attn  # noqa: F401
+import hf_sparse_attn
+from hf_sparse_attn import allocation
 
 SCRIPT = "convert.py"
 FIELDS = {"window_size": 16, "num_global_tokens": 2, "dense_below": 32}
+LENGTH = 200
+
+
+@pytest.fixture(autouse=True)
+def small_choices(monkeypatch):
+    monkeypatch.setattr(allocation, "BUDGETS", (0, 8, 16, 32))
+    monkeypatch.setattr(allocation, "MIN_WEIGHTS", (0.0, 1e-2))
 
 
 @pytest.fixture
@@ -15,16 +24,33 @@ def arguments(tiny_model_path, text_directory, tmp_path):
     return {
         "--model": tiny_model_path,
         "--calibration-dataset": text_directory,
-        "--context-length": 200,
+        "--context-length": LENGTH,
         "--num-calibration-documents": 2,
+        "--target-density": 0.3,
         "--key-budget": 64,
         "--sparse-attention": json.dumps(FIELDS),
+        "--num-evaluation-documents": 0,
         "--output": tmp_path / "converted",
     }
 
 
 def flat(arguments):
-    return [part for pair in arguments.items() for part in pair]
+    return [part for pair in arguments.items() if pair[1] is not None for part in pair]
+
+
+@pytest.fixture
+def convert(run_script, arguments):
+    """Run the script with some arguments changed (None: left out); the configuration it wrote and the card."""
+
+    def run(**changes):
+        changes = {"--" + name.replace("_", "-"): value for name, value in changes.items()}
+        finished = run_script(SCRIPT, *flat(arguments | changes))
+        assert finished.status == 0, finished.stderr
+        output = arguments["--output"]
+        config = json.loads((output / "config.json").read_text())["sparse_attention"]
+        return config, (output / "README.md").read_text(), finished.stdout
+
+    return run
 
 
 def logits(path, input_ids):
@@ -33,22 +59,37 @@ def logits(path, input_ids):
         return model, model(input_ids).logits
 
 
-def test_writes_a_checkpoint_that_stock_code_carries_on(run_script, arguments, tmp_path):
-    finished = run_script(SCRIPT, *flat(arguments))
-    assert finished.status == 0, finished.stderr
+def density(path):
+    """What the checkpoint really reads of a document."""
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sparse")
+    with torch.no_grad(), hf_sparse_attn.record_density(model) as recorder:
+        model(torch.randint(256, (1, LENGTH), generator=torch.Generator().manual_seed(0)))
+    return recorder.density
+
+
+def trade_table(card):
+    """Rows (density, rise of the loss, keys found) of the card's table, and the chosen one."""
+    rows = re.findall(r"^\| (0\.\d{3}|1\.000)( \(chosen\))? \| (\d\.\d{5}) \| (\d+) \|$", card, re.MULTILINE)
+    points = [(float(row[0]), float(row[2]), int(row[3])) for row in rows]
+    (chosen,) = [point for point, row in zip(points, rows, strict=True) if row[1]]
+    return points, chosen
+
+
+def test_writes_a_checkpoint_that_stock_code_carries_on(convert, arguments, tmp_path):
+    sparse, _, printed = convert(num_evaluation_documents=1)
     output = arguments["--output"]
-    input_ids = torch.randint(256, (1, 200), generator=torch.Generator().manual_seed(0))
+    input_ids = torch.randint(256, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     model, first = logits(output, input_ids)
-    sparse = model.config.sparse_attention
+    assert model.config.sparse_attention == sparse
     assert sparse["hash"] == "calibrated"
     assert {name: sparse[name] for name in FIELDS} == FIELDS
-    assert [len(layer) for layer in sparse["key_budget"]] == [4, 4]
+    assert [len(layer) for layer in sparse["key_budget"]] == [2, 2]
+    assert [len(layer) for layer in sparse["min_weight"]] == [4, 4]
     AutoTokenizer.from_pretrained(output)
-    card = (output / "README.md").read_text()
-    assert "Perplexity ratio" in card
-    assert "0.txt, 1.txt" in card
-    assert "2.txt" in card.split("How it was made")[0]  # evaluated on the document that calibrated nothing
+    assert (output / "trade.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "documents"]
+    assert "perplexity" in printed
+    assert "(chosen)" in printed
 
     # Saved again without a forward in between, by a model that was loaded dense.
     AutoModelForCausalLM.from_pretrained(output).save_pretrained(tmp_path / "copy")
@@ -57,8 +98,95 @@ def test_writes_a_checkpoint_that_stock_code_carries_on(run_script, arguments, t
     assert torch.equal(first, second)
 
 
-def test_damaged_hash_is_one_clear_line(run_script, assert_refused, arguments, text_directory, tmp_path):
-    assert run_script(SCRIPT, *flat(arguments), "--num-evaluation-documents", 0).status == 0
+def test_card_tells_what_was_measured(convert):
+    _, card, _ = convert(num_evaluation_documents=1)
+    measured, made = card.split("How it was made")
+    assert "Perplexity ratio" in measured
+    assert "0.txt, 1.txt" in made
+    assert "2.txt" in measured  # evaluated on the document that calibrated nothing
+    assert "Worst document: 2.txt." in measured
+    assert "bootstrap over 1 documents" in measured
+    assert re.search(r"^\| scored / admissible pairs \| 1 \| 0\.\d{4} \|$", measured, re.MULTILINE)
+
+
+def test_card_tells_what_other_densities_would_cost(convert):
+    _, card, printed = convert()
+    assert "`trade.png`" in card
+    points, chosen = trade_table(card)
+    assert len(points) == 11
+    assert chosen[0] <= 0.3
+    others = points[:-1]
+    assert others == sorted(others)
+    assert [loss for _, loss, _ in others] == sorted((loss for _, loss, _ in others), reverse=True)
+    for share, loss, _ in points:
+        assert f"{share:.3f}" in printed
+        assert f"{loss:.5f}" in printed
+
+
+def test_card_names_dense_layers(convert):
+    sparse, card, _ = convert(target_density=1.0)
+    assert sparse["dense_layers"] == [0, 1]
+    assert "as do all queries of the layers 0, 1." in card
+    assert trade_table(card)[1] == (1, 0, 0)
+
+
+@pytest.mark.parametrize("target", [0.2, 0.25, 0.32])
+def test_target_density_is_kept(convert, arguments, monkeypatch, target):
+    monkeypatch.setattr(allocation, "MIN_WEIGHTS", (0.0,))  # others are predicted with dense weights, a little off
+    _, card, _ = convert(target_density=target)
+    chosen = trade_table(card)[1]
+    assert target - 0.1 < chosen[0] <= target
+    # The first sparse rows, which are not among the sampled ones, find fewer keys than their budget.
+    assert chosen[0] * 0.95 < density(arguments["--output"]) <= chosen[0]
+
+
+def test_more_density_costs_less(convert, arguments, tmp_path):
+    chosen = []
+    for target in (0.2, 0.32):
+        arguments["--output"] = tmp_path / str(target)
+        chosen.append(trade_table(convert(target_density=target)[1])[1])
+    assert chosen[0][0] < chosen[1][0]
+    assert chosen[0][1] > chosen[1][1]
+
+
+def test_key_budget_limits_the_mean(convert):
+    sparse, card, _ = convert(key_budget=8)
+    budgets = [budget for layer in sparse["key_budget"] for budget in layer]
+    assert 0 < sum(budgets) / 4 <= 8
+    assert trade_table(card)[1][2] == round(sum(budgets) / 4)
+    assert f"({min(budgets)} to {max(budgets)}, fitted for" in card.replace("\n", " ")
+
+
+def test_max_loss_is_kept_on_the_last_calibration_document(convert, arguments):
+    from hf_sparse_attn.data import load_documents, long_documents
+    from hf_sparse_attn.evaluation.perplexity import compare_perplexity
+    from hf_sparse_attn.loading import load_sparse_model
+
+    _, _, printed = convert(target_density=None, max_loss=0.05)
+    assert "measuring the loss at density" in printed
+    tokenizer = AutoTokenizer.from_pretrained(arguments["--model"])
+    texts = load_documents(str(arguments["--calibration-dataset"]), "train")
+    documents = long_documents(texts, tokenizer, LENGTH, max_documents=2)
+    model = load_sparse_model(str(arguments["--output"]))
+    result = compare_perplexity(model, documents[1:])
+    assert result["documents"][0]["name"] == "1.txt"
+    assert result["delta_nll"]["mean"] <= 0.05
+    assert result["sparse"]["density"] < 1
+
+
+def test_impossible_max_loss(run_script, arguments, monkeypatch, tmp_path):
+    from hf_sparse_attn import conversion
+
+    monkeypatch.setattr(conversion, "compare_perplexity", lambda *_: {"delta_nll": {"mean": 1.0}})
+    before = sorted(tmp_path.rglob("*"))
+    finished = run_script(SCRIPT, *flat(arguments | {"--target-density": None, "--max-loss": 0.01}))
+    assert finished.status == 2
+    assert "argument --max-loss: a rise of the loss by at most 0.01 was not reached" in finished.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damaged_hash_is_one_clear_line(convert, run_script, assert_refused, arguments, text_directory):
+    convert()
     path = arguments["--output"] / "config.json"
     config = json.loads(path.read_text())
     config["sparse_attention"]["calibrated_hash"] = config["sparse_attention"]["calibrated_hash"][:1000]
@@ -69,20 +197,25 @@ def test_damaged_hash_is_one_clear_line(run_script, assert_refused, arguments, t
     assert_refused(finished, "--model", "calibrated_hash is damaged")
 
 
-def test_without_evaluation_the_card_says_so(run_script, arguments):
-    finished = run_script(SCRIPT, *flat(arguments), "--num-evaluation-documents", 0)
-    assert finished.status == 0, finished.stderr
-    assert "Not measured" in (arguments["--output"] / "README.md").read_text()
+def test_without_evaluation_the_card_says_so(convert):
+    _, card, printed = convert()
+    assert "Not measured" in card
+    assert "not evaluated" in printed
 
 
-def test_dense_below_auto_writes_a_number(run_script, arguments, monkeypatch):
+def test_nothing_to_evaluate_on(convert):
+    """All long documents calibrated."""
+    _, card, _ = convert(num_calibration_documents=3, num_evaluation_documents=1)
+    assert "Not measured" in card
+
+
+def test_dense_below_auto_writes_a_number(convert, monkeypatch):
     from hf_sparse_attn.evaluation import speed
 
     monkeypatch.setattr(speed, "measure_dense_below", lambda *_: 40)
-    finished = run_script(SCRIPT, *flat(arguments), "--dense-below", "auto", "--num-evaluation-documents", 0)
-    assert finished.status == 0, finished.stderr
-    config = json.loads((arguments["--output"] / "config.json").read_text())
-    assert config["sparse_attention"]["dense_below"] == 40
+    sparse, card, _ = convert(dense_below="auto")
+    assert sparse["dense_below"] == 40
+    assert "positions under 40 read everything" in card
 
 
 def test_a_failure_leaves_nothing_behind(run_script, arguments, monkeypatch, tmp_path):
@@ -92,7 +225,7 @@ def test_a_failure_leaves_nothing_behind(run_script, arguments, monkeypatch, tmp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(model_card, "write_model_card", interrupt)
-    assert run_script(SCRIPT, *flat(arguments), "--num-evaluation-documents", 0).status == 130
+    assert run_script(SCRIPT, *flat(arguments)).status == 130
     assert [path.name for path in tmp_path.iterdir()] == ["documents"]
 
 
@@ -104,17 +237,60 @@ def test_a_failure_leaves_nothing_behind(run_script, arguments, monkeypatch, tmp
         ({"--context-length": 100_000}, ["--calibration-dataset", "at least 100000 tokens"]),
         ({"--context-length": 90}, ["--context-length", "at least 160"]),
         ({"--key-budget": 0}, ["--key-budget", "'0'"]),
+        ({"--target-density": 0}, ["--target-density", "over 0 and at most 1"]),
+        ({"--target-density": 1.5}, ["--target-density", "over 0 and at most 1"]),
+        ({"--target-density": "nan"}, ["--target-density", "over 0 and at most 1"]),
+        ({"--target-density": 0.1}, ["--target-density", "at least 0.1767 at 200 tokens"]),
+        ({"--target-density": "much"}, ["--target-density", "much"]),
+        ({"--max-loss": 0.01}, ["--max-loss", "--target-density", "not allowed with"]),
+        ({"--target-density": None, "--max-loss": 0}, ["--max-loss", "over 0"]),
+        ({"--target-density": None, "--max-loss": "nan"}, ["--max-loss", "over 0"]),
         ({"--sparse-attention": '{"key_budget": 4}'}, ["--sparse-attention", "--key-budget"]),
+        ({"--sparse-attention": '{"min_weight": 0.1}'}, ["--sparse-attention", "min_weight"]),
         ({"--sparse-attention": '{"windw_size": 4}'}, ["--sparse-attention", "windw_size"]),
         ({"--dense-below": "soon"}, ["--dense-below", "soon"]),
         ({"--num-evaluation-documents": -1}, ["--num-evaluation-documents", "-1"]),
     ],
-    ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) else "",
+    ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) and len(value) == 1 else None,
 )
-def test_bad_arguments_are_refused(run_script, assert_refused, arguments, tmp_path, changes, words):
+def test_bad_arguments_are_refused(run_script, assert_refused, arguments, monkeypatch, tmp_path, changes, words):
+    """Before any long work, with nothing written."""
+    from hf_sparse_attn import conversion
+
+    monkeypatch.setattr(conversion, "calibrate", None)
     before = sorted(tmp_path.rglob("*"))
     assert_refused(run_script(SCRIPT, *flat(arguments | changes)), *words)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.xfail(strict=True, reason="the default --target-density is checked although it is not used")
+def test_max_loss_needs_no_reachable_default_density(convert):
+    convert(target_density=None, max_loss=1.0, dense_below=60)
+
+
+@pytest.mark.xfail(strict=True, reason="the check before the work counts other pairs than the costs do")
+@pytest.mark.parametrize(
+    ("fields", "target"),
+    [({"dense_below": 0}, 0.175), ({"stride": 5}, 0.25)],
+    ids=["short rows", "stride"],
+)
+def test_a_density_near_the_least_one_is_kept_or_refused(run_script, arguments, fields, target):
+    changes = {"--sparse-attention": json.dumps(FIELDS | fields), "--target-density": target}
+    finished = run_script(SCRIPT, *flat(arguments | changes))
+    assert finished.status == 0 or "argument --target-density: must be at least" in finished.stderr
+
+
+@pytest.mark.xfail(strict=True, reason="costs are measured as if these layers were sparse and no key were drawn")
+@pytest.mark.parametrize(
+    ("fields", "target"),
+    [({"dense_layers": [0]}, 0.45), ({"num_random_keys": 8}, 0.27)],
+    ids=["dense layers", "random keys"],
+)
+def test_target_density_counts_what_is_read_anyway(run_script, arguments, fields, target):
+    changes = {"--sparse-attention": json.dumps(FIELDS | fields), "--target-density": target}
+    finished = run_script(SCRIPT, *flat(arguments | changes))
+    refused = "argument --target-density: must be at least" in finished.stderr
+    assert refused or density(arguments["--output"]) <= target * 1.02
 
 
 def test_existing_output_is_refused(run_script, assert_refused, arguments):

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 FEATURES = {
     "random hash": {},
-    "a budget per head": {"key_budget": [[0, 3, 5, 2], [4, 1, 0, 6]]},
+    "a budget per head": {"key_budget": [[5, 3], [4, 0]], "min_weight": [[0.0, 0.05, 0.1, 0.02], 0.03]},
     "calibrated hash": {"hash": "calibrated", "calibrated_hash": calibrated_hash_text()},
 }
 
@@ -243,7 +243,7 @@ class TestTensorParallel:
     @loaded_in_parallel
     def test_one_kv_head_in_every_process(self, two_processes, tmp_path, monkeypatch):
         monkeypatch.setattr(attention_checks, "NUM_KV_HEADS", 1)
-        path = self.saved(tmp_path / "model", key_budget=[[0, 3, 5, 2], 4])
+        path = self.saved(tmp_path / "model", key_budget=[[0, 3], 4])
         two_processes.run(distributed_worker.check_one_kv_head_in_every_process, path)
 
     @loaded_in_parallel

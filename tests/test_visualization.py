@@ -1,9 +1,13 @@
 import pytest
 import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_rgba
+from matplotlib.image import imread
 
+from hf_sparse_attn.allocation import Allocation
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.loading import load_sparse_model
-from hf_sparse_attn.visualization import PatternRecorder, bin_pairs, causal_pairs, plot_pattern
+from hf_sparse_attn.visualization import PatternRecorder, bin_pairs, causal_pairs, plot_heads, plot_pattern, plot_trade
 
 
 @pytest.mark.parametrize(("num_tokens", "num_bins"), [(12, 4), (13, 4), (7, 7), (63, 10), (5, 8)])
@@ -45,3 +49,38 @@ def test_plot_writes_a_picture(tmp_path, suffix):
     counts = causal_pairs(20, 5).expand(4, 5, 5) // 2
     plot_pattern(counts, 20, [f"head {head}" for head in range(4)], path)
     assert path.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_head_maps_share_one_scale_and_leave_missing_values_grey(tmp_path, suffix):
+    path = tmp_path / f"heads{suffix}"
+    maps = torch.stack([torch.ones(4, 3), torch.full((4, 3), 0.5), torch.full((4, 3), float("nan"))])
+    plot_heads(maps, ["all", "half", "nothing"], path)
+    if suffix == ".svg":
+        assert all(f"<!-- {title} -->" in path.read_text() for title in ("all", "half", "nothing"))
+        return
+    pixels = torch.from_numpy(imread(path))
+    scale = colormaps["viridis"]
+    areas = [
+        ((pixels - torch.tensor(colour)).abs() < 0.01).all(-1).float().mean()
+        for colour in (scale(1.0), scale(0.0), to_rgba("lightgrey"))
+    ]
+    assert min(areas) > 0.15, areas
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_trade_is_drawn_with_the_choice_marked(tmp_path, suffix):
+    """A loss of 0 has its place, and the choice is where its density and loss are."""
+
+    def point(density, loss):
+        return Allocation(((8,),), ((0.0,),), (), 8.0, density, loss)
+
+    trade = [point(0.1, 0.3), point(0.2, 0.01), point(1.0, 0.0)]
+    pictures = []
+    for choice in (trade[1], trade[1], trade[2]):
+        path = tmp_path / f"{len(pictures)}{suffix}"
+        plot_trade(trade, choice, path)
+        assert path.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+        pictures.append(path.read_bytes())
+    if suffix == ".png":
+        assert pictures[0] == pictures[1] != pictures[2]

@@ -1,122 +1,213 @@
-"""How much of the dense attention's mass the sparse rows keep, against the best possible keys of the same number."""
+"""What of the dense attention the sparse rows find, by layer and head, for each family of hashes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.allocation import first_row
+from hf_sparse_attn.config import HASHES, SparseAttentionConfig
 from hf_sparse_attn.integration import Observer, observe_dense
 from hf_sparse_attn.ops import compute_dtype, document_attention
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
 
+FAMILIES = (*HASHES, "none")
 _BLOCK_ROWS = 16
+_MEASURES = ("kept", "best", "recall", "lost", "keys")
 
 
-@torch.no_grad()
-def kept_mass(
-    model: PreTrainedModel,
-    documents: Sequence[Tensor],
-    config: SparseAttentionConfig,
-    num_rows: int = 64,
-    progress: Callable[[Any], Any] = iter,
-) -> dict[str, Any]:
-    """Measure on sampled rows of every layer and head, on the dense model's own queries and keys.
+def hash_families(
+    config: SparseAttentionConfig, names: Iterable[str] | None = None
+) -> dict[str, SparseAttentionConfig]:
+    """The config with other hashes and everything else alike: its own first, then those of `names`, by name.
 
-    Args:
-        model: with attn_implementation="sparse"; left as it was.
-        documents: [N] int64 token ids each.
-        config: whose routing is measured.
-        num_rows: sparse rows sampled per document.
-        progress: wraps the iteration over the documents.
+    "calibrated" and "random" are the config's hashes, "none" reads no key through buckets (key_budget=0). Without
+    names: all that the config has.
 
-    Returns:
-        A JSON-ready dict: "kept" and "best" (mean attention mass of the rows' own keys, and of the same number of keys
-        with the largest weights), "ratio" (their quotient), "lost" (share of rows that keep less than half), "keys"
-        (mean number per row), and "layers" (per layer, per head: the same).
+    Raises:
+        ValueError: for "calibrated" if the config has no calibrated hash.
     """
-    totals: dict[tuple[int, int], Tensor] = {}
-    for document in progress(documents):
-        with observe_dense(model, _observer(config, num_rows, totals)):
-            model.base_model(input_ids=document[None].to(model.device), use_cache=False)
-    if not totals:
-        raise ValueError("model: its attention never goes through Transformers' attention registry")
-    num_layers = max(layer for layer, _ in totals) + 1
-    num_heads = max(head for _, head in totals) + 1
-    return _summary(sum(totals.values())) | {  # type: ignore[arg-type]
-        "layers": [[_summary(totals[layer, head]) for head in range(num_heads)] for layer in range(num_layers)]
+    if names is None:
+        names = [name for name in FAMILIES if name != "calibrated" or config.calibrated_hash is not None]
+    others = dict.fromkeys(name for name in names if name != config.hash)
+    return {config.hash: config} | {
+        name: config.replace(key_budget=0) if name == "none" else config.replace(hash=name) for name in others
     }
 
 
-class _MassRecorder:
-    """Adds up (kept, best, lost, keys, rows) per head for the rows that it is told of."""
+@torch.no_grad()
+def measure_recall(
+    model: PreTrainedModel,
+    documents: Sequence[Tensor],
+    configs: Mapping[str, SparseAttentionConfig],
+    num_rows: int = 64,
+    num_top: int = 64,
+    progress: Callable[[Any], Any] = iter,
+) -> dict[str, dict[str, Any]]:
+    """Measure on sampled rows of every sparse layer and head, on the dense model's own queries and keys.
 
-    def __init__(
-        self, query: Tensor, key: Tensor, start: int, scaling: float, totals: dict[tuple[int, int], Tensor]
-    ) -> None:
-        self.query, self.key, self.start, self.scaling, self.totals = query, key, start, scaling, totals
+    Every document goes through the model once. Of a row, with w the weights of its dense softmax over all admissible
+    keys, S the keys that it reads (all of them: window, static and those found through buckets) and T the `num_top`
+    admissible keys with the largest w (all admissible ones where there are fewer):
 
-    def add(
-        self, pattern: LayerPattern, head: int, position: Tensor, attended: Tensor, keys: Callable[[], Tensor]
-    ) -> None:
-        group = len(self.query) // len(self.key)
-        scores = self.query[head, position - self.start] @ self.key[head // group].T * self.scaling
-        column = torch.arange(scores.shape[-1], device=scores.device)
-        inadmissible = column > position[:, None]
-        if pattern.sliding_window is not None:
-            inadmissible |= column <= position[:, None] - pattern.sliding_window
-        weights = scores.masked_fill(inadmissible, -torch.inf).softmax(-1)
-        index = keys().long().clamp(0, scores.shape[-1] - 1)
-        kept = (weights.gather(1, index) * attended).sum(-1)
-        count = attended.sum(-1)
-        largest = weights.sort(-1, descending=True).values.cumsum(-1)
-        best = largest.gather(1, count[:, None] - 1).squeeze(1)
-        result = torch.stack([kept.sum(), best.sum(), (kept < 0.5).sum(), count.sum(), torch.tensor(len(position))])
-        self.totals[pattern.layer_idx, head] = self.totals.get((pattern.layer_idx, head), 0) + result.double().cpu()
+        kept = sum of w over S      best = sum of the |S| largest w      recall = |S & T| / |T|      keys = |S|
 
-    def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
-        """Dense rows keep everything and are not what is measured."""
+    Args:
+        model: with attn_implementation="sparse"; left as it was. A softcap or sinks of its own are left out of w and S.
+        documents: [N] int64 token ids each, N at least 16 more than `first_row` of every config.
+        configs: what is measured, by name.
+        num_rows: sparse rows sampled per document.
+        num_top: size of T.
+        progress: wraps the iteration over the documents.
+
+    Returns:
+        For each name a JSON-ready dict of means over rows, heads and sparse layers: "kept", "best", "recall", "keys",
+        "lost" (share of rows with kept < 0.5) and "ratio" (of the means of kept and best); and "layers": per layer a
+        list with the same per head, or {"dense": True} for a dense layer, or None for one without attention.
+
+    Raises:
+        ValueError: if the model has no sparse layer under one of the configs.
+    """
+    sums: dict[str, dict[int, Tensor]] = {name: {} for name in configs}
+    for document in progress(documents):
+        with observe_dense(model, _observer(configs, num_rows, num_top, sums)):
+            model.base_model(input_ids=document[None].to(model.device), use_cache=False)
+    return {name: _report(layers) for name, layers in sums.items()}
 
 
-def _observer(config: SparseAttentionConfig, num_rows: int, totals: dict[tuple[int, int], Tensor]) -> Observer:
-    def observer(dense: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+def _observer(
+    configs: Mapping[str, SparseAttentionConfig],
+    num_rows: int,
+    num_top: int,
+    sums: dict[str, dict[int, Tensor]],
+) -> Observer:
+    """Adds to `sums` by name and layer: [num_heads, measures and number of rows]; without any head in dense layers."""
+    first = max(map(first_row, configs.values()))
+
+    def observer(dense: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float, _: Tensor) -> None:
+        layer, sliding_window = dense.layer_idx, dense.sliding_window
         num_heads, num_tokens, head_dim = query.shape[1:]
         dtype = compute_dtype(query, key)
-        pattern = layer_pattern(
-            config,
-            dense.layer_idx,
-            num_heads,
-            key.shape[1],
-            head_dim,
-            query.device,
-            dtype,
-            dense.sliding_window,
-        )
-        if pattern.dense_rows() is None:
+        patterns = {}
+        for name, config in configs.items():
+            pattern = layer_pattern(
+                config, layer, num_heads, key.shape[1], head_dim, query.device, dtype, sliding_window
+            )
+            measured_heads = 0 if pattern.dense_rows() is None else num_heads
+            sums[name].setdefault(layer, torch.zeros(measured_heads, len(_MEASURES) + 1, dtype=torch.float64))
+            if measured_heads:
+                patterns[name] = pattern
+        if not patterns:
             return
-        first = max(config.dense_below, config.window_size)
         starts = torch.linspace(first, num_tokens - _BLOCK_ROWS, max(num_rows // _BLOCK_ROWS, 1)).long().tolist()
         for start in starts:
             stop = start + _BLOCK_ROWS
             rows, keys = query[0, :, start:stop].to(dtype), key[0, :, :stop].to(dtype)
-            document_attention(
-                rows,
-                keys,
-                value[0, :, :stop],
-                pattern=pattern,
-                query_offset=start,
-                key_offset=0,
-                scaling=scaling,
-                recorder=_MassRecorder(rows, keys, start, scaling, totals),
-            )
+            truth = _DenseRows.of(rows, keys, start, scaling, sliding_window, num_top)
+            for name, pattern in patterns.items():
+                document_attention(
+                    rows,
+                    keys,
+                    value[0, :, :stop],
+                    pattern=pattern,
+                    query_offset=start,
+                    key_offset=0,
+                    scaling=scaling,
+                    recorder=_RecallRecorder(truth, sums[name][layer]),
+                )
 
     return observer
 
 
-def _summary(total: Tensor) -> dict[str, float]:
-    kept, best, lost, keys, rows = total.tolist()
-    return {"kept": kept / rows, "best": best / rows, "ratio": kept / best, "lost": lost / rows, "keys": keys / rows}
+@dataclass(frozen=True)
+class _DenseRows:
+    """What the dense attention does in R rows of one layer.
+
+    Args:
+        start: position of the first row.
+        weights: [num_heads, R, N], softmax over the admissible keys.
+        best: [num_heads, R, N], sum of the 1, 2, ... largest weights.
+        top: [num_heads, R, T], keys with the largest weights; behind the admissible ones, others.
+        num_top: [R], how many of `top` are admissible.
+    """
+
+    start: int
+    weights: Tensor
+    best: Tensor
+    top: Tensor
+    num_top: Tensor
+
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor, start: int, scaling: float, sliding_window: int | None, num_top: int
+    ) -> _DenseRows:
+        position = torch.arange(start, start + query.shape[1], device=key.device)[:, None]
+        column = torch.arange(key.shape[1], device=key.device)
+        admissible = column <= position
+        if sliding_window is not None:
+            admissible &= column > position - sliding_window
+        scores = query @ key.repeat_interleave(len(query) // len(key), 0).transpose(-1, -2) * scaling
+        scores = scores.masked_fill(~admissible, -torch.inf)
+        ranked = scores.sort(-1, descending=True)
+        return cls(
+            start,
+            scores.softmax(-1),
+            ranked.values.softmax(-1).cumsum(-1),
+            ranked.indices[..., :num_top],
+            admissible.sum(-1).clamp(max=num_top),
+        )
+
+
+@dataclass(frozen=True)
+class _RecallRecorder:
+    """Compares what rows read with the dense rows and adds it up in `sums` [num_heads, measures and number of rows]."""
+
+    truth: _DenseRows
+    sums: Tensor
+
+    def add(
+        self,
+        pattern: LayerPattern,
+        head: int,
+        position: Tensor,
+        attended: Tensor,
+        num_scored: int,
+        keys: Callable[[], Tensor],
+    ) -> None:
+        row = position - self.truth.start
+        weights, best, top = (x[head, row] for x in (self.truth.weights, self.truth.best, self.truth.top))
+        read = torch.zeros_like(weights, dtype=torch.bool)
+        read[attended.nonzero()[:, 0], keys()[attended].long()] = True
+        count = read.sum(-1)
+        kept = (weights * read).sum(-1)
+        measures = {
+            "kept": kept,
+            "best": best.gather(1, count[:, None] - 1).squeeze(1),
+            "recall": read.gather(1, top).sum(-1).double() / self.truth.num_top[row],
+            "lost": kept < 0.5,
+            "keys": count,
+        }
+        self.sums[head, :-1] += torch.stack([measures[name].double().sum() for name in _MEASURES]).cpu()
+        self.sums[head, -1] += len(row)
+
+    def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
+        """Only sparse rows are asked for."""
+
+
+def _report(layers: dict[int, Tensor]) -> dict[str, Any]:
+    if not any(map(len, layers.values())):
+        raise ValueError("no layer of the model has sparse attention: there is nothing to measure")
+    reports: list[Any] = [None] * (max(layers) + 1)
+    for layer, heads in layers.items():
+        reports[layer] = [_summary(head) for head in heads] or {"dense": True}
+    return _summary(torch.cat(list(layers.values())).sum(0)) | {"layers": reports}
+
+
+def _summary(sums: Tensor) -> dict[str, float]:
+    means = dict(zip(_MEASURES, (sums[:-1] / sums[-1]).tolist(), strict=True))
+    return means | {"ratio": means["kept"] / means["best"]}

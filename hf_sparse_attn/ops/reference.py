@@ -9,8 +9,10 @@ from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern, random_positions
 
 
-def attended_keys(query: Tensor, key: Tensor, pattern: LayerPattern, query_offset: int, key_offset: int = 0) -> Tensor:
-    """S(row) for every row of one document, written out rule by rule.
+def scored_keys(
+    query: Tensor, key: Tensor, pattern: LayerPattern, query_offset: int, key_offset: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The keys that every row of one document scores, written out rule by rule.
 
     Args:
         query: [num_heads, Q, head_dim], at positions query_offset .. query_offset + Q - 1 of the document.
@@ -20,7 +22,8 @@ def attended_keys(query: Tensor, key: Tensor, pattern: LayerPattern, query_offse
         key_offset: position of the first key.
 
     Returns:
-        [num_heads, Q, N], bool.
+        [num_heads, Q, N] bool twice: all scored keys, and those of them that were found through the buckets alone,
+        which the row does not read when their weight is small.
     """
     config = pattern.config
     num_heads, num_queries, _ = query.shape
@@ -32,27 +35,50 @@ def attended_keys(query: Tensor, key: Tensor, pattern: LayerPattern, query_offse
         static = static | (position == index)
     if config.stride:
         static = static | (position % config.stride == 0)
-    rows = []
+    all_scored, all_routed = [], []
     for head in range(num_heads):
+        kv_head = head // group
+        group_query = query[kv_head * group : (kv_head + 1) * group].sum(0)
         for i in range(num_queries):
             p = query_offset + i
             admissible = position <= p
             if pattern.sliding_window is not None:
                 admissible &= position > p - pattern.sliding_window
+            fixed, routed = admissible, torch.zeros_like(admissible)
             dense_rows = pattern.dense_rows()
-            if dense_rows is None or p < dense_rows:
-                rows.append(admissible)
-                continue
-            chosen = static | (position > p - config.window_size)
-            if config.num_random_keys:
-                drawn = random_positions(config, torch.tensor([p], device=key.device))
-                chosen = chosen | torch.isin(position, drawn)
-            routable = admissible & ~static & (position <= p - config.window_size)
-            routed = _routed(
-                query[head, i], key[head // group], bucket[head // group], position, routable, p, head, pattern
-            )
-            rows.append((chosen | routed) & admissible)
-    return torch.stack(rows).view(num_heads, num_queries, -1)
+            if dense_rows is not None and p >= dense_rows:
+                fixed = static | (position > p - config.window_size)
+                if config.num_random_keys:
+                    drawn = random_positions(config, torch.tensor([p], device=key.device))
+                    fixed = fixed | torch.isin(position, drawn)
+                fixed = fixed & admissible
+                routable = admissible & ~static & (position <= p - config.window_size)
+                routed = _routed(
+                    group_query[i], key[kv_head], bucket[kv_head], position, static, routable, p, kv_head, pattern
+                )
+            all_scored.append(fixed | routed)
+            all_routed.append(routed & ~fixed)
+    shape = num_heads, num_queries, -1
+    return torch.stack(all_scored).view(shape), torch.stack(all_routed).view(shape)
+
+
+def attended_keys(
+    query: Tensor,
+    key: Tensor,
+    pattern: LayerPattern,
+    query_offset: int,
+    key_offset: int = 0,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """S(row) for every row of one document: [num_heads, Q, N], bool. Arguments as for `document_attention`."""
+    scored, routed = scored_keys(query, key, pattern, query_offset, key_offset)
+    logits = _logits(query, key, scaling, softcap).masked_fill(~scored, -torch.inf)
+    weights = _softmax(logits, sinks)
+    min_weights = torch.tensor(pattern.min_weights, dtype=weights.dtype, device=weights.device)[:, None, None]
+    return scored & ~(routed & (weights < min_weights))
 
 
 def _routed(
@@ -60,24 +86,25 @@ def _routed(
     key: Tensor,
     bucket: Tensor,
     position: Tensor,
+    static: Tensor,
     routable: Tensor,
     p: int,
-    head: int,
+    kv_head: int,
     pattern: LayerPattern,
 ) -> Tensor:
-    """The row's routed keys: whole buckets from the best down, the last one cut to its most recent keys."""
+    """The keys found through the buckets: whole ones from the best down, the last one cut to its most recent keys.
+
+    `query` [head_dim] is the sum of the queries of the KV head's group at the row's token.
+    """
     config = pattern.config
     page = p - p % config.page_size
-    static = ~routable & (position <= p - config.window_size)
-    if pattern.sliding_window is not None:
-        static &= position > p - pattern.sliding_window
-    known = ~static & (position <= page - config.window_size)
+    known = ~static & (position < page)
     if pattern.sliding_window is not None:
         known &= position > page + config.page_size - 1 - pattern.sliding_window
     buckets = bucket[known].unique()
     scores = torch.stack([query @ key[known & (bucket == b)].mean(0) for b in buckets]) if len(buckets) else query[:0]
     routed = torch.zeros_like(routable)
-    budget = pattern.budgets[head]
+    budget = pattern.budgets[kv_head]
     # Equal scores, such as those of a query of zeros, go by the bucket's number.
     for _, best in sorted(zip(scores.tolist(), buckets.tolist(), strict=True), reverse=True):
         members = torch.nonzero(routable & (bucket == best)).flatten()
@@ -103,18 +130,27 @@ def document_attention(
     recorder: Recorder | None,
 ) -> Tensor:
     """Attention of one document; see `ops.torch.document_attention` for the arguments."""
-    group = query.shape[0] // key.shape[0]
-    attended = attended_keys(query, key, pattern, query_offset, key_offset)
+    attended = attended_keys(
+        query, key, pattern, query_offset, key_offset, scaling=scaling, softcap=softcap, sinks=sinks
+    )
     if recorder is not None:
+        scored, _ = scored_keys(query, key, pattern, query_offset, key_offset)
         keys = (torch.arange(key.shape[1], device=key.device) + key_offset).expand_as(attended[0])
         rows = torch.arange(query.shape[1], device=key.device) + query_offset
         for head in range(query.shape[0]):
-            recorder.add(pattern, head, rows, attended[head], lambda: keys)
-    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
-    scores = (query @ key.transpose(-1, -2)) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~attended, -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[:, None, None].expand(-1, query.shape[1], 1)], -1)
-    return scores.softmax(-1)[..., : key.shape[1]].to(value.dtype) @ value
+            recorder.add(pattern, head, rows, attended[head], int(scored[head].sum()), lambda: keys)
+    weights = _softmax(_logits(query, key, scaling, softcap).masked_fill(~attended, -torch.inf), sinks)
+    return weights.to(value.dtype) @ value.repeat_interleave(query.shape[0] // key.shape[0], 0)
+
+
+def _logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    logits = query @ key.repeat_interleave(query.shape[0] // key.shape[0], 0).transpose(-1, -2) * scaling
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """[num_heads, Q, N] -> the same; sinks take part without a column of their own."""
+    if sinks is None:
+        return logits.softmax(-1)
+    beside = torch.cat([logits, sinks[:, None, None].expand(-1, logits.shape[1], 1)], -1)
+    return beside.softmax(-1)[..., : logits.shape[-1]]

@@ -9,6 +9,7 @@ weights (dot products with gathered rows). The backward computes each chunk agai
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -193,14 +194,14 @@ def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: i
     for kv_head in range(key.shape[0]):
         heads = range(kv_head * group, (kv_head + 1) * group)
         index = None
-        if routes and any(pattern.budgets[head] for head in heads):
+        if routes and pattern.budgets[kv_head]:
             index = BucketIndex(key[kv_head], bucket[kv_head], static, start, key_offset, pattern)
         order = torch.arange(key.shape[1], device=key.device) if index is None else index.order.long()
         table = _Table(order, key[kv_head].index_select(0, order), value[kv_head].index_select(0, order))
         row = start
         while row < end:
             stop = min((row // chunk_rows + 1) * chunk_rows, end)
-            attend = partial(_sparse, call, heads, index, table, static, row)
+            attend = partial(_sparse, call, kv_head, index, table, static, row)
             rows = slice(row - offset, stop - offset)
             yield _Piece(slice(heads.start, heads.stop), rows, slice(kv_head, kv_head + 1), attend)
             row = stop
@@ -246,7 +247,7 @@ def _dense(call: _Call, start: int, query: Tensor, key: Tensor, value: Tensor, s
 
 def _sparse(
     call: _Call,
-    heads: range,
+    kv_head: int,
     index: BucketIndex | None,
     table: _Table,
     static: Tensor,
@@ -259,8 +260,8 @@ def _sparse(
     """One chunk of sparse rows of the query heads that share a KV head.
 
     Args:
-        heads: which query heads these are.
-        index: the KV head's routable keys; None: nothing is routed.
+        kv_head: which KV head it is.
+        index: its routable keys; None: nothing is routed.
         table: keys and values that routed and random keys are gathered from.
         static: sorted positions of the static keys.
         start: position of the first row.
@@ -290,43 +291,56 @@ def _sparse(
     band_key, band_value = (_band(x, start, stop, window, key_offset) for x in (key, value))
     band_bias = _band_bias(band_key, start, window, key_offset)
 
+    gathered: Tensor | None = None
+    unused: Tensor | None = None  # entries of `gathered` that do not count
     with torch.no_grad():
-        chunk = index.rows(start, stop) if index is not None else None
-        drawn = random_positions(pattern.config, position) if pattern.config.num_random_keys else None
+        if index is not None:
+            gathered, count = index.rows(start, stop).select_slots(query.sum(0), pattern.budgets[kv_head])
+            if bool((count < gathered.shape[1]).any()):
+                unused = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
+        num_routed = 0 if gathered is None else gathered.shape[1]
+        if pattern.config.num_random_keys:
+            gathered, unused = _with_random(
+                gathered, unused, position, static, window, key_offset, pattern, table.order
+            )
     outputs = []
-    for i, head in enumerate(heads):
-        rows = query[i]
+    for i, rows in enumerate(query):
+        head = kv_head * len(query) + i
         scores = [
             _hide(_cap(rows @ static_key.T, softcap), hidden_static),
             _window_scores(rows, band_key, band_bias, softcap),
         ]
-        gathered: Tensor | None = None
-        unused: Tensor | None = None  # entries of `gathered` that do not count
-        with torch.no_grad():
-            if chunk is not None and pattern.budgets[head]:
-                gathered, count = chunk.select_slots(rows, pattern.budgets[head])
-                if bool((count < gathered.shape[1]).any()):
-                    unused = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
-            if drawn is not None:
-                gathered, unused = _with_random(
-                    gathered, unused, drawn, position, static, window, key_offset, pattern, table.order
-                )
         if gathered is not None:
             dots = _GatherDot.apply(rows, key, table.key, gathered, table.order)
             scores.append(_hide(_cap(dots, softcap), unused))
-        side_by_side = torch.cat(scores, -1)
-        softmax = _with_sinks(side_by_side, None if sinks is None else sinks[i]).softmax(-1)
-        weights = softmax[:, : side_by_side.shape[1]].split([part.shape[-1] for part in scores], -1)
+        widths = [part.shape[-1] for part in scores]
+        side_by_side = _with_sinks(torch.cat(scores, -1), None if sinks is None else sinks[i])
+        if recorder is not None:
+            num_scored = int((side_by_side[:, : sum(widths)] > -torch.inf).sum())
+        if num_routed and pattern.min_weights[head]:
+            routed = slice(sum(widths[:2]), sum(widths[:2]) + num_routed)
+            side_by_side = _drop_light(side_by_side, routed, pattern.min_weights[head])
+        weights = side_by_side.softmax(-1)[:, : sum(widths)].split(widths, -1)
         output = weights[0] @ static_value + _window_values(weights[1], band_value)
         if gathered is not None:
             output = output + _GatherSum.apply(weights[2], value, table.value, gathered, table.order)
         outputs.append(output)
         if recorder is not None:
+            attended = side_by_side[:, : sum(widths)] > -torch.inf
             parts = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
             parts += [table.order[gathered] + key_offset] if gathered is not None else []
             with _RECORDING:
-                recorder.add(pattern, head, position, side_by_side > -torch.inf, partial(torch.cat, parts, -1))
+                recorder.add(pattern, head, position, attended, num_scored, partial(torch.cat, parts, -1))
     return torch.stack(outputs)
+
+
+def _drop_light(scores: Tensor, routed: slice, min_weight: float) -> Tensor:
+    """Hide the scores in the columns `routed` whose softmax weight in [R, K] is under `min_weight`."""
+    with torch.no_grad():
+        light = torch.zeros_like(scores, dtype=torch.bool)
+        least = scores.logsumexp(-1, keepdim=True) + math.log(min_weight)
+        torch.lt(scores[:, routed], least, out=light[:, routed])
+    return scores.masked_fill(light, -torch.inf)
 
 
 def _hide(scores: Tensor, hidden: Tensor | None) -> Tensor:
@@ -400,7 +414,6 @@ def _band_positions(start: int, stop: int, window: int, device: torch.device) ->
 def _with_random(
     gathered: Tensor | None,
     unused: Tensor | None,
-    drawn: Tensor,
     position: Tensor,
     static: Tensor,
     window: int,
@@ -408,8 +421,8 @@ def _with_random(
     pattern: LayerPattern,
     order: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Append the random keys that no other part of the pattern reads already."""
-    drawn = drawn.sort(-1).values
+    """Append the random keys that no fixed part of the pattern reads already; the buckets may not find them again."""
+    drawn = random_positions(pattern.config, position).sort(-1).values
     seen = (drawn > position[:, None] - window) | torch.isin(drawn, static) | (drawn < key_offset)
     if pattern.sliding_window is not None:
         seen |= drawn <= position[:, None] - pattern.sliding_window
@@ -419,13 +432,12 @@ def _with_random(
     drawn = place[(drawn - key_offset).clamp_(min=0)]
     if gathered is None:
         return drawn.int(), seen
-    routed = gathered if unused is None else gathered.masked_fill(unused, -1)
-    routed = routed.long().sort(-1).values.contiguous()
-    nearest = torch.searchsorted(routed, drawn).clamp_(max=routed.shape[-1] - 1)
-    seen |= routed.gather(-1, nearest) == drawn
     if unused is None:
         unused = torch.zeros_like(gathered, dtype=torch.bool)
-    return torch.cat([gathered, drawn.int()], -1), torch.cat([unused, seen], -1)
+    sorted_drawn = drawn.masked_fill(seen, -1).sort(-1).values
+    nearest = torch.searchsorted(sorted_drawn, gathered.long()).clamp_(max=drawn.shape[-1] - 1)
+    again = sorted_drawn.gather(-1, nearest) == gathered
+    return torch.cat([gathered, drawn.int()], -1), torch.cat([unused | again, seen], -1)
 
 
 class _GatherDot(torch.autograd.Function):

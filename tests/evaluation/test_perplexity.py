@@ -86,6 +86,9 @@ def test_report_agrees_with_its_parts(tiny_model_path):
 
     assert [document["name"] for document in result["documents"]] == ["document 0", "document 1", "document 2"]
     assert result["documents"][1]["sparse_nll"] == pytest.approx(losses["sparse"][1].mean().item(), rel=1e-5)
+    rises = (losses["sparse"] - losses["sdpa"]).mean(1)
+    assert [document["perplexity_ratio"] for document in result["documents"]] == pytest.approx(rises.exp().tolist())
+    assert result["worst_document"] == f"document {int(rises.argmax())}"
 
 
 def test_density_counts_the_pairs_of_window_and_globals(tiny_model_path):
@@ -93,6 +96,33 @@ def test_density_counts_the_pairs_of_window_and_globals(tiny_model_path):
     result = compare_perplexity(model, random_documents(1, 50))
     attended = sum(len({0, 1} & set(range(row + 1)) | set(range(max(0, row - 7), row + 1))) for row in range(50))
     assert result["sparse"]["density"] == pytest.approx(attended / (50 * 51 / 2))
+
+
+def test_scored_density_counts_keys_that_are_too_light_to_be_read(tiny_model_path):
+    """Every key is scored when the buckets may give them all, whatever of them is then read."""
+    fields = {"window_size": 4, "num_global_tokens": 0, "key_budget": 1000, "page_size": 1}
+    found = []
+    for min_weight in (0.0, 0.01, 0.1):
+        model = load_sparse_model(str(tiny_model_path), {**fields, "min_weight": min_weight})
+        found.append(compare_perplexity(model, random_documents(2, 60))["sparse"])
+    assert [sparse["scored_density"] for sparse in found] == [1, 1, 1]
+    assert 1 == found[0]["density"] > found[1]["density"] > found[2]["density"] > 0
+
+
+def test_without_smallest_weights_what_is_scored_is_read(tiny_model_path):
+    model = load_sparse_model(str(tiny_model_path), {"min_weight": 0.0, "key_budget": 8})
+    sparse = compare_perplexity(model, random_documents(2, 60))["sparse"]
+    assert sparse["scored_density"] == sparse["density"] < 1
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0]], ids=str)
+def test_worst_document_goes_by_the_difference_and_not_by_the_loss(tiny_model_path, order):
+    model = load_sparse_model(str(tiny_model_path))
+    documents = random_documents(3, 60)
+    expected = compare_perplexity(model, documents)
+    result = compare_perplexity(model, [documents[i] for i in order])
+    assert result["worst_document"] == expected["worst_document"]
+    assert max(expected["documents"], key=lambda document: document["sparse_nll"])["name"] != result["worst_document"]
 
 
 def test_model_is_left_with_sparse_attention(tiny_model_path):
@@ -120,14 +150,54 @@ def test_interval_of_a_constant_difference_is_a_point():
     assert result["ci95"] == pytest.approx([0.25, 0.25])
 
 
+def held(draw, trials=40):
+    """In how many trials the interval of what `draw(generator)` gives, whose true mean is 0, holds it."""
+    generator = torch.Generator().manual_seed(0)
+    intervals = [paired_difference(draw(generator))["ci95"] for _ in range(trials)]
+    return sum(low < 0 < high for low, high in intervals)
+
+
+def normal(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
 def test_interval_holds_the_true_mean_of_correlated_tokens_about_as_often_as_it_says():
     # Passages of 64 tokens share most of their difference: an interval that took tokens for independent would be
     # about five times too narrow and hold the true mean in a third of all trials.
+    def draw(generator):
+        return (normal(generator, 2, 128, 1) + 0.5 * normal(generator, 2, 128, 64)).flatten(1)
+
+    assert held(draw) >= 34
+
+
+def test_interval_holds_the_true_mean_of_documents_that_differ():
+    # Documents differ five times as much as passages: an interval over passages alone would hold it in few trials.
+    def draw(generator):
+        return normal(generator, 12, 1) + 0.2 * normal(generator, 12, 64).repeat_interleave(64, 1)
+
+    assert held(draw) >= 32
+
+
+def test_interval_is_no_wider_than_its_level():
+    # A normal interval of the same data: +-1.96 standard errors of documents' means, apart from the resampling.
     generator = torch.Generator().manual_seed(0)
-    held = 0
-    for _ in range(40):
-        passages = torch.randn(2, 128, 1, generator=generator, dtype=torch.float64)
-        noise = 0.5 * torch.randn(2, 128, 64, generator=generator, dtype=torch.float64)
-        low, high = paired_difference((passages + noise).flatten(1))["ci95"]
-        held += low < 0 < high
-    assert held >= 34
+    difference = normal(generator, 12, 1) + 0.2 * normal(generator, 12, 4096)
+    low, high = paired_difference(difference)["ci95"]
+    expected = 2 * 1.96 * float(difference.mean(1).std(correction=0)) / 12**0.5
+    assert (high - low) == pytest.approx(expected, rel=0.1)
+
+
+def test_interval_is_the_same_every_time_and_says_what_was_drawn():
+    difference = normal(torch.Generator().manual_seed(0), 3, 1000)
+    assert paired_difference(difference) == paired_difference(difference)
+    assert paired_difference(difference)["method"] == "bootstrap over 3 documents and, in each, 8 blocks of 125 tokens"
+
+
+def test_blocks_of_uneven_length_count_by_their_tokens():
+    # 8 blocks of 10 tokens, and one of 7 that alone differs and is drawn about once.
+    difference = torch.zeros(1, 87, dtype=torch.float64)
+    difference[0, -7:] = 1
+    result = paired_difference(difference)
+    assert result["mean"] == pytest.approx(7 / 87)
+    assert result["ci95"][0] == 0
+    assert 0.1 < result["ci95"][1] < 0.4

@@ -22,7 +22,7 @@ def full_coverage(family):
     for fields in (
         {"window_size": 60},
         {"num_global_tokens": 60},
-        {"window_size": 1, "key_budget": 60, "page_size": 1},
+        {"window_size": 1, "key_budget": 60, "min_weight": 0.0, "page_size": 1},
         {"dense_below": 60},
         {"dense_layers": [0, 1]},
     ):

@@ -4,13 +4,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_checks import KeyMask, LargestTensor, attend, calibrated_hash_text, make_pattern
+from attention_checks import SCALING, KeyMask, LargestTensor, attend, calibrated_hash_text, make_pattern
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_sparse_attn import SparseAttentionConfig, sparse_attention
+from hf_sparse_attn.ops import reference
 from hf_sparse_attn.ops import torch as torch_ops
-from hf_sparse_attn.ops.reference import attended_keys
 
 DIM, KV_HEADS, LENGTH = 8, 2, 150
 FEATURES = {
@@ -24,8 +24,9 @@ FEATURES = {
     "random keys without routing": {"num_random_keys": 6, "key_budget": 0},
     "explicit globals": {"global_token_indices": (5, 77, 149, 4000)},
     "no routing": {"key_budget": 0},
-    "budgets by head": {"key_budget": ((0, 30, 7, 0),)},
-    "one KV head without routing": {"key_budget": ((0, 0, 5, 12),)},
+    "budgets by head": {"key_budget": ((30, 7),)},
+    "smallest weights by head": {"key_budget": 30, "min_weight": ((0.0, 0.02, 0.1, 0.9),)},
+    "one KV head without routing": {"key_budget": ((0, 12),)},
     "budget over everything": {"key_budget": 1000},
     "page of 1": {"page_size": 1},
     "page of 3": {"page_size": 3},
@@ -43,7 +44,8 @@ FEATURES = {
         "num_random_keys": 4,
         "global_token_indices": (20, 100),
         "dense_below": 25,
-        "key_budget": ((0, 30, 7, 12),),
+        "key_budget": ((30, 7),),
+        "min_weight": ((0.0, 0.02, 0.1, 0.9),),
         "page_size": 3,
     },
 }
@@ -167,7 +169,7 @@ def test_dropped_keys(dropped, name):
         {"window_size": LENGTH},
         {"num_global_tokens": LENGTH},
         {"stride": 1},
-        {"key_budget": LENGTH, "page_size": 1, "window_size": 1},
+        {"key_budget": LENGTH, "min_weight": 0.0, "page_size": 1, "window_size": 1},
         {"dense_below": LENGTH},
         {"dense_layers": (0,)},
         {"dense_below": 60, "num_global_tokens": 50, "window_size": LENGTH - 50},
@@ -287,7 +289,8 @@ def test_any_config_and_any_shape(data):
         "global_token_indices": tuple(draw(st.lists(st.integers(0, 90), max_size=2))),
         "stride": draw(st.sampled_from([0, 0, 1, 7])),
         "num_random_keys": draw(st.integers(0, 4)),
-        "key_budget": (tuple(draw(st.integers(0, 20)) for _ in range(num_kv_heads * group)),),
+        "key_budget": (tuple(draw(st.integers(0, 20)) for _ in range(num_kv_heads)),),
+        "min_weight": (tuple(draw(st.sampled_from([0.0, 0.01, 0.1])) for _ in range(num_kv_heads * group)),),
         "num_hash_bits": draw(st.integers(1, 5)),
         "seed": draw(st.integers(0, 3)),
         "page_size": draw(st.sampled_from([1, 2, 3, 8, 64])),
@@ -300,7 +303,8 @@ def test_any_config_and_any_shape(data):
     query, key, value = inputs(num_queries, length, num_kv_heads * group, num_kv_heads, seed)
     recorder = KeyMask(num_kv_heads * group, num_queries, length, length - num_queries)
     attend(query, key, value, pattern, recorder=recorder)
-    assert torch.equal(recorder.mask, attended_keys(query, key, pattern, length - num_queries))
+    expected = reference.attended_keys(query, key, pattern, length - num_queries, scaling=SCALING)
+    assert torch.equal(recorder.mask, expected)
     assert_like_reference(query, key, value, pattern)
 
 

@@ -7,7 +7,7 @@ kept from the sparse attention: `output_attentions=True`, which it refuses and S
 import json
 from unittest import mock
 
-NOTHING = {"window_size": 1, "num_global_tokens": 0, "key_budget": 0, "dense_below": 0}
+NOTHING = {"window_size": 1, "num_global_tokens": 0, "key_budget": 0, "min_weight": 0.0, "dense_below": 0}
 EVERYTHING = {
     "window": {**NOTHING, "window_size": 4096},
     "routed": {**NOTHING, "key_budget": 4096, "num_hash_bits": 2, "page_size": 1},

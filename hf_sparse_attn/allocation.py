@@ -1,0 +1,291 @@
+"""How many keys each head may find and read: every choice's cost is measured, then keys go where they save most.
+
+The loss is predicted to second order (as in Optimal Brain Damage, LeCun et al. 1990): an error d of one head's output
+costs d^T G d / 2 nats, where G is the mean outer product of the gradients of the model's own loss in that output, with
+labels drawn from the model (the Fisher information). Errors of different heads and rows are taken as independent, so
+the prediction is too low, but it ranks the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.recording import admissible_pairs
+from hf_sparse_attn.routing import BucketIndex, LayerPattern, static_positions
+
+BUDGETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+MIN_WEIGHTS = (0.0, 1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
+NUM_SAMPLED_ROWS = 64
+_BLOCK_ROWS = 8
+_STEPS = 40  # of each bisection
+_PRICES = 1e-14, 1e2  # in nats, far outside of what a pair can be worth
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the choices cost, summed over rows; leading dimensions (layers) are the same in all.
+
+    Args:
+        loss: [..., H, len(BUDGETS), len(MIN_WEIGHTS)], predicted loss in nats of every query head.
+        read: of the same shape, (row, key) pairs that are read through the buckets.
+        fixed: [...], pairs of one head that are read in any case: dense rows, window, static keys.
+        admissible: [...], pairs of one head that a dense layer reads.
+        rows: number of sparse rows.
+        tokens: number of tokens.
+        group: query heads per KV head.
+    """
+
+    loss: Tensor
+    read: Tensor
+    fixed: Tensor
+    admissible: Tensor
+    rows: int
+    tokens: int
+    group: int
+
+    def __add__(self, other: Costs) -> Costs:
+        """Of two documents."""
+        return Costs(
+            self.loss + other.loss,
+            self.read + other.read,
+            self.fixed + other.fixed,
+            self.admissible + other.admissible,
+            self.rows + other.rows,
+            self.tokens + other.tokens,
+            self.group,
+        )
+
+    @property
+    def least_density(self) -> float:
+        """Share of the admissible pairs that is read without any routed key."""
+        return float(self.fixed.sum() / self.admissible.sum())
+
+    @classmethod
+    def stack(cls, layers: dict[int, Costs], num_layers: int) -> Costs:
+        """All layers of a model; those without attention cost nothing."""
+        some = next(iter(layers.values()))
+
+        def stacked(name: str) -> Tensor:
+            absent = torch.zeros_like(getattr(some, name))
+            return torch.stack([getattr(layers[i], name) if i in layers else absent for i in range(num_layers)])
+
+        return cls(
+            stacked("loss"),
+            stacked("read"),
+            stacked("fixed"),
+            stacked("admissible"),
+            some.rows,
+            some.tokens,
+            some.group,
+        )
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One choice for every head.
+
+    Args:
+        key_budget: per layer and KV head, as in the config.
+        min_weight: per layer and query head, as in the config.
+        dense_layers: layers that read everything.
+        mean_key_budget: keys found for a row, on average over layers and KV heads.
+        density: read over admissible pairs that this is expected to take.
+        loss: predicted loss in nats per token.
+    """
+
+    key_budget: tuple[tuple[int, ...], ...]
+    min_weight: tuple[tuple[float, ...], ...]
+    dense_layers: tuple[int, ...]
+    mean_key_budget: float
+    density: float
+    loss: float
+
+
+def least_density(config: SparseAttentionConfig, num_tokens: int) -> float:
+    """Share of a document's pairs that dense rows, windows and global keys take, if the model has no windows itself."""
+    position = torch.arange(num_tokens)
+    most = torch.where(position < config.dense_below, num_tokens, config.window_size + config.num_global_tokens)
+    return float(torch.minimum(position + 1, most).sum() / (position + 1).sum())
+
+
+def first_row(config: SparseAttentionConfig) -> int:
+    """The first row that is sparse and has older keys to choose from."""
+    return max(config.dense_below, config.window_size + config.num_global_tokens)
+
+
+def sampled_blocks(config: SparseAttentionConfig, num_rows: int) -> list[tuple[int, int]]:
+    """Short runs of rows [start, stop), each inside one page, spread over the sparse rows of a document."""
+    size = min(_BLOCK_ROWS, config.page_size)
+    first = first_row(config)
+    centres = torch.linspace(first, num_rows - size, NUM_SAMPLED_ROWS // size + 1)[1:].long()
+    return [(start, start + size) for start in (centres // size * size).tolist()]
+
+
+def measure_layer(
+    rows: Tensor, key: Tensor, value: Tensor, sensitivity: Tensor, pattern: LayerPattern, scaling: float
+) -> Costs:
+    """What every choice costs in one layer on one document.
+
+    Args:
+        rows: [num_heads, R, head_dim], the queries of the rows of `sampled_blocks`.
+        key, value: [num_key_value_heads, N, head_dim], float32.
+        sensitivity: [num_heads, head_dim, head_dim], mean outer product of the loss's gradient in the heads' outputs.
+        pattern: the layer's pattern; its budgets and weights do not matter.
+        scaling: factor on query . key.
+    """
+    config, num_rows, num_kv_heads = pattern.config, key.shape[1], len(key)
+    group = len(rows) // num_kv_heads
+    blocks = sampled_blocks(config, num_rows)
+    shape = len(rows), len(BUDGETS), len(MIN_WEIGHTS)
+    loss, read = torch.zeros(shape), torch.zeros(shape)
+    fixed, sampled = 0, sum(stop - start for start, stop in blocks)
+    eigenvalues, eigenvectors = torch.linalg.eigh(sensitivity.double())
+    root = (eigenvectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)).float()  # [num_heads, D, D]
+    bucket = pattern.bucket_hash.assign(key)
+    static = static_positions(config, num_rows, key.device)
+    for kv_head in range(num_kv_heads):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        index = BucketIndex(key[kv_head], bucket[kv_head], static, blocks[0][0], 0, pattern)
+        done = 0
+        for start, stop in blocks:
+            query = rows[heads, done : done + stop - start] * scaling
+            done += stop - start
+            routed, count = index.rows(start, stop).select(query.sum(0), BUDGETS[-1])
+            position = torch.arange(start, stop)
+            error, num_read, num_fixed = _errors(
+                query, key[kv_head], value[kv_head], position, static, routed.long(), count, pattern
+            )
+            loss[heads] += (error @ root[heads, None, None]).square().sum((-1, 1)) / 2
+            read[heads] += num_read.sum(1)
+            fixed += num_fixed if kv_head == 0 else 0
+    dense_rows = torch.arange(min(config.dense_below, num_rows))
+    sparse_rows = num_rows - len(dense_rows)
+    scale = sparse_rows / sampled
+    return Costs(
+        loss.double() * scale,
+        read.double() * scale,
+        torch.tensor(fixed * scale + admissible_pairs(dense_rows, pattern.sliding_window), dtype=torch.float64),
+        torch.tensor(admissible_pairs(torch.arange(num_rows), pattern.sliding_window), dtype=torch.float64),
+        sparse_rows,
+        num_rows,
+        group,
+    )
+
+
+def _errors(
+    rows: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    static: Tensor,
+    routed: Tensor,
+    count: Tensor,
+    pattern: LayerPattern,
+) -> tuple[Tensor, Tensor, int]:
+    """Error of the output under every choice, for rows [group, R, head_dim] that share a KV head.
+
+    The smallest weights are compared with the dense attention's weights, which a row's own can only exceed.
+
+    Returns:
+        errors [group, R, len(BUDGETS), len(MIN_WEIGHTS), head_dim], keys read through the buckets [group, R,
+        len(BUDGETS), len(MIN_WEIGHTS)], and the number of pairs that one head reads in any case.
+    """
+    column = torch.arange(len(key))
+    admissible = column <= position[:, None]
+    if pattern.sliding_window is not None:
+        admissible &= column > position[:, None] - pattern.sliding_window
+    weights = (rows @ key.T).masked_fill(~admissible, -torch.inf).softmax(-1)  # [group, R, N]
+    local = column > position[:, None] - pattern.config.window_size
+    local[:, static] = True
+    local &= admissible
+    taken = weights.gather(2, routed.expand(len(rows), -1, -1))
+    live = torch.arange(routed.shape[1]) < count[:, None]
+    least = torch.tensor(MIN_WEIGHTS)[:, None]
+    local_weights = weights * local
+    output = (local_weights @ value).unsqueeze(2)  # grows by the keys of one budget after the other
+    mass = local_weights.sum(-1)[..., None]
+    number = torch.zeros(())
+    outputs, numbers = [], []
+    for start, stop in zip((0, *BUDGETS), BUDGETS, strict=False):
+        chosen = (taken[:, :, None, start:stop] >= least) & live[:, None, start:stop]  # [group, R, weights, keys]
+        kept = (taken[:, :, None, start:stop] * chosen).transpose(0, 1)  # [R, group, weights, keys]
+        values = value[routed[:, start:stop]]  # [R, keys, head_dim]
+        output = output + (kept.flatten(1, 2) @ values).unflatten(1, kept.shape[1:3]).transpose(0, 1)
+        mass = mass + kept.sum(-1).transpose(0, 1)
+        number = number + chosen.sum(-1)
+        outputs.append(output / mass.unsqueeze(-1))
+        numbers.append(number)
+    exact = (weights @ value)[:, :, None, None]
+    return torch.stack(outputs, 2) - exact, torch.stack(numbers, 2), int(local.sum())
+
+
+def allocate(costs: Costs, density: float, key_budget: int) -> Allocation:
+    """The choice with the smallest predicted loss under two limits, by Lagrange multipliers.
+
+    Args:
+        costs: of all layers.
+        density: largest share of the admissible pairs that may be read.
+        key_budget: largest mean, over layers and KV heads, of the keys that are found for a row.
+
+    Raises:
+        ValueError: if more than `density` is read even without any routed key.
+    """
+    if costs.least_density > density:
+        raise ValueError(
+            f"a density of {density:g} cannot be reached: dense rows, windows and global keys alone take "
+            f"{costs.least_density:.4f}; make window_size or dense_below smaller"
+        )
+
+    def under_budget(price: float) -> Allocation:
+        """The choice at a price per read pair, with found keys as expensive as their limit makes them."""
+        return _cheapest_fit(
+            lambda found_price: _choose(costs, price, found_price), lambda choice: choice.mean_key_budget <= key_budget
+        )
+
+    return _cheapest_fit(under_budget, lambda choice: choice.density <= density)
+
+
+def _cheapest_fit(choose: Callable[[float], Allocation], fits: Callable[[Allocation], bool]) -> Allocation:
+    """The choice at the lowest price, in nats, at which it fits."""
+    choice = choose(0.0)
+    if fits(choice):
+        return choice
+    low, high = _PRICES
+    best = choose(high)
+    for _ in range(_STEPS):
+        price = (low * high) ** 0.5
+        choice = choose(price)
+        if fits(choice):
+            high, best = price, choice
+        else:
+            low = price
+    return best
+
+
+def _choose(costs: Costs, read_price: float, found_price: float) -> Allocation:
+    """The cheapest choice at prices in nats per pair that is read and per key that is found for a row."""
+    best, weight = (costs.loss + read_price * costs.read).min(-1)  # [L, H, B]
+    of_budget = best.unflatten(1, (-1, costs.group)).sum(2) + found_price * costs.rows * torch.tensor(BUDGETS)
+    sparse_price, budget = of_budget.min(-1)  # [L, K]
+    own_budget = budget.repeat_interleave(costs.group, 1).unsqueeze(-1)  # [L, H, 1]
+    weight = weight.gather(2, own_budget)  # [L, H, 1]
+    loss, read = (
+        x.gather(2, own_budget.unsqueeze(-1).expand(-1, -1, 1, x.shape[-1])).squeeze(2).gather(2, weight).sum((1, 2))
+        for x in (costs.loss, costs.read)
+    )
+    num_heads = costs.loss.shape[1]
+    dense = read_price * num_heads * (costs.admissible - costs.fixed) < sparse_price.sum(1)
+    pairs = torch.where(dense, num_heads * costs.admissible, num_heads * costs.fixed + read)
+    return Allocation(
+        key_budget=tuple(tuple(BUDGETS[i] for i in layer) for layer in budget.tolist()),
+        min_weight=tuple(tuple(MIN_WEIGHTS[i] for i in layer) for layer in weight.squeeze(-1).tolist()),
+        dense_layers=tuple(torch.nonzero(dense).flatten().tolist()),
+        mean_key_budget=float((torch.tensor(BUDGETS)[budget] * ~dense[:, None]).double().mean()),
+        density=float(pairs.sum() / (num_heads * costs.admissible.sum())),
+        loss=float((loss * ~dense).sum() / costs.tokens),
+    )

@@ -1,0 +1,119 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.allocation import Allocation
+from hf_sparse_attn.conversion import describe_budgets
+from hf_sparse_attn.model_card import write_model_card
+
+TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
+CHOICE = Allocation(((64, 0), (512, 128)), ((0.0,) * 4,) * 2, (), 176.0, 0.1914, 0.00123)
+TRADE = [
+    Allocation(((0, 0), (0, 0)), ((0.0,) * 4,) * 2, (), 0.0, 0.0737, 0.25),
+    Allocation(((8, 8), (8, 8)), ((0.0,) * 4,) * 2, (1,), 4.0, 0.4996, 0.0),
+]
+RESULT = {
+    "context_length": 8192,
+    "tokens": 16382,
+    "dense": {"perplexity": 9.87654, "nll": 2.29, "seconds": 1.0},
+    "sparse": {"perplexity": 10.12345, "nll": 2.31, "seconds": 1.0, "density": 0.18765, "scored_density": 0.22222},
+    "perplexity_ratio": 1.025,
+    "delta_nll": {"mean": 0.0247, "ci95": [-0.001, 0.05], "method": "bootstrap over 2 documents"},
+    "by_position": [{"start": 1, "end": 4097, "dense_nll": 2.3, "sparse_nll": 2.2, "ratio": 0.99}],
+    "documents": [
+        {"name": "whale", "tokens": 8191, "dense_nll": 2.1, "sparse_nll": 2.2, "perplexity_ratio": 1.1052},
+        {"name": "ghost", "tokens": 8191, "dense_nll": 2.5, "sparse_nll": 2.4, "perplexity_ratio": 0.9048},
+    ],
+    "worst_document": "whale",
+}
+
+
+def card(path, **changes):
+    """Front matter and the text, its lines joined."""
+    arguments = {
+        "source": "someone/model",
+        "config": SparseAttentionConfig(dense_below=1000),
+        "budgets": describe_budgets(CHOICE),
+        "trade": TRADE,
+        "choice": CHOICE,
+        "calibration": ["emma", "ulysses"],
+        "result": RESULT,
+        "environment": {"date": "2026-01-02", "device": "a machine", "torch": "2.0", "transformers": "5.0"},
+    }
+    write_model_card(path / "README.md", TEMPLATE, **arguments | changes)
+    text = (path / "README.md").read_text()
+    assert "{{" not in text
+    assert "{%" not in text
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_what_is_read(tmp_path):
+    _, body = card(tmp_path)
+    words = " ".join(body.split())
+    assert "window of 256 keys, 16 global tokens and, of on average 176 keys" in words
+    assert "(0 to 512, fitted for each KV head)" in words
+    assert "Queries at positions under 1000 read everything." in words
+
+
+def test_dense_layers(tmp_path):
+    _, body = card(tmp_path, config=SparseAttentionConfig(dense_below=1000, dense_layers=(0, 3)))
+    assert "read everything, as do all queries of the layers 0, 3." in " ".join(body.split())
+
+
+def test_measured_figures(tmp_path):
+    _, body = card(tmp_path)
+    for row in (
+        "| perplexity | 9.8765 | 10.1235 |",
+        "| density (attended / admissible pairs) | 1 | 0.1877 |",
+        "| scored / admissible pairs | 1 | 0.2222 |",
+        "| whale | 2.1000 | 2.2000 | 1.1052 |",
+        "| ghost | 2.5000 | 2.4000 | 0.9048 |",
+        "| 1 to 4096 | 2.3000 | 2.2000 | 0.9900 |",
+    ):
+        assert row in body.splitlines()
+    words = " ".join(body.split())
+    assert "2 document(s) of 8192 tokens that calibrated nothing (whale, ghost)" in words
+    assert "+0.02470 nats, 95% interval -0.00100 to +0.05000 (bootstrap over 2 documents)." in words
+    assert "Worst document: whale." in words
+    assert "Calibrated on 2 document(s): emma, ulysses. 2026-01-02, a machine, torch 2.0, transformers 5.0." in words
+
+
+@pytest.mark.parametrize("result", [RESULT, None], ids=["measured", "not measured"])
+def test_trade_table(tmp_path, result):
+    lines = card(tmp_path, result=result)[1].splitlines()
+    first = lines.index("| density | predicted rise of the loss, nats per token | keys found per row |")
+    assert lines[first + 1 : first + 5] == [
+        "|---|---|---|",
+        "| 0.074 | 0.25000 | 0 |",
+        "| 0.500 | 0.00000 | 4 |",
+        "| 0.191 (chosen) | 0.00123 | 176 |",
+    ]
+    assert any("`trade.png`" in line for line in lines)
+
+
+def test_nothing_measured(tmp_path):
+    _, body = card(tmp_path, result=None)
+    assert "Not measured. Run `scripts/eval_perplexity.py`" in body
+    assert "perplexity |" not in body
+
+
+@pytest.mark.parametrize(
+    ("source", "title", "base_model"),
+    [("someone/model", "someone/model", "someone/model"), ("demo", "SmolLM2-135M-Instruct", None)],
+)
+def test_source(tmp_path, source, title, base_model):
+    front, body = card(tmp_path, source=source)
+    assert f"# {title}, converted" in body
+    assert front.get("base_model") == base_model
+    assert "sparse-attention" in front["tags"]
+
+
+def test_a_local_source_does_not_tell_where_it_was(tmp_path):
+    (tmp_path / "mine").mkdir()
+    front, body = card(tmp_path, source=str(tmp_path / "mine"))
+    assert "# mine, converted" in body
+    assert "base_model" not in front
+    assert str(tmp_path) not in body
