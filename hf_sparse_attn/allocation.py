@@ -21,6 +21,7 @@ from hf_sparse_attn.routing import BucketIndex, LayerPattern, static_positions
 BUDGETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 MIN_WEIGHTS = (0.0, 1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
 NUM_SAMPLED_ROWS = 64
+FIXED = "dense rows and layers, windows, static and random keys"  # what is read in any case
 _BLOCK_ROWS = 8
 _STEPS = 40  # of each bisection
 _PRICES = 1e-14, 1e2  # in nats, far outside of what a pair can be worth
@@ -33,7 +34,7 @@ class Costs:
     Args:
         loss: [..., H, len(BUDGETS), len(MIN_WEIGHTS)], predicted loss in nats of every query head.
         read: of the same shape, (row, key) pairs that are read through the buckets.
-        fixed: [...], pairs of one head that are read in any case: dense rows, window, static keys.
+        fixed: [...], pairs of one head that are read in any case (`fixed_pairs`).
         admissible: [...], pairs of one head that a dense layer reads.
         rows: number of sparse rows.
         tokens: number of tokens.
@@ -93,7 +94,7 @@ class Allocation:
         key_budget: per layer and KV head, as in the config.
         min_weight: per layer and query head, as in the config.
         dense_layers: layers that read everything.
-        mean_key_budget: keys found for a row, on average over layers and KV heads.
+        mean_key_budget: keys found for a row, on average over the KV heads of layers with attention.
         density: read over admissible pairs that this is expected to take.
         loss: predicted loss in nats per token.
     """
@@ -106,11 +107,27 @@ class Allocation:
     loss: float
 
 
-def least_density(config: SparseAttentionConfig, num_tokens: int) -> float:
-    """Share of a document's pairs that dense rows, windows and global keys take, if the model has no windows itself."""
+def fixed_pairs(config: SparseAttentionConfig, layer_idx: int, num_tokens: int, sliding_window: int | None) -> int:
+    """(row, key) pairs of a document that one head reads in any case: dense rows, window, static and random keys.
+
+    Random keys are counted as if none fell on another key.
+    """
     position = torch.arange(num_tokens)
-    most = torch.where(position < config.dense_below, num_tokens, config.window_size + config.num_global_tokens)
-    return float(torch.minimum(position + 1, most).sum() / (position + 1).sum())
+    admissible = position + 1 if sliding_window is None else (position + 1).clamp(max=sliding_window)
+    if layer_idx in config.dense_layers:
+        return int(admissible.sum())
+    static = static_positions(config, num_tokens, position.device)
+    behind = torch.searchsorted(static, position - config.window_size, right=True)  # static keys behind the window
+    if sliding_window is not None:
+        behind = (behind - torch.searchsorted(static, position - sliding_window, right=True)).clamp(min=0)
+    fixed = torch.minimum(admissible, config.window_size + behind + config.num_random_keys)
+    return int(torch.where(position < config.dense_below, admissible, fixed).sum())
+
+
+def least_density(config: SparseAttentionConfig, num_layers: int, num_tokens: int) -> float:
+    """Share of a document's pairs that is read without any routed key, if the model has no windows itself."""
+    pairs = sum(fixed_pairs(config, layer, num_tokens, None) for layer in range(num_layers))
+    return pairs / (num_layers * num_tokens * (num_tokens + 1) / 2)
 
 
 def first_row(config: SparseAttentionConfig) -> int:
@@ -131,6 +148,8 @@ def measure_layer(
 ) -> Costs:
     """What every choice costs in one layer on one document.
 
+    A softcap or sinks of the model's own are left out, and random keys are not looked at.
+
     Args:
         rows: [num_heads, R, head_dim], the queries of the rows of `sampled_blocks`.
         key, value: [num_key_value_heads, N, head_dim], float32.
@@ -143,7 +162,7 @@ def measure_layer(
     blocks = sampled_blocks(config, num_rows)
     shape = len(rows), len(BUDGETS), len(MIN_WEIGHTS)
     loss, read = torch.zeros(shape), torch.zeros(shape)
-    fixed, sampled = 0, sum(stop - start for start, stop in blocks)
+    sampled = sum(stop - start for start, stop in blocks)
     eigenvalues, eigenvectors = torch.linalg.eigh(sensitivity.double())
     root = (eigenvectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)).float()  # [num_heads, D, D]
     bucket = pattern.bucket_hash.assign(key)
@@ -157,19 +176,17 @@ def measure_layer(
             done += stop - start
             routed, count = index.rows(start, stop).select(query.sum(0), BUDGETS[-1])
             position = torch.arange(start, stop)
-            error, num_read, num_fixed = _errors(
+            error, num_read = _errors(
                 query, key[kv_head], value[kv_head], position, static, routed.long(), count, pattern
             )
             loss[heads] += (error @ root[heads, None, None]).square().sum((-1, 1)) / 2
             read[heads] += num_read.sum(1)
-            fixed += num_fixed if kv_head == 0 else 0
-    dense_rows = torch.arange(min(config.dense_below, num_rows))
-    sparse_rows = num_rows - len(dense_rows)
-    scale = sparse_rows / sampled
+    sparse_rows = max(num_rows - config.dense_below, 0)
+    scale = 0.0 if pattern.dense_rows() is None else sparse_rows / sampled
     return Costs(
         loss.double() * scale,
         read.double() * scale,
-        torch.tensor(fixed * scale + admissible_pairs(dense_rows, pattern.sliding_window), dtype=torch.float64),
+        torch.tensor(fixed_pairs(config, pattern.layer_idx, num_rows, pattern.sliding_window), dtype=torch.float64),
         torch.tensor(admissible_pairs(torch.arange(num_rows), pattern.sliding_window), dtype=torch.float64),
         sparse_rows,
         num_rows,
@@ -186,14 +203,14 @@ def _errors(
     routed: Tensor,
     count: Tensor,
     pattern: LayerPattern,
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Tensor, Tensor]:
     """Error of the output under every choice, for rows [group, R, head_dim] that share a KV head.
 
     The smallest weights are compared with the dense attention's weights, which a row's own can only exceed.
 
     Returns:
-        errors [group, R, len(BUDGETS), len(MIN_WEIGHTS), head_dim], keys read through the buckets [group, R,
-        len(BUDGETS), len(MIN_WEIGHTS)], and the number of pairs that one head reads in any case.
+        errors [group, R, len(BUDGETS), len(MIN_WEIGHTS), head_dim], and keys read through the buckets [group, R,
+        len(BUDGETS), len(MIN_WEIGHTS)].
     """
     column = torch.arange(len(key))
     admissible = column <= position[:, None]
@@ -221,7 +238,7 @@ def _errors(
         outputs.append(output / mass.unsqueeze(-1))
         numbers.append(number)
     exact = (weights @ value)[:, :, None, None]
-    return torch.stack(outputs, 2) - exact, torch.stack(numbers, 2), int(local.sum())
+    return torch.stack(outputs, 2) - exact, torch.stack(numbers, 2)
 
 
 def allocate(costs: Costs, density: float, key_budget: int) -> Allocation:
@@ -237,8 +254,8 @@ def allocate(costs: Costs, density: float, key_budget: int) -> Allocation:
     """
     if costs.least_density > density:
         raise ValueError(
-            f"a density of {density:g} cannot be reached: dense rows, windows and global keys alone take "
-            f"{costs.least_density:.4f}; make window_size or dense_below smaller"
+            f"a density of {density:g} cannot be reached: {FIXED} alone take {costs.least_density:.4f}; make "
+            "window_size or dense_below smaller"
         )
 
     def under_budget(price: float) -> Allocation:
@@ -279,13 +296,15 @@ def _choose(costs: Costs, read_price: float, found_price: float) -> Allocation:
         for x in (costs.loss, costs.read)
     )
     num_heads = costs.loss.shape[1]
+    found = torch.tensor(BUDGETS)[budget]
     dense = read_price * num_heads * (costs.admissible - costs.fixed) < sparse_price.sum(1)
     pairs = torch.where(dense, num_heads * costs.admissible, num_heads * costs.fixed + read)
+    found = found * ~dense[:, None]
     return Allocation(
         key_budget=tuple(tuple(BUDGETS[i] for i in layer) for layer in budget.tolist()),
         min_weight=tuple(tuple(MIN_WEIGHTS[i] for i in layer) for layer in weight.squeeze(-1).tolist()),
         dense_layers=tuple(torch.nonzero(dense).flatten().tolist()),
-        mean_key_budget=float((torch.tensor(BUDGETS)[budget] * ~dense[:, None]).double().mean()),
+        mean_key_budget=float(found[costs.admissible > 0].double().mean()),
         density=float(pairs.sum() / (num_heads * costs.admissible.sum())),
         loss=float((loss * ~dense).sum() / costs.tokens),
     )

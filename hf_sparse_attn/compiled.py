@@ -42,7 +42,7 @@ def compiled_attention(
     Returns:
         [batch, Q, num_heads, head_dim], in query's dtype.
     """
-    parts = [split.rank, split.size, split.kv_rank, split.kv_size]
+    parts = [split.rank, split.size]
     return _attention(*inputs, repr(fields), layer_idx, parts, sliding_window, scaling, softcap)
 
 

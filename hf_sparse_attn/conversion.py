@@ -114,13 +114,14 @@ def calibrate(
         keys = torch.cat([sample.key.float() for sample in fitting], 1)
         moment = torch.stack([sample.query_moment for sample in fitting]).mean(0)
         hashes[layer] = fit_hash(keys, moment, config.seed)
+    num_layers = model.config.get_text_config().num_hidden_layers
     costs = None
     for i, sample in enumerate(samples):
         progress(f"costs of every choice, document {i + 1} of {len(documents)}")
-        of_document = _document_costs(sample, sensitivity, hashes, config)
+        of_document = _document_costs(sample, sensitivity, hashes, config, num_layers)
         costs = of_document if costs is None else costs + of_document
     assert costs is not None
-    return Calibration(config.replace(hash="calibrated", calibrated_hash=_encode(hashes)), costs)
+    return Calibration(config.replace(hash="calibrated", calibrated_hash=_encode(hashes, num_layers)), costs)
 
 
 @dataclass
@@ -208,6 +209,7 @@ def _document_costs(
     sensitivity: dict[int, Tensor],
     hashes: dict[int, BucketHash],
     config: SparseAttentionConfig,
+    num_layers: int,
 ) -> Costs:
     layers = {}
     for layer, kept in sample.items():
@@ -215,14 +217,14 @@ def _document_costs(
         pattern = LayerPattern(config, layer, [0] * num_kv_heads, [0.0] * num_heads, hashes[layer], kept.sliding_window)
         key, value = kept.key.float(), kept.value.float()
         layers[layer] = measure_layer(kept.rows.float(), key, value, sensitivity[layer], pattern, kept.scaling)
-    return Costs.stack(layers, max(layers) + 1)
+    return Costs.stack(layers, num_layers)
 
 
-def _encode(hashes: dict[int, BucketHash]) -> str:
+def _encode(hashes: dict[int, BucketHash], num_layers: int) -> str:
     """A hybrid model has layers without attention; they get an empty place."""
     some = next(iter(hashes.values()))
     empty = BucketHash(torch.zeros_like(some.weight), torch.zeros_like(some.bias))
-    layers = [hashes.get(layer, empty) for layer in range(max(hashes) + 1)]
+    layers = [hashes.get(layer, empty) for layer in range(num_layers)]
     return encode_calibrated_hash(
         torch.stack([layer.weight for layer in layers]), torch.stack([layer.bias for layer in layers])
     )
@@ -251,7 +253,7 @@ def choose_by_loss(
     Raises:
         ValueError: if no density up to 1 keeps the loss.
     """
-    original = getattr(model.config, "sparse_attention", None)
+    original: Any = getattr(model.config, "sparse_attention", None)
     factor = 1.0
     rows = [{"name": "calibration", "input_ids": document.tolist()}]
     try:
@@ -265,7 +267,10 @@ def choose_by_loss(
                 return config, choice
             factor = max(1.2 * factor, loss / max(choice.loss, 1e-9))
     finally:
-        model.config.sparse_attention = original
+        if original is None:
+            vars(model.config).pop("sparse_attention", None)
+        else:
+            model.config.sparse_attention = original
     raise ValueError(
         f"a rise of the loss by at most {max_loss:g} was not reached in {_MAX_MEASUREMENTS} tries, the last one "
         f"{loss:.5f} at density {choice.density:.3f}; allow more, or raise --key-budget"

@@ -13,17 +13,10 @@ _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """One contiguous part of a layer's heads.
-
-    Args:
-        rank, size: part `rank` of `size` equal parts of the query heads.
-        kv_rank, kv_size: the same of the KV heads; (0, 1) where every process holds them all.
-    """
+    """Part `rank` of `size` equal parts of a layer's heads: query heads with the KV heads that they share."""
 
     rank: int = 0
     size: int = 1
-    kv_rank: int = 0
-    kv_size: int = 1
 
 
 def head_split(module: nn.Module, num_heads: int, num_kv_heads: int) -> HeadSplit:
@@ -37,7 +30,8 @@ def head_split(module: nn.Module, num_heads: int, num_kv_heads: int) -> HeadSpli
         num_heads, num_kv_heads: heads of the query and the key that the layer passed on.
 
     Raises:
-        ValueError: for parts that are not equal, or that part query heads from their own KV heads.
+        ValueError: for parts that are not equal, or that part query heads from their own KV heads or from others of
+            the same group (keys are found once for the whole group).
     """
     total = getattr(module.config, "num_attention_heads", num_heads)
     if num_heads == total or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -50,10 +44,11 @@ def head_split(module: nn.Module, num_heads: int, num_kv_heads: int) -> HeadSpli
         raise _refused(f"one of {size} processes got {num_heads} of {total} query heads")
     group = getattr(module, "num_key_value_groups", num_heads // num_kv_heads)
     if num_heads == group * num_kv_heads:
-        return HeadSplit(rank, size, rank, size)
-    if num_kv_heads == 1:  # one KV head for all query heads, whole in every process
         return HeadSplit(rank, size)
-    raise _refused(f"one of {size} processes got {num_heads} of {total} query heads, but all {num_kv_heads} KV heads")
+    raise _refused(
+        f"one of {size} processes got {num_heads} of {total} query heads and {num_kv_heads} KV heads, which serve "
+        f"{group * num_kv_heads} of them"
+    )
 
 
 def _part(module: nn.Module) -> tuple[int, int] | None:

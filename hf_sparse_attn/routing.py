@@ -72,10 +72,10 @@ def layer_pattern(
     """
     split = split or HeadSplit()
     heads = slice(split.rank * num_heads, (split.rank + 1) * num_heads)
-    kv_heads = slice(split.kv_rank * num_kv_heads, (split.kv_rank + 1) * num_kv_heads)
-    budgets = config.key_budgets(layer_idx, num_kv_heads * split.kv_size)[kv_heads]
+    kv_heads = slice(split.rank * num_kv_heads, (split.rank + 1) * num_kv_heads)
+    budgets = config.key_budgets(layer_idx, num_kv_heads * split.size)[kv_heads]
     min_weights = config.min_weights(layer_idx, num_heads * split.size)[heads]
-    whole = layer_hash(config, layer_idx, num_kv_heads * split.kv_size, head_dim)
+    whole = layer_hash(config, layer_idx, num_kv_heads * split.size, head_dim)
     bucket_hash = BucketHash(whole.weight[kv_heads].to(device, dtype), whole.bias[kv_heads].to(device, dtype))
     return LayerPattern(config, layer_idx, budgets, min_weights, bucket_hash, sliding_window)
 
@@ -261,7 +261,9 @@ class RowChunk:
             index._columns *= 2
         before = reached - available
         taken = torch.minimum((budget - before).clamp(min=0), available)
-        slots = _expand(end - taken, taken, before, budget).clamp_(max=len(index.order) - 1)
+        # Each bucket's newest keys first, so that a smaller budget finds the first ones of these.
+        slots = -_expand(1 - end, taken, before, budget)
+        slots.clamp_(0, len(index.order) - 1)
         return slots, taken.sum(-1)
 
     def _scores(self, query: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def main() -> None:
     from tqdm import tqdm
     from transformers import AutoConfig, AutoTokenizer
 
-    from hf_sparse_attn.allocation import least_density
+    from hf_sparse_attn.allocation import FIXED, least_density
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.conversion import calibrate, choose_by_loss, describe_budgets, minimum_tokens, num_steps
     from hf_sparse_attn.data import load_documents, long_documents
@@ -128,11 +128,11 @@ def main() -> None:
         if arguments.context_length < minimum_tokens(base):
             raise ValueError(f"must be at least {minimum_tokens(base)}, so that some rows are sparse")
     with argument("--target-density"):
-        least = least_density(base, arguments.context_length)
-        if density < least:
+        least = least_density(base, config.get_text_config().num_hidden_layers, arguments.context_length)
+        if arguments.max_loss is None and density < least:
             raise ValueError(
-                f"must be at least {least:.4f} at {arguments.context_length} tokens: rows below dense_below, windows "
-                "and global keys take that; see --sparse-attention"
+                f"must be at least {least:.4f} at {arguments.context_length} tokens: {FIXED} take that; see "
+                "--sparse-attention"
             )
     with argument("--calibration-dataset"):
         documents = long_documents(
@@ -150,7 +150,8 @@ def main() -> None:
         calibration = calibrate(model, rows, base, progress)
         bar.update()
     if arguments.max_loss is None:
-        fitted, choice = calibration.choose(density, arguments.key_budget)
+        with argument("--target-density"):
+            fitted, choice = calibration.choose(density, arguments.key_budget)
     else:
         with argument("--max-loss"):
             fitted, choice = choose_by_loss(

@@ -104,13 +104,6 @@ def check_torch_tensor_parallel(rank, features):
         check_parallel(model, tiny_model(**fields))
 
 
-def check_one_kv_head_in_every_process(rank, path):
-    """The query heads are split; the one KV head is that of all of them."""
-    model = load_parallel(path, {"k_proj": "replicate", "v_proj": "replicate"})
-    expected = logits(AutoModelForCausalLM.from_pretrained(path, attn_implementation="sparse"), tokens(40, 2))
-    torch.testing.assert_close(logits(model, tokens(40, 2)), expected, **TOLERANCE)
-
-
 def check_refused_split(rank, path, plan, message):
     """One clear error in every process, before any of them waits for another."""
     with pytest.raises(ValueError, match=message):

@@ -60,6 +60,14 @@ class TestFitHash:
             assert spread(q, k, both.assign(torch.stack([k, k]))[i]) < 0.1
             assert spread(q, k, both.assign(torch.stack([k, k]))[1 - i]) > 0.3
 
+    def test_directions_count_as_much_as_the_queries_see_of_them(self):
+        """Queries see some directions thirty times as strongly as others; the buckets keep apart what they see."""
+        generator = torch.Generator().manual_seed(0)
+        queries = torch.randn(200, 8, generator=generator) * torch.logspace(-1, 0.5, 8)
+        keys = torch.randn(1500, 8, generator=generator)
+        bucket = fitted(queries, keys).assign(keys[None])[0]
+        assert spread(queries, keys, bucket) < 0.05
+
     def test_fewer_keys_than_codewords_and_equal_keys(self):
         keys = torch.randn(1, 1, 6, generator=torch.Generator().manual_seed(0)).expand(1, 40, 6).contiguous()
         keys[:, 20:] += 1

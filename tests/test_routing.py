@@ -205,7 +205,7 @@ def test_float32_takes_the_same_number_of_keys_per_row():
 def test_more_buckets_are_looked_at_when_the_first_do_not_fill_the_budget():
     """With 2**9 buckets of about one key each, the 64 best hold fewer than 80 keys."""
     query, key, value = inputs(20, 300)
-    pattern = pattern_of({"num_hash_bits": 9, "key_budget": 80})
+    pattern = pattern_of({"num_hash_bits": 9, "key_budget": 80, "min_weight": 0})
     expected = attended_keys(query, key, pattern, 280)
     assert (expected.sum(-1) == 80 + 6 + 2).all()
     assert len(pattern.bucket_hash.assign(key)[0].unique()) > 128

@@ -263,12 +263,10 @@ def test_bad_arguments_are_refused(run_script, assert_refused, arguments, monkey
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the default --target-density is checked although it is not used")
 def test_max_loss_needs_no_reachable_default_density(convert):
     convert(target_density=None, max_loss=1.0, dense_below=60)
 
 
-@pytest.mark.xfail(strict=True, reason="the check before the work counts other pairs than the costs do")
 @pytest.mark.parametrize(
     ("fields", "target"),
     [({"dense_below": 0}, 0.175), ({"stride": 5}, 0.25)],
@@ -280,7 +278,6 @@ def test_a_density_near_the_least_one_is_kept_or_refused(run_script, arguments, 
     assert finished.status == 0 or "argument --target-density: must be at least" in finished.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="costs are measured as if these layers were sparse and no key were drawn")
 @pytest.mark.parametrize(
     ("fields", "target"),
     [({"dense_layers": [0]}, 0.45), ({"num_random_keys": 8}, 0.27)],

@@ -29,7 +29,7 @@ def test_writes_the_report_and_prints_the_table(run_script, arguments):
     assert result["context_length"] == 128
     assert result["tokens"] == 2 * 127
     assert set(result["dense"]) == {"perplexity", "nll", "seconds"}
-    assert set(result["sparse"]) == {"perplexity", "nll", "seconds", "density"}
+    assert set(result["sparse"]) == {"perplexity", "nll", "seconds", "density", "scored_density"}
     assert 0 < result["sparse"]["density"] < 0.1
     assert result["sparse_attention"]["window_size"] == 4
     assert [document["name"] for document in result["documents"]] == ["0.txt", "1.txt"]

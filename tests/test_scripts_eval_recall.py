@@ -89,11 +89,13 @@ def test_top_keys_is_the_number_that_recall_counts(measure):
 
 def test_dense_layers_are_marked(measure, monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr("hf_sparse_attn.visualization.plot_heads", lambda maps, *_, **__: drawn.append(maps))
+    monkeypatch.setattr("hf_sparse_attn.visualization.plot_heads", lambda *arguments, **_: drawn.append(arguments))
     result, stdout = measure(dense_layers=[0])
     assert result["layers"][0] == {"dense": True}
     assert table_rows(stdout)["0"] == ["dense", "", "", "", ""]
-    (maps,) = drawn  # kept / best and recall of two families
+    ((maps, titles, picture),) = drawn
+    assert titles == ["random: kept / best", "none: kept / best", "random: recall", "none: recall"]
+    assert picture == tmp_path / "recall.png"
     assert maps.isnan().all(-1).tolist() == [[True, False]] * 4
     second = result["families"]["none"]["layers"][1]
     torch.testing.assert_close(maps[3, 1], torch.tensor([head["recall"] for head in second]))

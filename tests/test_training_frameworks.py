@@ -241,19 +241,14 @@ class TestTensorParallel:
         two_processes.run(distributed_worker.check_torch_tensor_parallel, list(FEATURES.values()))
 
     @loaded_in_parallel
-    def test_one_kv_head_in_every_process(self, two_processes, tmp_path, monkeypatch):
-        monkeypatch.setattr(attention_checks, "NUM_KV_HEADS", 1)
-        path = self.saved(tmp_path / "model", key_budget=[[0, 3], 4])
-        two_processes.run(distributed_worker.check_one_kv_head_in_every_process, path)
-
-    @loaded_in_parallel
     @pytest.mark.parametrize(
         ("num_kv_heads", "plan", "message"),
         [
             (1, None, 'attn_implementation="sparse".*num_key_value_heads'),
             (2, {"k_proj": "replicate", "v_proj": "replicate"}, 'attn_implementation="sparse".*2 KV heads'),
+            (1, {"k_proj": "replicate", "v_proj": "replicate"}, 'attn_implementation="sparse".*1 KV heads'),
         ],
-        ids=["half a KV head for each process", "query heads split, KV heads not"],
+        ids=["half a KV head for each process", "query heads split, KV heads not", "one KV head in every process"],
     )
     def test_refused(self, num_kv_heads, plan, message, two_processes, tmp_path, monkeypatch):
         monkeypatch.setattr(attention_checks, "NUM_KV_HEADS", num_kv_heads)

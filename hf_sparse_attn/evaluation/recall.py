@@ -34,9 +34,8 @@ def hash_families(
     """
     if names is None:
         names = [name for name in FAMILIES if name != "calibrated" or config.calibrated_hash is not None]
-    others = dict.fromkeys(name for name in names if name != config.hash)
     return {config.hash: config} | {
-        name: config.replace(key_budget=0) if name == "none" else config.replace(hash=name) for name in others
+        name: config.replace(key_budget=0) if name == "none" else config.replace(hash=name) for name in names
     }
 
 
