@@ -16,8 +16,8 @@ from hf_sparse_attn.hashing import BucketHash, layer_hash
 from hf_sparse_attn.parallel import HeadSplit
 
 CHUNK_PAGES = 16  # pages of rows that are routed and computed together
-_MEANS_LAG = 1  # the bucket means of a page hold the keys at least this far behind its first row
-_UNROUTABLE = -1e30  # score of a bucket that a row must not take
+MEANS_LAG = 1  # the bucket means of a page hold the keys at least this far behind its first row
+UNROUTABLE = -1e30  # score of a bucket that a row must not take
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class BucketIndex:
         edges = torch.arange(self.num_buckets, device=key.device, dtype=torch.int32)
         self.start = torch.searchsorted(sorted_bucket, edges).int()  # [num_buckets]
         self.first_page = first_row // self.page_size // CHUNK_PAGES * CHUNK_PAGES
-        self._entered = self._chunk_sums(_MEANS_LAG)
+        self._entered = self._chunk_sums(MEANS_LAG)
         self._left = None if self.sliding_window is None else self._chunk_sums(self._page_lag())
         self._columns = 64  # buckets per row looked at first; grows to what budgets need
 
@@ -148,7 +148,7 @@ class BucketIndex:
         """
         page_size = self.page_size
         pages = range(start // page_size, -(-stop // page_size))
-        sums, counts = self._page_state(pages, self._entered, _MEANS_LAG)
+        sums, counts = self._page_state(pages, self._entered, MEANS_LAG)
         upper = self._row_counts(pages, self.window_size)[start - pages[0] * page_size :][: stop - start]
         lower = None
         if self.sliding_window is not None:
@@ -270,7 +270,7 @@ class RowChunk:
         """Product of each row's query with the bucket means of its page: [R, num_buckets]."""
         scores = query.new_empty(len(query), self.index.num_buckets)
         page_size = self.index.page_size
-        offset = torch.zeros_like(self.routable, dtype=query.dtype).masked_fill_(~self.routable, _UNROUTABLE)
+        offset = torch.zeros_like(self.routable, dtype=query.dtype).masked_fill_(~self.routable, UNROUTABLE)
         low = self.start
         for page in range(len(self.means)):
             high = min((low // page_size + 1) * page_size, self.stop)
@@ -278,7 +278,7 @@ class RowChunk:
             torch.addmm(offset[page], query[rows], self.means[page].T, out=scores[rows])
             low = high
         # A bucket may be known and hold nothing that is older than the row's window.
-        return scores.masked_fill_(self.upper == (0 if self.lower is None else self.lower), _UNROUTABLE)
+        return scores.masked_fill_(self.upper == (0 if self.lower is None else self.lower), UNROUTABLE)
 
     def _candidates(self, ranked: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """The best `columns` buckets of each row: keys available and end of their run in `order`. [R, C], int32"""
@@ -286,7 +286,7 @@ class RowChunk:
         bucket = (best.view(_integer(best.dtype)) & (self.index.num_buckets - 1)).long()
         upper = self.upper.gather(1, bucket)
         available = upper if self.lower is None else upper - self.lower.gather(1, bucket)
-        available = available.masked_fill(best < _UNROUTABLE / 2, 0)
+        available = available.masked_fill(best < UNROUTABLE / 2, 0)
         return available, self.index.start.take(bucket) + upper
 
 

@@ -270,7 +270,7 @@ def check_later_tokens(family="llama", length=44, **sparse):
 def check_gradients(family="llama", **sparse):
     """Gradients of all weights are those of the specification."""
     gradients = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("auto", "reference"):
         model = tiny_model(family, implementation="sparse", **sparse)
         model.config.sparse_attention["implementation"] = implementation
         ids = tokens(40, seed=1)

@@ -302,7 +302,7 @@ class TestChoose:
         fields = calibration.choose(density, 1000)[0].to_dict()
         model = tiny_model()
         found = []
-        for implementation in ("torch", "reference"):
+        for implementation in ("auto", "reference"):
             model.config.sparse_attention = {**fields, "implementation": implementation}
             found.append(logits(model, documents[0][None]))
         torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)

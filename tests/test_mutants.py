@@ -10,6 +10,7 @@ from matrix import batches, masks
 
 from hf_sparse_attn import attention, integration, masking, ops, routing
 from hf_sparse_attn.attention import documents
+from hf_sparse_attn.ops import numba as numba_ops
 from hf_sparse_attn.ops import torch as torch_ops
 from hf_sparse_attn.routing import BucketIndex, RowChunk, layer_pattern
 
@@ -212,7 +213,7 @@ def bucket_means_are_sums(monkeypatch):
     def mutant(self, start, stop):
         chunk = rows(self, start, stop)
         pages = range(start // self.page_size, -(-stop // self.page_size))
-        counts = self._page_state(pages, self._entered, routing._MEANS_LAG)[1]
+        counts = self._page_state(pages, self._entered, routing.MEANS_LAG)[1]
         return dataclasses.replace(chunk, means=chunk.means * counts.unsqueeze(-1))
 
     monkeypatch.setattr(BucketIndex, "rows", mutant)
@@ -228,7 +229,7 @@ def keys_beside_the_last_bucket(monkeypatch):
 
     def mutant(start, length, before, width):
         full = (before + length < width) | (length == 0)
-        return expand(torch.where(full, start, (start - 1).clamp(min=0)), length, before, width)
+        return expand(torch.where(full, start, start + 1), length, before, width)
 
     monkeypatch.setattr(routing, "_expand", mutant)
 
@@ -274,6 +275,65 @@ def count_a_key_twice(monkeypatch):
 
     monkeypatch.setattr(integration.DensityRecorder, "add", mutant)
 
+
+def compiled(name, change):
+    """A function of the compiled implementation gets other arguments, which it may change."""
+
+    def mutate(monkeypatch):
+        function = getattr(numba_ops, name)
+        monkeypatch.setattr(numba_ops, name, lambda *args: function(*change(*args)))
+
+    return mutate
+
+
+def buckets_are_weighed_by(change):
+    def mutate(monkeypatch):
+        average_keys = numba_ops.average_keys
+
+        def mutant(sums, counts, means):
+            average_keys(sums, counts, means)
+            means[:] = change(sums, means)
+
+        monkeypatch.setattr(numba_ops, "average_keys", mutant)
+
+    return mutate
+
+
+def no_gradient_through_found_keys(monkeypatch):
+    differentiate = numba_ops.differentiate_rows
+
+    def mutant(*args):
+        differentiate(*args)
+        for table_grad in args[-3:-1]:
+            table_grad[:] = 0
+
+    monkeypatch.setattr(numba_ops, "differentiate_rows", mutant)
+
+
+def found_keys_are_not_recorded(monkeypatch):
+    record = numba_ops._Chunk._record
+
+    def mutant(self, page, read):
+        read.sizes[:, 2] = read.sizes[:, 1]
+        record(self, page, read)
+
+    monkeypatch.setattr(numba_ops._Chunk, "_record", mutant)
+
+
+# Of the compiled implementation; the others are of the one in torch operations or of what both share.
+COMPILED_MUTANTS = {
+    "compiled: rows one position too late": compiled("attend_rows", lambda position, *args: (position + 1, *args)),
+    "compiled: bucket means of the next page": compiled(
+        "_move", lambda call, head, state, row: (call, head, state, row + call.pattern.config.page_size)
+    ),
+    "compiled: drop the globals": lambda monkeypatch: monkeypatch.setattr(
+        numba_ops, "static_positions", lambda *_: torch.arange(0)
+    ),
+    "compiled: worst buckets first": buckets_are_weighed_by(lambda _, means: -means),
+    "compiled: bucket means are sums": buckets_are_weighed_by(lambda sums, _: sums),
+    "compiled: no gradient through found keys": no_gradient_through_found_keys,
+    "compiled: found keys are not recorded": found_keys_are_not_recorded,
+}
 
 MUTANTS = {
     "ignore padding": ignore_padding,
@@ -338,8 +398,25 @@ def test_the_real_implementation_passes(check):
     check()
 
 
+@pytest.fixture
+def torch_alone(monkeypatch):
+    """As if Numba were not installed."""
+    monkeypatch.setattr(ops, "_installed", lambda package: False)
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
+def test_the_implementation_in_torch_operations_passes(check, torch_alone):
+    check()
+
+
+@pytest.mark.parametrize("mutate", COMPILED_MUTANTS.values(), ids=COMPILED_MUTANTS.keys())
+def test_compiled_caught(mutate, monkeypatch):
+    mutate(monkeypatch)
+    assert any(fails(check) for check in CHECKS.values())
+
+
 @pytest.mark.parametrize("mutate", MUTANTS.values(), ids=MUTANTS.keys())
-def test_caught(mutate, monkeypatch):
+def test_caught(mutate, monkeypatch, torch_alone):
     mutate(monkeypatch)
     assert any(fails(check) for check in CHECKS.values())
 
@@ -372,7 +449,7 @@ def test_caught(mutate, monkeypatch):
     ],
     ids=lambda value: value,
 )
-def test_each_kind_of_check_catches_its_own_kind(mutant, check, monkeypatch):
+def test_each_kind_of_check_catches_its_own_kind(mutant, check, monkeypatch, torch_alone):
     MUTANTS[mutant](monkeypatch)
     with pytest.raises(AssertionError):
         CHECKS[check]()

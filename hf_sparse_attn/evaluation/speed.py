@@ -6,7 +6,7 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.ops import compute_dtype, sparse_attention
-from hf_sparse_attn.ops.workers import in_order
+from hf_sparse_attn.ops import find_keys, sparse_attention
 from hf_sparse_attn.recording import DensityRecorder
-from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, layer_pattern, static_positions
 
 PASSES = ("forward", "forward_backward")
 
@@ -73,7 +71,7 @@ def compare_speed(
     sides = {"dense": dense, "sparse": sparse}
     peaks = {side: peak_bytes(partial(run, attention), device) for side, attention in sides.items()}
     timed = {side: partial(run, attention) for side, attention in sides.items()}
-    timed["routing"] = partial(_route, query[0].detach(), key[0].detach(), config)
+    timed["routing"] = partial(find_keys, query[0].detach(), key[0].detach(), config)
     seconds: dict[str, list[float]] = {part: [] for part in timed}
     for _ in range(repeats):
         for part, work in timed.items():
@@ -95,38 +93,6 @@ def compare_speed(
         "dense_peak_bytes": peaks["dense"],
         "sparse_peak_bytes": peaks["sparse"],
     }
-
-
-@torch.no_grad()
-def _route(query: Tensor, key: Tensor, config: SparseAttentionConfig) -> None:
-    """Find every row's keys as the sparse forward does: [num_heads, N, head_dim], [num_kv_heads, N, head_dim]."""
-    dtype = compute_dtype(query, key)
-    pattern = layer_pattern(config, 0, len(query), len(key), key.shape[-1], key.device, dtype)
-    dense_rows, num_tokens = pattern.dense_rows(), key.shape[1]
-    start = num_tokens if dense_rows is None else min(dense_rows, num_tokens)
-    if start == num_tokens:
-        return
-    summed = query.to(dtype).unflatten(0, (len(key), -1)).sum(1)
-    key = key.to(dtype)
-    bucket = pattern.bucket_hash.assign(key)
-    static = static_positions(config, num_tokens, key.device)
-    size = CHUNK_PAGES * config.page_size
-
-    def chunks() -> Iterator[tuple[BucketIndex, int, int]]:
-        for kv_head, budget in enumerate(pattern.budgets):
-            if budget:
-                index = BucketIndex(key[kv_head], bucket[kv_head], static, start, 0, pattern)
-                for first in range(start // size * size, num_tokens, size):
-                    yield index, kv_head, max(first, start)
-
-    def find(chunk: tuple[BucketIndex, int, int]) -> None:
-        index, kv_head, first = chunk
-        stop = min((first // size + 1) * size, num_tokens)
-        index.rows(first, stop).select_slots(summed[kv_head, first:stop], pattern.budgets[kv_head])
-
-    num_workers = torch.get_num_threads() if key.device.type == "cpu" else 1
-    for _ in in_order(find, chunks(), num_workers):
-        pass
 
 
 def measure_dense_below(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache as _cache
+from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
+from typing import Any as _Any
+
 import torch as _torch
 from torch import Tensor
 
@@ -95,13 +100,10 @@ def document_attention(
     See `ops.torch.document_attention` for the arguments; any float dtypes are taken and the result is in the dtype
     that was computed in.
     """
-    if pattern.config.implementation == "reference":
-        from hf_sparse_attn.ops.reference import document_attention as implementation
-    else:
-        from hf_sparse_attn.ops.torch import document_attention as implementation
+    implementation = _implementation(pattern.config.implementation, query.device)
     dtype = compute_dtype(query, key)
     with _torch.autocast(query.device.type, enabled=False):
-        return implementation(
+        output: Tensor = implementation.document_attention(
             query.to(dtype),
             key.to(dtype),
             value.to(dtype),
@@ -113,6 +115,42 @@ def document_attention(
             sinks=None if sinks is None else sinks.to(dtype),
             recorder=recorder,
         )
+    return output
+
+
+@_torch.no_grad()
+def find_keys(query: Tensor, key: Tensor, config: SparseAttentionConfig, layer_idx: int = 0) -> None:
+    """Hash the keys of a document and find every sparse row's keys, nothing else: to measure what routing costs.
+
+    Args:
+        query: [num_heads, N, head_dim].
+        key: [num_key_value_heads, N, head_dim].
+        config: whose implementation, "reference" excepted, finds them.
+        layer_idx: layer whose budget and hash apply.
+    """
+    implementation = _implementation(config.implementation, query.device)
+    dtype = compute_dtype(query, key)
+    pattern = layer_pattern(config, layer_idx, len(query), len(key), key.shape[-1], key.device, dtype)
+    if pattern.dense_rows() is not None:
+        implementation.find_keys(query.to(dtype), key.to(dtype), pattern)
+
+
+def _implementation(name: str, device: _torch.device) -> _Any:
+    """The module that the config's `implementation` means on a device."""
+    if name == "auto":
+        name = "numba" if device.type == "cpu" and _installed("numba") else "torch"
+    if name == "numba" and device.type != "cpu":
+        raise ValueError(f'implementation="numba" runs on a CPU only, not on {device}; choose "auto" or "torch"')
+    if name == "numba" and not _installed("numba"):
+        raise ModuleNotFoundError(
+            'implementation="numba" needs Numba: pip install \'hf_sparse_attn[cpu]\', or choose "auto" or "torch"'
+        )
+    return _import_module(f"hf_sparse_attn.ops.{name}")
+
+
+@_cache
+def _installed(package: str) -> bool:
+    return _find_spec(package) is not None
 
 
 def compute_dtype(query: Tensor, key: Tensor) -> _torch.dtype:

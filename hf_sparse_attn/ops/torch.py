@@ -10,90 +10,45 @@ weights (dot products with gathered rows). The backward computes each chunk agai
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces, cap, hide, with_sinks
 from hf_sparse_attn.ops.workers import in_order
-from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, LayerPattern, random_positions, static_positions
 
 _BLOCK = 64  # rows per banded matrix product
-_DENSE_BLOCK = 1024  # dense rows per piece where they need a mask
-_DENSE_SCORES = 2**25  # scores per piece where dense rows cannot go through SDPA
-_RECORDING = threading.Lock()  # recorders need not be safe for threads
-
-Result = TypeVar("Result")
 
 
-def document_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    pattern: LayerPattern,
-    query_offset: int,
-    key_offset: int,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    recorder: Recorder | None,
-) -> Tensor:
-    """Causal sparse attention of one document, without padding.
+def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
+    """See `ops.find_keys`."""
+    call = Call(_sparse_pieces, pattern, 0, 0, 1.0, None, True, None)
+    start, end = call.dense_end(key.shape[1]), key.shape[1]
+    static = static_positions(pattern.config, end, key.device)
+    bucket = pattern.bucket_hash.assign(key)
+    summed = query.unflatten(0, (len(key), -1)).sum(1)
+    size = CHUNK_PAGES * pattern.config.page_size
 
-    Args:
-        query: [num_heads, Q, head_dim], float32 or float64, at positions query_offset .. query_offset + Q - 1.
-        key, value: [num_key_value_heads, N, head_dim], at positions key_offset .. key_offset + N - 1; the last key
-            belongs to the last query.
-        pattern: the layer's pattern.
-        query_offset: position of the first query in its document.
-        key_offset: position of the first key (over 0 where a sliding cache has dropped the first ones).
-        scaling: factor on query . key.
-        softcap: scores become softcap * tanh(score / softcap); None: they stay.
-        sinks: [num_heads], logits that take part in each softmax but carry no value, or None.
-        recorder: is told which keys each row read; None records nothing.
+    def chunks() -> Iterator[tuple[int, BucketIndex, int, int]]:
+        for kv_head in range(len(key)):
+            if call.budget(kv_head):
+                index = BucketIndex(key[kv_head], bucket[kv_head], static, start, 0, pattern)
+                for first in range(start // size * size, end, size):
+                    yield kv_head, index, max(first, start), min(first + size, end)
 
-    Returns:
-        [num_heads, Q, head_dim].
-    """
-    call = _Call(pattern, query_offset, key_offset, scaling, softcap, sinks is None, recorder)
-    end = query_offset + query.shape[1]
-    if call.dense_end(end) == end and len(list(_dense_blocks(query_offset, end, query.shape[0], call))) == 1:
-        # Nothing is sparse and there is one block: a backward of its own needs no second computation.
-        if recorder is not None:
-            recorder.add_dense(pattern, range(query.shape[0]), query_offset, end)
-        return _dense(call, query_offset, query, key, value, sinks)
-    return _Attention.apply(query, key, value, sinks, call)
+    def find(chunk: tuple[int, BucketIndex, int, int]) -> None:
+        kv_head, index, first, stop = chunk
+        index.rows(first, stop).select_slots(summed[kv_head, first:stop], pattern.budgets[kv_head])
 
-
-@dataclass(frozen=True)
-class _Call:
-    """What a call of `document_attention` is given besides the tensors."""
-
-    pattern: LayerPattern
-    query_offset: int
-    key_offset: int
-    scaling: float
-    softcap: float | None
-    no_sinks: bool
-    recorder: Recorder | None
-
-    @property
-    def plain(self) -> bool:
-        """Whether SDPA can compute the dense rows."""
-        return self.softcap is None and self.no_sinks
-
-    def dense_end(self, end: int) -> int:
-        """The rows before this position read everything; `end` is the position after the last row."""
-        dense_rows = self.pattern.dense_rows()
-        return end if dense_rows is None else max(self.query_offset, min(dense_rows, end))
+    if end > start:
+        for _ in in_order(find, chunks(), torch.get_num_threads() if key.device.type == "cpu" else 1):
+            pass
 
 
 @dataclass(frozen=True)
@@ -105,96 +60,17 @@ class _Table:
     value: Tensor
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Rows that are computed together: slices of the query heads, of the rows and of the KV heads, and how."""
-
-    heads: slice
-    rows: slice
-    kv_heads: slice
-    attend: Callable[..., Tensor]
-
-    def of(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> list[Tensor]:
-        """The piece's own rows, keys, values and, where there are any, sinks."""
-        parts = [query[self.heads, self.rows], key[self.kv_heads], value[self.kv_heads]]
-        return parts if sinks is None else [*parts, sinks[self.heads]]
-
-
-class _Attention(torch.autograd.Function):
-    """All rows, piece by piece; the backward computes each piece again, so that only inputs and output are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, call: _Call) -> Tensor:
-        ctx.save_for_backward(query, key, value, sinks)
-        ctx.call = call
-        output = query.new_empty(*query.shape[:2], value.shape[-1])
-
-        def attend(piece: _Piece) -> None:
-            output[piece.heads, piece.rows] = piece.attend(*piece.of(query, key, value, sinks))
-
-        for _ in _each_piece(attend, query, key, value, call):
-            pass
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks = ctx.saved_tensors
-
-        def gradients(piece: _Piece) -> tuple[_Piece, tuple[Tensor, ...]]:
-            inputs = [tensor.detach().requires_grad_() for tensor in piece.of(query, key, value, sinks)]
-            with torch.enable_grad():
-                output = piece.attend(*inputs)
-            return piece, torch.autograd.grad(output, inputs, grad[piece.heads, piece.rows])
-
-        grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        sinks_grad = None if sinks is None else torch.zeros_like(sinks)
-        # Autocast is off as in the forward, wherever backward() is called; threads start with it off.
-        with torch.autocast(query.device.type, enabled=False):
-            for piece, parts in _each_piece(gradients, query, key, value, replace(ctx.call, recorder=None)):
-                grads[0][piece.heads, piece.rows] = parts[0]
-                grads[1][piece.kv_heads] += parts[1]
-                grads[2][piece.kv_heads] += parts[2]
-                if sinks_grad is not None:
-                    sinks_grad[piece.heads] += parts[3]
-        return *grads, sinks_grad, None
-
-
-def _each_piece(
-    work: Callable[[_Piece], Result], query: Tensor, key: Tensor, value: Tensor, call: _Call
-) -> Iterator[Result]:
-    """`work` of every piece, in order: first the dense rows, then the sparse ones, on a CPU several at a time."""
-    end = call.query_offset + query.shape[1]
-    dense_end = call.dense_end(end)
-    yield from map(work, _dense_pieces(query, dense_end, call))
-    parallel = query.device.type == "cpu" and end - dense_end >= _BLOCK
-    num_workers = torch.get_num_threads() if parallel else 1
-    yield from in_order(work, _sparse_pieces(query, key, value, dense_end, end, call), num_workers)
-
-
-def _dense_pieces(query: Tensor, dense_end: int, call: _Call) -> Iterator[_Piece]:
-    everything = slice(None)
-    for start, stop in _dense_blocks(call.query_offset, dense_end, query.shape[0], call):
-        if call.recorder is not None:
-            call.recorder.add_dense(call.pattern, range(query.shape[0]), start, stop)
-        rows = slice(start - call.query_offset, stop - call.query_offset)
-        yield _Piece(everything, rows, everything, partial(_dense, call, start))
-
-
-def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: _Call) -> Iterator[_Piece]:
+def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call) -> Iterator[Piece]:
     """Rows at positions start .. end - 1: each KV head's query heads, a chunk of rows at a time."""
-    if start == end:
-        return
     pattern, offset, key_offset = call.pattern, call.query_offset, call.key_offset
     group = query.shape[0] // key.shape[0]
-    routes = pattern.sliding_window is None or pattern.sliding_window > pattern.config.window_size
     static = static_positions(pattern.config, end, key.device)
     bucket = pattern.bucket_hash.assign(key)
     chunk_rows = CHUNK_PAGES * pattern.config.page_size
     for kv_head in range(key.shape[0]):
         heads = range(kv_head * group, (kv_head + 1) * group)
         index = None
-        if routes and pattern.budgets[kv_head]:
+        if call.budget(kv_head):
             index = BucketIndex(key[kv_head], bucket[kv_head], static, start, key_offset, pattern)
         order = torch.arange(key.shape[1], device=key.device) if index is None else index.order.long()
         table = _Table(order, key[kv_head].index_select(0, order), value[kv_head].index_select(0, order))
@@ -203,50 +79,12 @@ def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: i
             stop = min((row // chunk_rows + 1) * chunk_rows, end)
             attend = partial(_sparse, call, kv_head, index, table, static, row)
             rows = slice(row - offset, stop - offset)
-            yield _Piece(slice(heads.start, heads.stop), rows, slice(kv_head, kv_head + 1), attend)
+            yield Piece(slice(heads.start, heads.stop), rows, slice(kv_head, kv_head + 1), attend)
             row = stop
 
 
-def _dense_blocks(start: int, stop: int, num_heads: int, call: _Call) -> Iterator[tuple[int, int]]:
-    """Dense rows in one piece where SDPA's causal flag describes them, else in blocks whose tables stay small."""
-    if call.plain and start == call.key_offset and call.pattern.sliding_window is None:
-        size = max(stop - start, 1)
-    elif call.plain:
-        size = _DENSE_BLOCK
-    else:
-        num_keys = stop - call.key_offset
-        size = max(_DENSE_SCORES // (num_heads * max(num_keys, 1)), 1)
-    yield from ((row, min(row + size, stop)) for row in range(start, stop, size))
-
-
-def _dense(call: _Call, start: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """Rows from position `start` on that read everything: [num_heads, R, head_dim]."""
-    stop = start + query.shape[1]
-    sliding_window = call.pattern.sliding_window
-    first = call.key_offset if sliding_window is None else max(start - sliding_window + 1, call.key_offset)
-    key, value = (x[:, first - call.key_offset : stop - call.key_offset] for x in (key, value))
-    mask = None
-    if start > first or sliding_window is not None or not call.plain:
-        row = torch.arange(start, stop, device=key.device)[:, None]
-        column = torch.arange(first, stop, device=key.device)
-        mask = column <= row
-        if sliding_window is not None:
-            mask &= column > row - sliding_window
-    if call.plain:
-        query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=True
-        )[0]
-    assert mask is not None
-    grouped = (query * call.scaling).unflatten(0, (len(key), -1))  # [num_key_value_heads, group, R, head_dim]
-    scores = _hide(_cap(grouped @ key.unsqueeze(1).transpose(-1, -2), call.softcap), ~mask)
-    sinks = None if sinks is None else sinks.view(grouped.shape[:2])
-    weights = _with_sinks(scores, sinks).softmax(-1)[..., : key.shape[1]]
-    return (weights @ value.unsqueeze(1)).flatten(0, 1)
-
-
 def _sparse(
-    call: _Call,
+    call: Call,
     kv_head: int,
     index: BucketIndex | None,
     table: _Table,
@@ -307,14 +145,14 @@ def _sparse(
     for i, rows in enumerate(query):
         head = kv_head * len(query) + i
         scores = [
-            _hide(_cap(rows @ static_key.T, softcap), hidden_static),
+            hide(cap(rows @ static_key.T, softcap), hidden_static),
             _window_scores(rows, band_key, band_bias, softcap),
         ]
         if gathered is not None:
             dots = _GatherDot.apply(rows, key, table.key, gathered, table.order)
-            scores.append(_hide(_cap(dots, softcap), unused))
+            scores.append(hide(cap(dots, softcap), unused))
         widths = [part.shape[-1] for part in scores]
-        side_by_side = _with_sinks(torch.cat(scores, -1), None if sinks is None else sinks[i])
+        side_by_side = with_sinks(torch.cat(scores, -1), None if sinks is None else sinks[i])
         if recorder is not None:
             num_scored = int((side_by_side[:, : sum(widths)] > -torch.inf).sum())
         if num_routed and pattern.min_weights[head]:
@@ -329,8 +167,7 @@ def _sparse(
             attended = side_by_side[:, : sum(widths)] > -torch.inf
             parts = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
             parts += [table.order[gathered] + key_offset] if gathered is not None else []
-            with _RECORDING:
-                recorder.add(pattern, head, position, attended, num_scored, partial(torch.cat, parts, -1))
+            call.record(head, position, attended, num_scored, partial(torch.cat, parts, -1))
     return torch.stack(outputs)
 
 
@@ -341,21 +178,6 @@ def _drop_light(scores: Tensor, routed: slice, min_weight: float) -> Tensor:
         least = scores.logsumexp(-1, keepdim=True) + math.log(min_weight)
         torch.lt(scores[:, routed], least, out=light[:, routed])
     return scores.masked_fill(light, -torch.inf)
-
-
-def _hide(scores: Tensor, hidden: Tensor | None) -> Tensor:
-    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
-
-
-def _cap(scores: Tensor, softcap: float | None) -> Tensor:
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def _with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Append a column with each head's sink: [..., R, K] and [...] -> [..., R, K + 1]."""
-    if sinks is None:
-        return scores
-    return torch.cat([scores, sinks[..., None, None].expand(*scores.shape[:-1], 1)], -1)
 
 
 def _band(x: Tensor, start: int, stop: int, window: int, key_offset: int) -> Tensor:
@@ -390,7 +212,7 @@ def _window_scores(rows: Tensor, band_key: Tensor, band_bias: Tensor, softcap: f
     if softcap is None:
         scores = torch.baddbmm(band_bias.expand(len(band_key), -1, -1), blocks, band_key)
     else:
-        scores = _cap(blocks @ band_key, softcap) + band_bias
+        scores = cap(blocks @ band_key, softcap) + band_bias
     return scores.flatten(0, 1)[: len(rows)]
 
 
@@ -493,3 +315,6 @@ def _scatter_sum(weights: Tensor, rows: Tensor, index: Tensor, order: Tensor) ->
     row = torch.div(pairs, index.shape[1], rounding_mode="floor")
     sums = F.embedding_bag(row, rows.contiguous(), first, per_sample_weights=weights.reshape(-1)[pairs], mode="sum")
     return torch.empty_like(sums).index_copy_(0, order, sums)
+
+
+document_attention = partial(attend_in_pieces, _sparse_pieces)

@@ -37,7 +37,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(num_workers, thread_name_prefix="hf_sparse_attn") as pool:
+        with ThreadPoolExecutor(num_workers, "hf_sparse_attn", torch.set_num_threads, (1,)) as pool:
             pending: deque[Future[Result]] = deque()
             for item in items:
                 pending.append(pool.submit(isolated, item))

@@ -9,8 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_sparse_attn import SparseAttentionConfig, sparse_attention
-from hf_sparse_attn.ops import reference
-from hf_sparse_attn.ops import torch as torch_ops
+from hf_sparse_attn.ops import pieces, reference
 
 DIM, KV_HEADS, LENGTH = 8, 2, 150
 FEATURES = {
@@ -67,15 +66,16 @@ def inputs(num_queries=LENGTH, num_keys=LENGTH, num_heads=4, num_kv_heads=KV_HEA
 def assert_like_reference(query, key, value, pattern, sinks=None, **kwargs):
     """Output and the gradients of query, key, value and sinks, under a random gradient of the output."""
     results = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("reference", "torch", "numba"):
         leaves = [x.clone().requires_grad_() for x in (query, key, value, sinks) if x is not None]
         output = attend(*leaves[:3], pattern, implementation, sinks=leaves[3] if len(leaves) > 3 else None, **kwargs)
         probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
         results.append([output.detach(), *torch.autograd.grad((output * probe).sum(), leaves)])
-    for name, ours, expected in zip(("output", "query", "key", "value", "sinks"), *results, strict=False):
-        torch.testing.assert_close(
-            ours, expected, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    expected, *others = results
+    for implementation, ours in zip(("torch", "numba"), others, strict=True):
+        for name, x, y in zip(("output", "query", "key", "value", "sinks"), ours, expected, strict=False):
+            where = f"{implementation}, {name}"
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10, msg=lambda text, where=where: f"{where}: {text}")
     return results[0][0]
 
 
@@ -99,7 +99,7 @@ def test_every_feature_with_softcap_and_sinks(fields):
 @pytest.mark.parametrize("num_queries", [LENGTH, 40])
 def test_softcap_and_sinks_by_their_formula(softcap, with_sinks, fields, num_queries, monkeypatch):
     """Of rows that read everything, as Gemma 2 and gpt-oss define them."""
-    monkeypatch.setattr(torch_ops, "_DENSE_SCORES", 4 * LENGTH * 7)  # dense rows in blocks of 7
+    monkeypatch.setattr(pieces, "_DENSE_SCORES", 4 * LENGTH * 7)  # dense rows in blocks of 7
     query, key, value = inputs()
     sinks = sinks_of() if with_sinks else None
     pattern = pattern_of({"window_size": LENGTH} | fields)
@@ -114,7 +114,7 @@ def test_softcap_and_sinks_by_their_formula(softcap, with_sinks, fields, num_que
 
 
 def test_dense_rows_with_softcap_and_sinks_in_blocks(monkeypatch):
-    monkeypatch.setattr(torch_ops, "_DENSE_SCORES", 4 * LENGTH * 7)
+    monkeypatch.setattr(pieces, "_DENSE_SCORES", 4 * LENGTH * 7)
     for fields in ({"dense_layers": (0,)}, {"dense_below": 90, "sliding_window": 41}):
         assert_like_reference(*inputs(), pattern_of(fields), softcap=0.7, sinks=sinks_of())
 
@@ -334,7 +334,7 @@ LONG_FIELDS = {"window_size": 64, "num_global_tokens": 8, "key_budget": 64, "num
 )
 def test_no_tensor_is_quadratic(fields, backward, others, monkeypatch):
     """Neither rows x keys (as bits, even) nor rows x routed keys x head_dim."""
-    monkeypatch.setattr(torch_ops, "_DENSE_SCORES", 2**20)
+    monkeypatch.setattr(pieces, "_DENSE_SCORES", 2**20)
     pattern = pattern_of(LONG_FIELDS | fields, num_heads=2, num_kv_heads=1, dtype=torch.float32, dim=64)
     leaves = [x.float().requires_grad_(backward) for x in inputs(LONG, LONG, 2, 1, dim=64)]
     with LargestTensor() as largest:
@@ -369,7 +369,7 @@ def test_layers_differ_in_budget_and_hash():
     assert torch.equal(outputs[2], sparse_attention(query, key, value, config=unrouted))
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["auto", "numba", "reference", "torch"])
 def test_dtype_of_the_result(implementation):
     config = SparseAttentionConfig(window_size=5, key_budget=6, dense_below=0, implementation=implementation)
     query, key, value = (x[None, :, :20].bfloat16() for x in inputs())

@@ -1,0 +1,260 @@
+"""What the implementations share: rows are computed in pieces, and the backward computes each piece again.
+
+Rows that read everything are one kind of piece, computed here, by SDPA where it can. The sparse rows' pieces are each
+implementation's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_sparse_attn.ops.workers import in_order
+from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.routing import LayerPattern
+
+_DENSE_BLOCK = 1024  # dense rows per piece where they need a mask
+_DENSE_SCORES = 2**25  # scores per piece where dense rows cannot go through SDPA
+_PARALLEL_ROWS = 64  # sparse rows from which on threads pay
+_RECORDING = threading.Lock()  # recorders need not be safe for threads
+
+Result = TypeVar("Result")
+
+
+class SparsePieces(Protocol):
+    """Cuts the rows at positions start .. end - 1 into pieces, lazily and always in the same way."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call
+    ) -> Iterator[Piece]: ...
+
+
+def attend_in_pieces(
+    sparse_pieces: SparsePieces,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pattern: LayerPattern,
+    query_offset: int,
+    key_offset: int,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    recorder: Recorder | None,
+) -> Tensor:
+    """Causal sparse attention of one document, without padding.
+
+    Args:
+        sparse_pieces: the implementation.
+        query: [num_heads, Q, head_dim], float32 or float64, at positions query_offset .. query_offset + Q - 1.
+        key, value: [num_key_value_heads, N, head_dim], at positions key_offset .. key_offset + N - 1; the last key
+            belongs to the last query.
+        pattern: the layer's pattern.
+        query_offset: position of the first query in its document.
+        key_offset: position of the first key (over 0 where a sliding cache has dropped the first ones).
+        scaling: factor on query . key.
+        softcap: scores become softcap * tanh(score / softcap); None: they stay.
+        sinks: [num_heads], logits that take part in each softmax but carry no value, or None.
+        recorder: is told which keys each row read; None records nothing.
+
+    Returns:
+        [num_heads, Q, head_dim].
+    """
+    call = Call(sparse_pieces, pattern, query_offset, key_offset, scaling, softcap, sinks is None, recorder)
+    end = query_offset + query.shape[1]
+    if call.dense_end(end) == end and len(list(_dense_blocks(query_offset, end, query.shape[0], call))) == 1:
+        # Nothing is sparse and there is one block: a backward of its own needs no second computation.
+        if recorder is not None:
+            recorder.add_dense(pattern, range(query.shape[0]), query_offset, end)
+        return _dense(call, query_offset, query, key, value, sinks)
+    return _Attention.apply(query, key, value, sinks, call)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call of `attend_in_pieces` is given besides the tensors."""
+
+    sparse_pieces: SparsePieces
+    pattern: LayerPattern
+    query_offset: int
+    key_offset: int
+    scaling: float
+    softcap: float | None
+    no_sinks: bool
+    recorder: Recorder | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether SDPA can compute the dense rows."""
+        return self.softcap is None and self.no_sinks
+
+    def budget(self, kv_head: int) -> int:
+        """Keys that rows find of this KV head through buckets."""
+        window, sliding_window = self.pattern.config.window_size, self.pattern.sliding_window
+        nothing_behind = sliding_window is not None and sliding_window <= window
+        return 0 if nothing_behind else self.pattern.budgets[kv_head]
+
+    def record(
+        self, head: int, position: Tensor, attended: Tensor, num_scored: int, keys: Callable[[], Tensor]
+    ) -> None:
+        """Tell the recorder, from any thread; see `recording.Recorder.add`."""
+        if self.recorder is not None:
+            with _RECORDING:
+                self.recorder.add(self.pattern, head, position, attended, num_scored, keys)
+
+    def dense_end(self, end: int) -> int:
+        """The rows before this position read everything; `end` is the position after the last row."""
+        dense_rows = self.pattern.dense_rows()
+        return end if dense_rows is None else max(self.query_offset, min(dense_rows, end))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows that are computed together.
+
+    Args:
+        heads, rows, kv_heads: which these are.
+        attend: from the parts of `of` to [heads, rows, head_dim].
+        differentiate: from the output's gradient and these parts to the parts' gradients; None: by autograd.
+    """
+
+    heads: slice
+    rows: slice
+    kv_heads: slice
+    attend: Callable[..., Tensor]
+    differentiate: Callable[..., tuple[Tensor, ...]] | None = None
+
+    def of(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> list[Tensor]:
+        """The piece's own rows, keys, values and, where there are any, sinks."""
+        parts = [query[self.heads, self.rows], key[self.kv_heads], value[self.kv_heads]]
+        return parts if sinks is None else [*parts, sinks[self.heads]]
+
+    def gradients(self, grad: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
+        """Of the parts, for the gradient of the output."""
+        if self.differentiate is not None:
+            return self.differentiate(grad, *parts)
+        inputs = [part.detach().requires_grad_() for part in parts]
+        with torch.enable_grad():
+            output = self.attend(*inputs)
+        return torch.autograd.grad(output, inputs, grad)
+
+
+class _Attention(torch.autograd.Function):
+    """All rows, piece by piece; the backward computes each piece again, so that only inputs and output are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, call: Call) -> Tensor:
+        ctx.save_for_backward(query, key, value, sinks)
+        ctx.call = call
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+
+        def attend(piece: Piece) -> None:
+            output[piece.heads, piece.rows] = piece.attend(*piece.of(query, key, value, sinks))
+
+        for _ in _each_piece(attend, query, key, value, call):
+            pass
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks = ctx.saved_tensors
+
+        def gradients(piece: Piece) -> tuple[Piece, tuple[Tensor, ...]]:
+            return piece, piece.gradients(grad[piece.heads, piece.rows], piece.of(query, key, value, sinks))
+
+        grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        sinks_grad = None if sinks is None else torch.zeros_like(sinks)
+        # Autocast is off as in the forward, wherever backward() is called; threads start with it off.
+        with torch.autocast(query.device.type, enabled=False):
+            for piece, parts in _each_piece(gradients, query, key, value, replace(ctx.call, recorder=None)):
+                grads[0][piece.heads, piece.rows] = parts[0]
+                grads[1][piece.kv_heads] += parts[1]
+                grads[2][piece.kv_heads] += parts[2]
+                if sinks_grad is not None:
+                    sinks_grad[piece.heads] += parts[3]
+        return *grads, sinks_grad, None
+
+
+def _each_piece(
+    work: Callable[[Piece], Result], query: Tensor, key: Tensor, value: Tensor, call: Call
+) -> Iterator[Result]:
+    """`work` of every piece, in order: first the dense rows, then the sparse ones, on a CPU several at a time."""
+    end = call.query_offset + query.shape[1]
+    dense_end = call.dense_end(end)
+    yield from map(work, _dense_pieces(query, dense_end, call))
+    parallel = query.device.type == "cpu" and end - dense_end >= _PARALLEL_ROWS
+    num_workers = torch.get_num_threads() if parallel else 1
+    if end > dense_end:
+        yield from in_order(work, call.sparse_pieces(query, key, value, dense_end, end, call), num_workers)
+
+
+def _dense_pieces(query: Tensor, dense_end: int, call: Call) -> Iterator[Piece]:
+    everything = slice(None)
+    for start, stop in _dense_blocks(call.query_offset, dense_end, query.shape[0], call):
+        if call.recorder is not None:
+            call.recorder.add_dense(call.pattern, range(query.shape[0]), start, stop)
+        rows = slice(start - call.query_offset, stop - call.query_offset)
+        yield Piece(everything, rows, everything, partial(_dense, call, start))
+
+
+def _dense_blocks(start: int, stop: int, num_heads: int, call: Call) -> Iterator[tuple[int, int]]:
+    """Dense rows in one piece where SDPA's causal flag describes them, else in blocks whose tables stay small."""
+    if call.plain and start == call.key_offset and call.pattern.sliding_window is None:
+        size = max(stop - start, 1)
+    elif call.plain:
+        size = _DENSE_BLOCK
+    else:
+        num_keys = stop - call.key_offset
+        size = max(_DENSE_SCORES // (num_heads * max(num_keys, 1)), 1)
+    yield from ((row, min(row + size, stop)) for row in range(start, stop, size))
+
+
+def _dense(call: Call, start: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Rows from position `start` on that read everything: [num_heads, R, head_dim]."""
+    stop = start + query.shape[1]
+    sliding_window = call.pattern.sliding_window
+    first = call.key_offset if sliding_window is None else max(start - sliding_window + 1, call.key_offset)
+    key, value = (x[:, first - call.key_offset : stop - call.key_offset] for x in (key, value))
+    mask = None
+    if start > first or sliding_window is not None or not call.plain:
+        row = torch.arange(start, stop, device=key.device)[:, None]
+        column = torch.arange(first, stop, device=key.device)
+        mask = column <= row
+        if sliding_window is not None:
+            mask &= column > row - sliding_window
+    if call.plain:
+        query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=True
+        )[0]
+    assert mask is not None
+    grouped = (query * call.scaling).unflatten(0, (len(key), -1))  # [num_key_value_heads, group, R, head_dim]
+    scores = hide(cap(grouped @ key.unsqueeze(1).transpose(-1, -2), call.softcap), ~mask)
+    sinks = None if sinks is None else sinks.view(grouped.shape[:2])
+    weights = with_sinks(scores, sinks).softmax(-1)[..., : key.shape[1]]
+    return (weights @ value.unsqueeze(1)).flatten(0, 1)
+
+
+def hide(scores: Tensor, hidden: Tensor | None) -> Tensor:
+    return scores if hidden is None else scores.masked_fill(hidden, -torch.inf)
+
+
+def cap(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Append a column with each head's sink: [..., R, K] and [...] -> [..., R, K + 1]."""
+    if sinks is None:
+        return scores
+    return torch.cat([scores, sinks[..., None, None].expand(*scores.shape[:-1], 1)], -1)

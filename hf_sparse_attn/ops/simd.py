@@ -1,0 +1,227 @@
+"""Vectors for functions compiled by Numba, one instruction each, so that sums stay in registers.
+
+LLVM vectorises plain loops too, but checks at every start of one whether arrays overlap and how much is left of them,
+which costs more than the 64 products of a row. Arrays are C-contiguous and addressed by the flat index of an element.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+_LN2_HIGH = float.fromhex("0x1.62E4p-1")  # the first digits of ln 2
+
+
+class _VectorType(types.Type):
+    """LANES floats of one precision."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(f"Vector({dtype})")
+
+
+@register_model(_VectorType)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: _VectorType) -> None:
+        super().__init__(manager, vector, _lanes(manager.lookup(vector.dtype).get_value_type()))
+
+
+def _lanes(element: Any) -> Any:
+    return ir.VectorType(element, LANES)
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    element = context.get_data_type(array_type.dtype)
+    return builder.bitcast(builder.gep(data, [index]), _lanes(element).as_pointer())
+
+
+@intrinsic
+def load(typing_context, array, index):
+    """The LANES elements from flat index `index` on."""
+
+    def generate(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], *arguments)
+        return builder.load(address, align=signature.args[0].dtype.bitwidth // 8)
+
+    return _VectorType(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def store(typing_context, array, index, vector):
+    """Write LANES elements from flat index `index` on."""
+
+    def generate(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        builder.store(arguments[2], address, align=signature.args[0].dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@intrinsic
+def splat(typing_context, scalar):
+    """The scalar in every lane."""
+
+    def generate(context, builder, signature, arguments):
+        vector = _lanes(arguments[0].type)
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[0], cgutils.int32_t(0))
+        zeros = ir.Constant(ir.VectorType(cgutils.int32_t, LANES), None)
+        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+    return _VectorType(scalar)(scalar), generate
+
+
+@intrinsic
+def multiply_add(typing_context, a, b, c):
+    """a * b + c."""
+
+    def generate(context, builder, signature, arguments):
+        product = builder.fmul(*arguments[:2], flags=("contract",))
+        return builder.fadd(product, arguments[2], flags=("contract",))
+
+    return a(a, a, a), generate
+
+
+@intrinsic
+def add(typing_context, a, b):
+    """a + b."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fadd(*arguments)
+
+    return a(a, a), generate
+
+
+@intrinsic
+def maximum(typing_context, a, b):
+    """The larger one in every lane; b where one is NaN."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
+
+    return a(a, a), generate
+
+
+@intrinsic
+def drop_below(typing_context, vector, least):
+    """The vector with zeros where it is under `least`."""
+
+    def generate(context, builder, signature, arguments):
+        nothing = ir.Constant(arguments[0].type, None)
+        return builder.select(builder.fcmp_ordered("<", *arguments), nothing, arguments[0])
+
+    return vector(vector, vector), generate
+
+
+@intrinsic
+def exp(typing_context, vector):
+    """exp in every lane, for numbers up to 0; what would be smaller than the smallest normal number becomes it.
+
+    2**n * e**f with n whole and |f| <= ln(2) / 2, and Taylor's series of e**f to the precision's last bits.
+    """
+    single = vector.dtype == types.float32
+    degree, digits, bias = (7, 23, 127) if single else (13, 52, 1023)
+
+    def generate(context, builder, signature, arguments):
+        (x,) = arguments
+        integers = ir.VectorType(ir.IntType(32 if single else 64), LANES)
+
+        def constant(number: float) -> Any:
+            return ir.Constant(x.type, [number] * LANES)
+
+        def fused(a: Any, b: Any, c: Any) -> Any:
+            return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+        def whole_constant(number: int) -> Any:
+            return ir.Constant(integers, [number] * LANES)
+
+        least = constant((1 - bias) * math.log(2))
+        x = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+        nearest = builder.fsub(builder.fmul(x, constant(1 / math.log(2))), constant(0.5))
+        n = builder.fptosi(nearest, integers)  # cuts towards 0, which rounds numbers up to 0 to the nearest
+        whole = builder.sitofp(n, x.type)
+        f = fused(whole, constant(-_LN2_HIGH), x)  # exact, as whole has few digits
+        f = fused(whole, constant(_LN2_HIGH - math.log(2)), f)
+        series = constant(1 / math.factorial(degree))
+        for power in reversed(range(degree)):
+            series = fused(series, f, constant(1 / math.factorial(power)))
+        exponent = builder.shl(builder.add(n, whole_constant(bias)), whole_constant(digits))
+        return builder.fmul(series, builder.bitcast(exponent, x.type))
+
+    return vector(vector), generate
+
+
+@intrinsic
+def total(typing_context, vector):
+    """Sum of the lanes."""
+
+    def generate(context, builder, signature, arguments):
+        start = ir.Constant(arguments[0].type.element, -0.0)
+        function = _reduction(builder, "fadd", arguments[0].type, start.type)
+        return builder.call(function, [start, arguments[0]], fastmath=("reassoc",))
+
+    return vector.dtype(vector), generate
+
+
+@intrinsic
+def largest(typing_context, vector):
+    """Largest of the lanes."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.call(_reduction(builder, "fmax", arguments[0].type), arguments)
+
+    return vector.dtype(vector), generate
+
+
+def _reduction(builder: Any, name: str, vector: Any, *start: Any) -> Any:
+    width = 32 if isinstance(vector.element, ir.FloatType) else 64
+    function = ir.FunctionType(vector.element, [*start, vector])
+    return cgutils.get_or_insert_function(builder.module, function, f"llvm.vector.reduce.{name}.v{LANES}f{width}")
+
+
+@intrinsic
+def store_totals(typing_context, array, index, a, b, c, d):
+    """Write the sums of the lanes of four vectors side by side: half the instructions of four sums."""
+
+    def generate(context, builder, signature, arguments):
+        def shuffled(x: Any, y: Any, lanes: list[int]) -> Any:
+            return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(cgutils.int32_t, len(lanes)), lanes))
+
+        def pairs(x: Any, y: Any) -> Any:
+            """Sums of neighbours, those of x and y in turn; inside of quarters, where shuffles are cheap."""
+            even = [i for q in range(0, LANES, 4) for i in (q, q + LANES, q + 2, q + 2 + LANES)]
+            return builder.fadd(shuffled(x, y, even), shuffled(x, y, [i + 1 for i in even]))
+
+        ab, cd = pairs(*arguments[2:4]), pairs(*arguments[4:6])  # a b a b | a b a b | ...
+        first = [i for q in range(0, LANES, 4) for i in (q, q + 1, q + LANES, q + 1 + LANES)]
+        second = [i for q in range(0, LANES, 4) for i in (q + 2, q + 3, q + 2 + LANES, q + 3 + LANES)]
+        sums = builder.fadd(shuffled(ab, cd, first), shuffled(ab, cd, second))  # a b c d | a b c d | ...
+        width = LANES
+        while width > 4:
+            width //= 2
+            sums = builder.fadd(
+                shuffled(sums, sums, list(range(width))), shuffled(sums, sums, list(range(width, 2 * width)))
+            )
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), sums.type.as_pointer())
+        builder.store(sums, address, align=signature.args[0].dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, a, a, a, a), generate
+
+
+@intrinsic
+def zeros(typing_context, array):
+    """Zero in every lane, in the array's precision."""
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(_lanes(context.get_data_type(signature.args[0].dtype)), None)
+
+    return _VectorType(array.dtype)(array), generate
