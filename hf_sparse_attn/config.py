@@ -69,7 +69,7 @@ class SparseAttentionConfig:
     seed: int = 0
     page_size: int = 64
     dense_layers: tuple[int, ...] = ()
-    dense_below: int = 1024
+    dense_below: int = 2048
     implementation: str = "auto"
     calibrated_hash: str | None = dataclasses.field(default=None, repr=False)
 
@@ -117,11 +117,14 @@ class SparseAttentionConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plain, JSON-ready dict that goes into `config.sparse_attention`; fields at their default are left out."""
+        """The plain, JSON-ready dict that goes into `config.sparse_attention`.
+
+        Defaults are written out, so that a checkpoint reads the same after another release has changed them.
+        """
         return {
             field.name: _listed(getattr(self, field.name))
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+            if getattr(self, field.name) is not None
         }
 
     def replace(self, **changes: Any) -> SparseAttentionConfig:

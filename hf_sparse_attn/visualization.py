@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -174,5 +174,33 @@ def plot_trade(trade: Sequence[Allocation], choice: Allocation, path: str | Path
     axes.set_yscale("symlog", linthresh=1e-5)
     axes.set_xlabel("density: read over admissible (row, key) pairs")
     axes.set_ylabel("predicted rise of the loss, nats per token")
+    axes.legend()
+    figure.savefig(path)
+
+
+def plot_times(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draw the time of dense and sparse attention over the length, both axes logarithmic, with the fitted exponents.
+
+    Args:
+        rows: of `evaluation.speed.compare_speed` or `compare_model_speed`, of two lengths at least.
+        path: the picture to write; its suffix chooses the format (.png, .svg, .pdf).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from hf_sparse_attn.evaluation.speed import fitted_exponent
+
+    figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    rows = sorted(rows, key=lambda row: row["seq_len"])
+    seq_lens = [row["seq_len"] for row in rows]
+    for side, marker in (("dense", "s"), ("sparse", "o")):
+        times = [row[f"{side}_ms"] for row in rows]
+        axes.loglog(seq_lens, times, marker=marker, label=f"{side}, ~ n^{fitted_exponent(seq_lens, times):.2f}")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(f"{rows[0]['pass']}, ms")
+    axes.set_xticks(seq_lens, [str(n) for n in seq_lens])
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path)

@@ -1,13 +1,19 @@
-"""Time and memory of the attention alone, dense (SDPA) against sparse, alternating in one run.
+"""Time and memory of the attention alone or of a whole model, dense (SDPA) against sparse, alternating in one run.
 
-python scripts/benchmark.py --seq-lens 2048 8192 32768 --output benchmark.json
+python scripts/benchmark.py --model demo --seq-lens 2048 8192 32768 --output benchmark.json --picture benchmark.png
+python scripts/benchmark.py --model converted --seq-lens 8192 --pass prefill
 python scripts/benchmark.py --seq-lens 4096 8192 --pass forward_backward --num-heads 32 --num-kv-heads 8 --head-dim 128
+
+With --model, the attention gets the queries, keys and values of one of its layers when it reads the demo text; without,
+random ones, which are the hardest: neighbouring rows have no keys in common, and no key is light enough to be left out.
 """
 
+from functools import partial
 from typing import Any
 
 from hf_sparse_attn.command_line import (
     OneLineErrors,
+    UserError,
     argument,
     check_output_file,
     json_object,
@@ -17,14 +23,26 @@ from hf_sparse_attn.command_line import (
     write_json,
 )
 
+PASSES = ("forward", "forward_backward", "prefill", "training_step")
+SHAPE = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
+SUFFIXES = (".png", ".svg", ".pdf")
+
 
 def parse_arguments() -> Any:
     parser = OneLineErrors(description=__doc__.splitlines()[0])
     parser.add_argument("--seq-lens", type=positive_int, nargs="+", default=[2048, 8192, 32768], help="tokens")
-    parser.add_argument("--pass", dest="passes", default="forward", choices=["forward", "forward_backward"])
-    parser.add_argument("--num-heads", type=positive_int, default=9, help="default: %(default)s")
-    parser.add_argument("--num-kv-heads", type=positive_int, default=3, help="default: %(default)s")
-    parser.add_argument("--head-dim", type=positive_int, default=64, help="default: %(default)s")
+    parser.add_argument(
+        "--pass",
+        dest="passes",
+        default="forward",
+        choices=PASSES,
+        help="of the attention: forward, forward_backward; of the whole --model: prefill, training_step",
+    )
+    parser.add_argument("--model", help="Hub id, directory, or demo, for real inputs; it brings shape and budgets")
+    parser.add_argument("--layer", type=int, help="layer whose inputs are taken (default: the middle one)")
+    for name, value in SHAPE.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=positive_int, help=f"of random inputs (default: {value})")
     parser.add_argument(
         "--repeats", type=positive_int, default=3, help="timed runs of each side (default: %(default)s)"
     )
@@ -32,6 +50,7 @@ def parse_arguments() -> Any:
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--picture", help="time against length to draw: " + ", ".join(SUFFIXES))
     return parser.parse_args()
 
 
@@ -40,60 +59,119 @@ def main() -> None:
     if arguments.output:
         with argument("--output"):
             check_output_file(arguments.output)
+    if arguments.picture:
+        with argument("--picture"):
+            picture = check_output_file(arguments.picture)
+            if picture.suffix not in SUFFIXES:
+                raise ValueError(f"{arguments.picture!r} must end in one of {', '.join(SUFFIXES)}")
+            if len(set(arguments.seq_lens)) < 2:
+                raise ValueError("a picture of time against length needs two of --seq-lens")
+    for name in SHAPE:
+        if arguments.model and getattr(arguments, name):
+            raise UserError(f"argument --{name.replace('_', '-')}: --model brings its own")
+    shape = SHAPE | {name: getattr(arguments, name) for name in SHAPE if getattr(arguments, name)}
     with argument("--num-kv-heads"):
-        if arguments.num_heads % arguments.num_kv_heads:
-            raise ValueError(f"{arguments.num_kv_heads} does not divide --num-heads {arguments.num_heads}")
+        if shape["num_heads"] % shape["num_kv_heads"]:
+            raise ValueError(f"{shape['num_kv_heads']} does not divide --num-heads {shape['num_heads']}")
+    if not arguments.model and arguments.passes in PASSES[2:]:
+        raise UserError(f"argument --pass: {arguments.passes} is of a whole model; give --model")
+    if not arguments.model and arguments.layer is not None:
+        raise UserError("argument --layer: only a --model has layers")
 
     from tqdm import tqdm
 
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.environment import describe_environment
-    from hf_sparse_attn.evaluation.speed import compare_speed
+    from hf_sparse_attn.evaluation.speed import compare_speed, make_inputs
     from hf_sparse_attn.loading import parse_device, parse_dtype
+    from hf_sparse_attn.visualization import plot_times
 
     with argument("--device"):
         device = parse_device(arguments.device)
     with argument("--dtype"):
         dtype = parse_dtype(arguments.dtype)
         if isinstance(dtype, str):
-            raise ValueError("auto means a checkpoint's own dtype; there is no checkpoint here")
+            raise ValueError("auto means a checkpoint's own dtype; give one")
     with argument("--sparse-attention"):
         config = SparseAttentionConfig.from_dict(arguments.sparse_attention)
 
-    rows = [
-        compare_speed(
-            seq_len,
-            config=config,
-            num_heads=arguments.num_heads,
-            num_kv_heads=arguments.num_kv_heads,
-            head_dim=arguments.head_dim,
-            dtype=dtype,
-            device=device,
-            passes=arguments.passes,
-            repeats=arguments.repeats,
-        )
-        for seq_len in tqdm(arguments.seq_lens, desc="benchmarking", unit="length")
-    ]
+    progress = partial(tqdm, arguments.seq_lens, desc="benchmarking", unit="length")
+    if arguments.model:
+        source, config, rows = measure_model(arguments, device, dtype, progress)
+    else:
+        source = {"inputs": "random", **shape}
+        rows = [
+            compare_speed(
+                make_inputs(seq_len, *shape.values(), dtype, device),
+                config=config,
+                passes=arguments.passes,
+                repeats=arguments.repeats,
+            )
+            for seq_len in progress()
+        ]
     if arguments.output:
-        shape = {name: getattr(arguments, name) for name in ("num_heads", "num_kv_heads", "head_dim", "dtype")}
-        write_json(
-            arguments.output,
-            {"rows": rows, "shape": shape, "sparse_attention": config.to_dict()}
-            | {"environment": describe_environment(device)},
-        )
+        result = {"rows": rows, "source": source | {"dtype": arguments.dtype}, "sparse_attention": config.to_dict()}
+        write_json(arguments.output, result | {"environment": describe_environment(device)})
+    if arguments.picture:
+        plot_times(rows, picture)
     print_rows(rows)
 
 
+def measure_model(
+    arguments: Any, device: Any, dtype: Any, progress: Any
+) -> tuple[dict[str, Any], Any, list[dict[str, Any]]]:
+    """What was measured, the model's configuration, and the rows."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from hf_sparse_attn.config import SparseAttentionConfig
+    from hf_sparse_attn.data import load_documents
+    from hf_sparse_attn.evaluation.speed import ATTENTION_PASSES, compare_model_speed, compare_speed, layer_inputs
+    from hf_sparse_attn.integration import merge_sparse_attention
+    from hf_sparse_attn.loading import load_config, load_sparse_model, resolve_model
+
+    with argument(f"--model {arguments.model}"):
+        path = resolve_model(arguments.model)
+        model_config = load_config(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    with argument("--sparse-attention"):
+        config = SparseAttentionConfig.from_dict(merge_sparse_attention(model_config, arguments.sparse_attention))
+    num_layers = model_config.get_text_config().num_hidden_layers
+    layer = num_layers // 2 if arguments.layer is None else arguments.layer
+    with argument("--layer"):
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"must be from 0 to {num_layers - 1}, got {layer}")
+    text = "\n\n".join(load_documents("demo", "validation")["text"])
+    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device=device)
+    with argument("--seq-lens"):
+        if max(arguments.seq_lens) > len(tokens):
+            raise ValueError(f"the text has {len(tokens)} tokens, not {max(arguments.seq_lens)}")
+    with argument(f"--model {arguments.model}"):
+        model = load_sparse_model(path, arguments.sparse_attention, dtype=dtype).to(device).eval()
+    rows = []
+    for seq_len in progress():
+        ids = tokens[None, :seq_len]
+        if arguments.passes in ATTENTION_PASSES:
+            inputs = layer_inputs(model, ids, layer)
+            row = compare_speed(
+                inputs, config=config, layer_idx=layer, passes=arguments.passes, repeats=arguments.repeats
+            )
+        else:
+            row = compare_model_speed(model, ids, arguments.passes, arguments.repeats)
+        rows.append(row)
+    source = {"inputs": "demo text", "model": arguments.model}
+    return source | ({"layer": layer} if arguments.passes in ATTENTION_PASSES else {}), config, rows
+
+
 def print_rows(rows: list[dict[str, Any]]) -> None:
+    parts = [part for part in ("dense", "sparse", "routing", "floor") if f"{part}_ms" in rows[0]]
     print_table(
-        f"{rows[0]['pass']}, attention alone",
-        ["tokens", "dense ms", "sparse ms", "routing ms", "speedup", "density", "dense peak MB", "sparse peak MB"],
+        f"{rows[0]['pass']}: medians",
+        ["tokens", *(f"{part} ms" for part in parts), "speedup", "density", "dense peak MB", "sparse peak MB"],
         [
             [
                 str(row["seq_len"]),
-                f"{row['dense_ms']:.1f}",
-                f"{row['sparse_ms']:.1f}",
-                f"{row['routing_ms']:.1f}",
+                *(f"{row[f'{part}_ms']:.1f}" for part in parts),
                 f"{row['speedup']:.2f}",
                 f"{row['density']:.3f}",
                 f"{row['dense_peak_bytes'] / 1e6:.0f}",

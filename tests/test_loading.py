@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_sparse_attn import loading
+from hf_sparse_attn import SparseAttentionConfig, loading
 from hf_sparse_attn.integration import merge_sparse_attention
 
 
@@ -44,7 +44,7 @@ def test_loaded_model_is_sparse_with_its_overrides(tiny_model_path):
 
 def test_model_without_a_sparse_attention_of_its_own_takes_overrides(tmp_path, tiny_llama_config):
     LlamaForCausalLM(tiny_llama_config).save_pretrained(tmp_path)
-    assert loading.load_sparse_model(str(tmp_path)).config.sparse_attention == {}
+    assert loading.load_sparse_model(str(tmp_path)).config.sparse_attention == SparseAttentionConfig().to_dict()
     assert loading.load_sparse_model(str(tmp_path), {"window_size": 5}).config.sparse_attention["window_size"] == 5
 
 

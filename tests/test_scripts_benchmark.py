@@ -1,6 +1,15 @@
 import json
 
 import pytest
+import torch
+from attention_checks import tiny_model, tokens
+
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.evaluation.speed import compare_model_speed, fitted_exponent, layer_inputs
+from hf_sparse_attn.integration import observe
+from hf_sparse_attn.ops import find_keys
+from hf_sparse_attn.ops import numba as numba_ops
+from hf_sparse_attn.routing import RowChunk
 
 SCRIPT = "benchmark.py"
 SMALL = ["--seq-lens", 64, 96, "--num-heads", 4, "--num-kv-heads", 2, "--head-dim", 16, "--repeats", 1]
@@ -16,10 +25,92 @@ def test_writes_a_row_for_each_length(run_script, tmp_path, passes):
     assert [row["seq_len"] for row in result["rows"]] == [64, 96]
     for row in result["rows"]:
         assert row["pass"] == passes
+        assert 0 < row["floor_ms"] < row["dense_ms"]
+        assert row["routing_ms"] > 0
         assert row["speedup"] == pytest.approx(row["dense_ms"] / row["sparse_ms"])
         assert 0 < row["density"] < 1
     assert result["environment"]["torch"]
     assert f"{result['rows'][0]['speedup']:.2f}" in finished.stdout
+
+
+@pytest.mark.parametrize("passes", ["forward", "forward_backward", "prefill", "training_step"])
+def test_of_a_model(run_script, tmp_path, tiny_model_path, passes):
+    files = ["--output", tmp_path / "benchmark.json", "--picture", tmp_path / "benchmark.png"]
+    finished = run_script(
+        SCRIPT, "--model", tiny_model_path, "--seq-lens", 96, 64, "--pass", passes, "--repeats", 1, *files
+    )
+    assert finished.status == 0, finished.stderr
+    result = json.loads((tmp_path / "benchmark.json").read_text())
+    whole_model = passes in ("prefill", "training_step")
+    assert result["source"].get("layer") == (None if whole_model else 1)
+    assert result["sparse_attention"]["window_size"] == 8
+    for row, length in zip(result["rows"], (96, 64), strict=True):
+        read = sum(min(p + 1, 8 + 2) for p in range(length))
+        assert row["density"] == pytest.approx(read / (length * (length + 1) / 2))
+        assert ("floor_ms" in row) == (not whole_model)
+    assert (tmp_path / "benchmark.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_inputs_of_a_layer_are_the_models_own(layer):
+    model = tiny_model(key_budget=5)
+    ids = tokens(50)
+    seen = {}
+
+    def observer(pattern, query, key, value, scaling, output):
+        seen[pattern.layer_idx] = (query, key, value)
+
+    with torch.no_grad(), observe(model, observer):
+        model(ids)
+    for ours, expected in zip(layer_inputs(model, ids, layer), seen[layer], strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, expected.float())
+
+
+def test_a_layer_without_inputs_is_an_error():
+    with pytest.raises(ValueError, match="layer 7 of the model has no attention"):
+        layer_inputs(tiny_model(), tokens(20), 7)
+
+
+@pytest.mark.parametrize("passes", ["prefill", "training_step"])
+def test_a_model_is_left_sparse_and_without_gradients(passes):
+    model = tiny_model(dtype=torch.float32)
+    row = compare_model_speed(model, tokens(40), passes, repeats=1)
+    assert row["seq_len"] == 40
+    assert model.config._attn_implementation == "sparse"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_fitted_exponent():
+    assert fitted_exponent([1000, 2000, 8000], [3 * n**1.5 for n in (1000, 2000, 8000)]) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("implementation", ["numba", "torch"])
+def test_find_keys_finds_what_the_forward_scores(implementation, monkeypatch):
+    """Every sparse row and KV head is routed once, dense rows and layers never."""
+    config = SparseAttentionConfig(window_size=8, dense_below=40, key_budget=9, implementation=implementation)
+    rows = []
+    if implementation == "numba":
+        find_rows = numba_ops.find_rows
+        monkeypatch.setattr(
+            numba_ops,
+            "find_rows",
+            lambda position, number, *rest: rows.append((position, number)) or find_rows(position, number, *rest),
+        )
+    else:
+        select_slots = RowChunk.select_slots
+        monkeypatch.setattr(
+            RowChunk,
+            "select_slots",
+            lambda self, *rest: rows.append((self.start, self.stop - self.start)) or select_slots(self, *rest),
+        )
+    query, key = torch.randn(4, 100, 16), torch.randn(2, 100, 16)
+    find_keys(query, key, config)
+    assert sorted(p for start, number in rows for p in range(start, start + number)) == sorted([*range(40, 100)] * 2)
+    rows.clear()
+    find_keys(query, key, config.replace(dense_layers=(0,)))
+    find_keys(query[:, :30], key[:, :30], config)
+    assert not rows
 
 
 @pytest.mark.parametrize(
@@ -29,9 +120,23 @@ def test_writes_a_row_for_each_length(run_script, tmp_path, passes):
         (["--seq-lens", 0], ["--seq-lens", "'0'"]),
         (["--pass", "sideways"], ["--pass", "sideways"]),
         (["--dtype", "auto"], ["--dtype"]),
+        (["--pass", "prefill"], ["--pass", "--model"]),
+        (["--layer", 1], ["--layer", "--model"]),
+        (["--model", "demo", "--head-dim", 64], ["--head-dim", "--model"]),
+        (["--picture", "times.txt"], ["--picture", ".png"]),
+        (["--picture", "times.png", "--seq-lens", 64], ["--picture", "two"]),
         (["--sparse-attention", '{"stride": -1}'], ["--sparse-attention", "stride"]),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
 def test_bad_arguments_are_refused(run_script, assert_refused, arguments, words):
     assert_refused(run_script(SCRIPT, *arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [(["--layer", 2], ["--layer", "0 to 1"]), (["--seq-lens", 10**8], ["--seq-lens", "tokens"])],
+    ids=["layer", "length"],
+)
+def test_bad_arguments_of_a_model_are_refused(run_script, assert_refused, tiny_model_path, changes, words):
+    assert_refused(run_script(SCRIPT, "--model", tiny_model_path, *changes), *words)

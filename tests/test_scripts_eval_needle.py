@@ -105,6 +105,7 @@ def test_real_model_finds_facts_with_dense_attention(run_script, tmp_path):
     """Where dense attention finds nothing, equal accuracies say nothing."""
     output = tmp_path / "result.json"
     options = ("--depths", 0, 0.5, 1, "--num-samples", 2, "--needles-per-depth", 1, "--num-single", 0)
+    options += ("--sparse-attention", '{"dense_below": 1024}')
     finished = run_script(SCRIPT, "--model", "demo", "--context-lengths", 1536, *options, "--output", output)
     assert finished.status == 0, finished.stderr
     result = json.loads(output.read_text())

@@ -1,4 +1,4 @@
-"""Time and memory of the attention alone, dense (SDPA) against sparse, alternating in one run."""
+"""Time and memory of the attention alone or of a whole model, dense (SDPA) against sparse, alternating in one run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,50 +15,44 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.integration import observe, record_density
 from hf_sparse_attn.ops import find_keys, sparse_attention
 from hf_sparse_attn.recording import DensityRecorder
+from hf_sparse_attn.routing import LayerPattern
 
-PASSES = ("forward", "forward_backward")
+ATTENTION_PASSES = ("forward", "forward_backward")
+MODEL_PASSES = ("prefill", "training_step")
 
 
 def compare_speed(
-    seq_len: int,
+    inputs: tuple[Tensor, Tensor, Tensor],
     *,
     config: SparseAttentionConfig,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    layer_idx: int = 0,
     passes: str = "forward",
     repeats: int = 5,
 ) -> dict[str, Any]:
-    """Medians over alternating runs on random inputs, batch 1.
+    """Time and memory of one attention, batch 1: medians over alternating runs.
 
     Args:
-        seq_len: tokens.
-        config: the sparse attention's configuration; layer 0's budgets apply.
+        inputs: query [1, num_heads, N, head_dim], key and value [1, num_key_value_heads, N, head_dim].
+        config: the sparse attention's configuration.
+        layer_idx: layer whose budgets and hash apply.
         passes: "forward" or "forward_backward".
         repeats: timed runs of each side, after one that is not counted.
 
     Returns:
         One row of the benchmark: "pass", "seq_len", "dense_ms", "sparse_ms", "routing_ms" (hashing the keys and finding
-        every row's keys, alone; part of the sparse forward), "speedup", "density", "scored_density", and
-        "dense_peak_bytes" and "sparse_peak_bytes": the most memory held above what was held before, inputs excluded.
+        every row's keys, alone; part of the sparse forward), "floor_ms" (the products that the sparse side forms, at
+        the rate that SDPA reaches in this run), "speedup", "density", "scored_density", and "dense_peak_bytes" and
+        "sparse_peak_bytes": the most memory held above what was held before, inputs excluded.
     """
-    query, key, value = make_inputs(seq_len, num_heads, num_kv_heads, head_dim, dtype, device)
     backward = passes == "forward_backward"
-    for tensor in (query, key, value):
-        tensor.requires_grad_(backward)
+    query, key, value = (x.detach().requires_grad_(backward) for x in inputs)
     gradient = torch.randn_like(query)
-
-    def dense() -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-    def sparse() -> Tensor:
-        return sparse_attention(query, key, value, config=config)
 
     def run(attention: Callable[[], Tensor]) -> None:
         with torch.set_grad_enabled(backward):
@@ -65,13 +60,68 @@ def compare_speed(
             if backward:
                 torch.autograd.grad(output, (query, key, value), gradient)
 
+    def dense() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    def sparse() -> Tensor:
+        return sparse_attention(query, key, value, config=config, layer_idx=layer_idx)
+
     recorder = DensityRecorder()
     with torch.no_grad():
-        sparse_attention(query, key, value, config=config, recorder=recorder)
-    sides = {"dense": dense, "sparse": sparse}
-    peaks = {side: peak_bytes(partial(run, attention), device) for side, attention in sides.items()}
-    timed = {side: partial(run, attention) for side, attention in sides.items()}
-    timed["routing"] = partial(find_keys, query[0].detach(), key[0].detach(), config)
+        sparse_attention(query, key, value, config=config, layer_idx=layer_idx, recorder=recorder)
+    routing = partial(find_keys, query[0].detach(), key[0].detach(), config, layer_idx)
+    timed = {"dense": partial(run, dense), "sparse": partial(run, sparse), "routing": routing}
+    row = _compared(timed, query.device, repeats)
+    share = (recorder.scored_density + recorder.density) / 2  # products with keys, and with values
+    return {
+        "pass": passes,
+        "seq_len": query.shape[2],
+        **row,
+        "floor_ms": row["dense_ms"] * share,
+        "density": recorder.density,
+        "scored_density": recorder.scored_density,
+    }
+
+
+def compare_model_speed(
+    model: PreTrainedModel, input_ids: Tensor, passes: str = "prefill", repeats: int = 3
+) -> dict[str, Any]:
+    """Time and memory of a whole model, dense and sparse: medians over alternating runs.
+
+    Args:
+        model: with attn_implementation="sparse"; left so, without gradients.
+        input_ids: [1, N] int64.
+        passes: "prefill" (all layers, the last token's logits) or "training_step" (loss of all tokens, gradients of all
+            weights; no optimizer).
+        repeats: timed runs of each side, after one that is not counted.
+
+    Returns:
+        As `compare_speed`, without routing and floor.
+    """
+
+    def run(implementation: str) -> None:
+        model.set_attn_implementation(implementation)
+        if passes == "prefill":
+            with torch.no_grad():
+                model(input_ids=input_ids, logits_to_keep=1)
+        else:
+            model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+            model.zero_grad()
+
+    try:
+        with record_density(model) as recorder, torch.no_grad():
+            model(input_ids=input_ids, logits_to_keep=1)
+        timed = {"dense": partial(run, "sdpa"), "sparse": partial(run, "sparse")}
+        row = _compared(timed, input_ids.device, repeats)
+    finally:
+        model.set_attn_implementation("sparse")
+    densities = {"density": recorder.density, "scored_density": recorder.scored_density}
+    return {"pass": passes, "seq_len": input_ids.shape[1], **row, **densities}
+
+
+def _compared(timed: Mapping[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Medians in ms, the speedup of sparse over dense, and the peaks of both, after a run of each that is not timed."""
+    peaks = {side: peak_bytes(timed[side], device) for side in ("dense", "sparse")}
     seconds: dict[str, list[float]] = {part: [] for part in timed}
     for _ in range(repeats):
         for part, work in timed.items():
@@ -80,19 +130,52 @@ def compare_speed(
             work()
             synchronize(device)
             seconds[part].append(time.perf_counter() - started)
-    dense_ms, sparse_ms, routing_ms = (1e3 * statistics.median(seconds[part]) for part in timed)
+    medians = {f"{part}_ms": 1e3 * statistics.median(seconds[part]) for part in timed}
     return {
-        "pass": passes,
-        "seq_len": seq_len,
-        "dense_ms": dense_ms,
-        "sparse_ms": sparse_ms,
-        "routing_ms": routing_ms,
-        "speedup": dense_ms / sparse_ms,
-        "density": recorder.density,
-        "scored_density": recorder.scored_density,
+        **medians,
+        "speedup": medians["dense_ms"] / medians["sparse_ms"],
         "dense_peak_bytes": peaks["dense"],
         "sparse_peak_bytes": peaks["sparse"],
     }
+
+
+@torch.no_grad()
+def layer_inputs(model: PreTrainedModel, input_ids: Tensor, layer_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What reaches the attention of one layer, in float32, when the sparse model reads a text.
+
+    Args:
+        model: with attn_implementation="sparse".
+        input_ids: [1, N] int64.
+        layer_idx: which layer; those behind it are not computed.
+
+    Returns:
+        query [1, num_heads, N, head_dim], key and value [1, num_key_value_heads, N, head_dim].
+    """
+
+    class Done(Exception):  # noqa: N818  # no error
+        pass
+
+    found: list[Tensor] = []
+
+    def observer(
+        pattern: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float, output: Tensor
+    ) -> None:
+        if pattern.layer_idx == layer_idx:
+            found.extend(x.float().contiguous() for x in (query, key, value))
+            raise Done
+
+    with suppress(Done), observe(model, observer):
+        model.base_model(input_ids=input_ids, use_cache=False)
+    if not found:
+        raise ValueError(f"layer {layer_idx} of the model has no attention")
+    return found[0], found[1], found[2]
+
+
+def fitted_exponent(seq_lens: Sequence[int], milliseconds: Sequence[float]) -> float:
+    """Slope of the straight line through the logarithms: 2 for quadratic, 1 for linear time."""
+    x, y = (torch.tensor(numbers, dtype=torch.float64).log() for numbers in (seq_lens, milliseconds))
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / x.square().sum())
 
 
 def measure_dense_below(
