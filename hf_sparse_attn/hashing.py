@@ -43,7 +43,11 @@ class BucketHash:
         num_codebooks, codebook_size = self.bias.shape[-2:]
         weight, bias = self.weight.to(key), self.bias.to(key)
         scores = torch.baddbmm(bias.flatten(1).unsqueeze(1), key, weight.flatten(2))
-        codes = scores.unflatten(-1, (num_codebooks, codebook_size)).argmax(-1)  # [Hkv, N, num_codebooks]
+        scores = scores.unflatten(-1, (num_codebooks, codebook_size))
+        # Of two, a comparison finds the larger one several times faster.
+        codes = (
+            (scores[..., 1] > scores[..., 0]).long() if codebook_size == 2 else scores.argmax(-1)
+        )  # [Hkv, N, codebooks]
         return sum(codes[..., i] * codebook_size ** (num_codebooks - 1 - i) for i in range(num_codebooks))
 
 

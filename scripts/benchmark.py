@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py --model demo --seq-lens 2048 8192 32768 --output benchmark.json --picture benchmark.png
 python scripts/benchmark.py --model converted --seq-lens 8192 --pass prefill
+python scripts/benchmark.py --model demo --seq-lens 8192 --pass stages
 python scripts/benchmark.py --seq-lens 4096 8192 --pass forward_backward --num-heads 32 --num-kv-heads 8 --head-dim 128
 
 With --model, the attention gets the queries, keys and values of one of its layers when it reads the demo text; without,
@@ -23,7 +24,7 @@ from hf_sparse_attn.command_line import (
     write_json,
 )
 
-PASSES = ("forward", "forward_backward", "prefill", "training_step")
+PASSES = ("forward", "forward_backward", "stages", "prefill", "training_step")
 SHAPE = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -36,7 +37,8 @@ def parse_arguments() -> Any:
         dest="passes",
         default="forward",
         choices=PASSES,
-        help="of the attention: forward, forward_backward; of the whole --model: prefill, training_step",
+        help="of the attention: forward, forward_backward, stages (where the time goes, with Numba on a CPU); "
+        "of the whole --model: prefill, training_step",
     )
     parser.add_argument("--model", help="Hub id, directory, or demo, for real inputs; it brings shape and budgets")
     parser.add_argument("--layer", type=int, help="layer whose inputs are taken (default: the middle one)")
@@ -66,6 +68,8 @@ def main() -> None:
                 raise ValueError(f"{arguments.picture!r} must end in one of {', '.join(SUFFIXES)}")
             if len(set(arguments.seq_lens)) < 2:
                 raise ValueError("a picture of time against length needs two of --seq-lens")
+            if arguments.passes == "stages":
+                raise ValueError("stages have no picture")
     for name in SHAPE:
         if arguments.model and getattr(arguments, name):
             raise UserError(f"argument --{name.replace('_', '-')}: --model brings its own")
@@ -73,7 +77,7 @@ def main() -> None:
     with argument("--num-kv-heads"):
         if shape["num_heads"] % shape["num_kv_heads"]:
             raise ValueError(f"{shape['num_kv_heads']} does not divide --num-heads {shape['num_heads']}")
-    if not arguments.model and arguments.passes in PASSES[2:]:
+    if not arguments.model and arguments.passes in PASSES[3:]:
         raise UserError(f"argument --pass: {arguments.passes} is of a whole model; give --model")
     if not arguments.model and arguments.layer is not None:
         raise UserError("argument --layer: only a --model has layers")
@@ -82,7 +86,7 @@ def main() -> None:
 
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.environment import describe_environment
-    from hf_sparse_attn.evaluation.speed import compare_speed, make_inputs
+    from hf_sparse_attn.evaluation.speed import make_inputs
     from hf_sparse_attn.loading import parse_device, parse_dtype
     from hf_sparse_attn.visualization import plot_times
 
@@ -101,12 +105,7 @@ def main() -> None:
     else:
         source = {"inputs": "random", **shape}
         rows = [
-            compare_speed(
-                make_inputs(seq_len, *shape.values(), dtype, device),
-                config=config,
-                passes=arguments.passes,
-                repeats=arguments.repeats,
-            )
+            measure_attention(arguments, make_inputs(seq_len, *shape.values(), dtype, device), config)
             for seq_len in progress()
         ]
     if arguments.output:
@@ -115,6 +114,15 @@ def main() -> None:
     if arguments.picture:
         plot_times(rows, picture)
     print_rows(rows)
+
+
+def measure_attention(arguments: Any, inputs: Any, config: Any, layer: int = 0) -> dict[str, Any]:
+    from hf_sparse_attn.evaluation.speed import compare_speed, measure_stages
+
+    if arguments.passes == "stages":
+        with argument("--seq-lens"):
+            return measure_stages(inputs, config=config, layer_idx=layer, repeats=arguments.repeats)
+    return compare_speed(inputs, config=config, layer_idx=layer, passes=arguments.passes, repeats=arguments.repeats)
 
 
 def measure_model(
@@ -126,7 +134,7 @@ def measure_model(
 
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
-    from hf_sparse_attn.evaluation.speed import ATTENTION_PASSES, compare_model_speed, compare_speed, layer_inputs
+    from hf_sparse_attn.evaluation.speed import MODEL_PASSES, compare_model_speed, layer_inputs
     from hf_sparse_attn.integration import merge_sparse_attention
     from hf_sparse_attn.loading import load_config, load_sparse_model, resolve_model
 
@@ -151,19 +159,21 @@ def measure_model(
     rows = []
     for seq_len in progress():
         ids = tokens[None, :seq_len]
-        if arguments.passes in ATTENTION_PASSES:
+        if arguments.passes not in MODEL_PASSES:
             inputs = layer_inputs(model, ids, layer)
-            row = compare_speed(
-                inputs, config=config, layer_idx=layer, passes=arguments.passes, repeats=arguments.repeats
-            )
+            row = measure_attention(arguments, inputs, config, layer)
         else:
             row = compare_model_speed(model, ids, arguments.passes, arguments.repeats)
         rows.append(row)
     source = {"inputs": "demo text", "model": arguments.model}
-    return source | ({"layer": layer} if arguments.passes in ATTENTION_PASSES else {}), config, rows
+    return source | ({"layer": layer} if arguments.passes not in MODEL_PASSES else {}), config, rows
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
+    if rows[0]["pass"] == "stages":
+        for row in rows:
+            print_stages(row)
+        return
     parts = [part for part in ("dense", "sparse", "routing", "floor") if f"{part}_ms" in rows[0]]
     print_table(
         f"{rows[0]['pass']}: medians",
@@ -178,6 +188,24 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
                 f"{row['sparse_peak_bytes'] / 1e6:.0f}",
             ]
             for row in rows
+        ],
+    )
+
+
+def print_stages(row: dict[str, Any]) -> None:
+    print_table(
+        f"{row['seq_len']} tokens; SDPA: {row['dense_ms']:.0f} ms, backward {row['dense_backward_ms']:.0f} ms",
+        ["stage", "ms", "GFLOP", "floor ms", "GB loaded", "GB/s"],
+        [
+            [
+                stage["stage"],
+                f"{stage['ms']:.1f}",
+                f"{stage['gflop']:.1f}" if stage["gflop"] else "",
+                f"{stage['floor_ms']:.1f}" if stage["gflop"] else "",
+                f"{stage['gbyte']:.1f}" if stage["gbyte"] else "",
+                f"{1e3 * stage['gbyte'] / stage['ms']:.0f}" if stage["gbyte"] else "",
+            ]
+            for stage in row["stages"]
         ],
     )
 

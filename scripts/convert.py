@@ -81,11 +81,10 @@ def main() -> None:
 
     from hf_sparse_attn.allocation import FIXED, least_density
     from hf_sparse_attn.config import SparseAttentionConfig
-    from hf_sparse_attn.conversion import calibrate, choose_by_loss, describe_budgets, minimum_tokens, num_steps
+    from hf_sparse_attn.conversion import calibrate, choose_by_loss, describe_budgets, num_steps
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
-    from hf_sparse_attn.evaluation.speed import measure_dense_below
     from hf_sparse_attn.loading import load_sparse_model, parse_device, resolve_model
     from hf_sparse_attn.model_card import write_model_card
     from hf_sparse_attn.visualization import plot_trade
@@ -115,18 +114,9 @@ def main() -> None:
         path = resolve_model(arguments.model)
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    if dense_below == "auto":
-        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        probe = base.replace(key_budget=arguments.key_budget)
-        dense_below = measure_dense_below(probe, num_heads, num_kv_heads, head_dim, device)
-        print(f"sparse attention starts to win at {dense_below} tokens here")
-    if dense_below is not None:
+    if isinstance(dense_below, int):
         base = base.replace(dense_below=dense_below)
-
-    with argument("--context-length"):
-        if arguments.context_length < minimum_tokens(base):
-            raise ValueError(f"must be at least {minimum_tokens(base)}, so that some rows are sparse")
+    check_context_length(arguments.context_length, base)
     with argument("--target-density"):
         least = least_density(base, config.get_text_config().num_hidden_layers, arguments.context_length)
         if arguments.max_loss is None and density < least:
@@ -140,6 +130,11 @@ def main() -> None:
         )
     with argument(f"--model {arguments.model}"):
         model = load_sparse_model(path).to(device).eval()
+    if dense_below == "auto":
+        measured = measure_on_model(model, documents[0]["input_ids"], base.replace(key_budget=arguments.key_budget))
+        print(f"sparse attention starts to win at {measured} tokens here")
+        base = base.replace(dense_below=measured)
+        check_context_length(arguments.context_length, base)
     with argument("--calibration-dataset"), tqdm(total=num_steps(len(documents)), desc="calibrating") as bar:
 
         def progress(step: str) -> None:
@@ -189,6 +184,25 @@ def main() -> None:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     report(output, fitted, trade, choice, result)
+
+
+def check_context_length(context_length: int, config: Any) -> None:
+    from hf_sparse_attn.conversion import minimum_tokens
+
+    with argument("--context-length"):
+        if context_length < minimum_tokens(config):
+            raise ValueError(f"must be at least {minimum_tokens(config)}, so that some rows are sparse")
+
+
+def measure_on_model(model: Any, input_ids: list[int], config: Any) -> int:
+    """`measure_dense_below` on what the middle layer gets for up to 4096 tokens."""
+    import torch
+
+    from hf_sparse_attn.evaluation.speed import layer_inputs, measure_dense_below
+
+    layer = model.config.get_text_config().num_hidden_layers // 2
+    ids = torch.tensor([input_ids[:4096]], device=model.device)
+    return measure_dense_below(config, layer_inputs(model, ids, layer), layer)
 
 
 def parse_dense_below(text: str | None) -> int | str | None:

@@ -286,15 +286,17 @@ def compiled(name, change):
     return mutate
 
 
-def buckets_are_weighed_by(change):
+def rules(**changes):
+    """The compiled implementation's rows follow other rules."""
+
     def mutate(monkeypatch):
-        average_keys = numba_ops.average_keys
+        real = numba_ops._rules
 
-        def mutant(sums, counts, means):
-            average_keys(sums, counts, means)
-            means[:] = change(sums, means)
+        def mutant(*args):
+            rules = real(*args)
+            return rules._replace(**{name: change(rules) for name, change in changes.items()})
 
-        monkeypatch.setattr(numba_ops, "average_keys", mutant)
+        monkeypatch.setattr(numba_ops, "_rules", mutant)
 
     return mutate
 
@@ -323,14 +325,18 @@ def found_keys_are_not_recorded(monkeypatch):
 # Of the compiled implementation; the others are of the one in torch operations or of what both share.
 COMPILED_MUTANTS = {
     "compiled: rows one position too late": compiled("attend_rows", lambda position, *args: (position + 1, *args)),
-    "compiled: bucket means of the next page": compiled(
-        "_move", lambda call, head, state, row: (call, head, state, row + call.pattern.config.page_size)
-    ),
+    "compiled: bucket means of later keys": lambda monkeypatch: monkeypatch.setattr(numba_ops, "MEANS_LAG", -20),
     "compiled: drop the globals": lambda monkeypatch: monkeypatch.setattr(
         numba_ops, "static_positions", lambda *_: torch.arange(0)
     ),
-    "compiled: worst buckets first": buckets_are_weighed_by(lambda _, means: -means),
-    "compiled: bucket means are sums": buckets_are_weighed_by(lambda sums, _: sums),
+    "compiled: worst buckets first": compiled(
+        "attend_rows", lambda position, query, summed, *args: (position, query, -summed, *args)
+    ),
+    "compiled: one head chooses the buckets": compiled(
+        "attend_rows", lambda position, query, summed, *args: (position, query, query[:, 0].copy(), *args)
+    ),
+    "compiled: one key too few": rules(budget=lambda rules: max(rules.budget - 1, 0)),
+    "compiled: light keys are read": rules(min_weights=lambda rules: 0 * rules.min_weights),
     "compiled: no gradient through found keys": no_gradient_through_found_keys,
     "compiled: found keys are not recorded": found_keys_are_not_recorded,
 }

@@ -5,11 +5,13 @@ import torch
 from attention_checks import tiny_model, tokens
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.evaluation.speed import compare_model_speed, fitted_exponent, layer_inputs
+from hf_sparse_attn.evaluation import speed
+from hf_sparse_attn.evaluation.speed import compare_model_speed, fitted_exponent, layer_inputs, make_inputs
 from hf_sparse_attn.integration import observe
 from hf_sparse_attn.ops import find_keys
 from hf_sparse_attn.ops import numba as numba_ops
-from hf_sparse_attn.routing import RowChunk
+from hf_sparse_attn.ops.numba import STAGES
+from hf_sparse_attn.routing import RowChunk, layer_pattern
 
 SCRIPT = "benchmark.py"
 SMALL = ["--seq-lens", 64, 96, "--num-heads", 4, "--num-kv-heads", 2, "--head-dim", 16, "--repeats", 1]
@@ -91,12 +93,14 @@ def test_find_keys_finds_what_the_forward_scores(implementation, monkeypatch):
     config = SparseAttentionConfig(window_size=8, dense_below=40, key_budget=9, implementation=implementation)
     rows = []
     if implementation == "numba":
-        find_rows = numba_ops.find_rows
-        monkeypatch.setattr(
-            numba_ops,
-            "find_rows",
-            lambda position, number, *rest: rows.append((position, number)) or find_rows(position, number, *rest),
-        )
+        attend_rows = numba_ops.attend_rows
+
+        def attend(position, query, *rest):
+            rows.append((position, len(query)))
+            assert STAGES[rest[-1] + 2] == "keys found"
+            attend_rows(position, query, *rest)
+
+        monkeypatch.setattr(numba_ops, "attend_rows", attend)
     else:
         select_slots = RowChunk.select_slots
         monkeypatch.setattr(
@@ -105,12 +109,45 @@ def test_find_keys_finds_what_the_forward_scores(implementation, monkeypatch):
             lambda self, *rest: rows.append((self.start, self.stop - self.start)) or select_slots(self, *rest),
         )
     query, key = torch.randn(4, 100, 16), torch.randn(2, 100, 16)
-    find_keys(query, key, config)
+
+    def find(length=100, **fields):
+        shape = (4, 2, 16, torch.device("cpu"), torch.float32)
+        find_keys(query[:, :length], key[:, :length], layer_pattern(config.replace(**fields), 0, *shape))
+
+    find()
     assert sorted(p for start, number in rows for p in range(start, start + number)) == sorted([*range(40, 100)] * 2)
     rows.clear()
-    find_keys(query, key, config.replace(dense_layers=(0,)))
-    find_keys(query[:, :30], key[:, :30], config)
+    find(dense_layers=(0,))
+    find(length=30)
     assert not rows
+
+
+def test_stages(run_script, tmp_path):
+    output = tmp_path / "stages.json"
+    finished = run_script(SCRIPT, *SMALL, "--pass", "stages", "--sparse-attention", FIELDS, "--output", output)
+    assert finished.status == 0, finished.stderr
+    for row in json.loads(output.read_text())["rows"]:
+        stages = {stage["stage"]: stage for stage in row["stages"]}
+        assert list(stages) == [*STAGES, "dense rows", "recomputation", "gradients"]
+        length = row["seq_len"]
+        sparse_pairs = length * (length + 1) / 2 - 16 * 17 / 2
+        pairs = row["density"] * length * (length + 1) / 2 - 16 * 17 / 2
+        assert 0 < pairs < sparse_pairs
+        assert stages["values"]["gflop"] == pytest.approx(4 * pairs * 16 * 2 / 1e9)
+        assert stages["key scores"]["gbyte"] >= 4 * pairs * 16 * 4 / 2 / 1e9
+    assert "key scores" in finished.stdout
+
+
+def test_dense_below_is_where_the_lines_cross(monkeypatch):
+    """A dense row at position p takes p units, a sparse one 300 wherever it is."""
+    times = {("dense", n): n * n / 2 for n in (512, 1024)} | {("sparse", n): 300 * n for n in (512, 1024)}
+
+    def medians(timed, *_):
+        return {name: times[side, int(n)] for name in timed for side, n in [name.split()]}
+
+    monkeypatch.setattr(speed, "_medians", medians)
+    inputs = make_inputs(1024, 4, 2, 8, torch.float32, torch.device("cpu"))
+    assert speed.measure_dense_below(SparseAttentionConfig(page_size=4), inputs, 0) == 300
 
 
 @pytest.mark.parametrize(
@@ -125,6 +162,8 @@ def test_find_keys_finds_what_the_forward_scores(implementation, monkeypatch):
         (["--model", "demo", "--head-dim", 64], ["--head-dim", "--model"]),
         (["--picture", "times.txt"], ["--picture", ".png"]),
         (["--picture", "times.png", "--seq-lens", 64], ["--picture", "two"]),
+        (["--picture", "times.png", "--pass", "stages"], ["--picture", "stages"]),
+        (["--pass", "stages", "--seq-lens", 64], ["--seq-lens", "all of the 64 rows are dense"]),
         (["--sparse-attention", '{"stride": -1}'], ["--sparse-attention", "stride"]),
     ],
     ids=lambda value: " ".join(map(str, value)),

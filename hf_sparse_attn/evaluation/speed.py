@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.integration import observe, record_density
-from hf_sparse_attn.ops import find_keys, sparse_attention
+from hf_sparse_attn.ops import compute_dtype, document_attention, find_keys
 from hf_sparse_attn.recording import DensityRecorder
-from hf_sparse_attn.routing import LayerPattern
+from hf_sparse_attn.routing import LayerPattern, layer_pattern
 
-ATTENTION_PASSES = ("forward", "forward_backward")
 MODEL_PASSES = ("prefill", "training_step")
+_MOST_TURNS = 1000
 
 
 def compare_speed(
@@ -42,7 +42,7 @@ def compare_speed(
         config: the sparse attention's configuration.
         layer_idx: layer whose budgets and hash apply.
         passes: "forward" or "forward_backward".
-        repeats: timed runs of each side, after one that is not counted.
+        repeats: timed runs of each side, after one that is not counted; short ones are repeated for half a second.
 
     Returns:
         One row of the benchmark: "pass", "seq_len", "dense_ms", "sparse_ms", "routing_ms" (hashing the keys and finding
@@ -50,37 +50,139 @@ def compare_speed(
         the rate that SDPA reaches in this run), "speedup", "density", "scored_density", and "dense_peak_bytes" and
         "sparse_peak_bytes": the most memory held above what was held before, inputs excluded.
     """
-    backward = passes == "forward_backward"
-    query, key, value = (x.detach().requires_grad_(backward) for x in inputs)
-    gradient = torch.randn_like(query)
-
-    def run(attention: Callable[[], Tensor]) -> None:
-        with torch.set_grad_enabled(backward):
-            output = attention()
-            if backward:
-                torch.autograd.grad(output, (query, key, value), gradient)
-
-    def dense() -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-    def sparse() -> Tensor:
-        return sparse_attention(query, key, value, config=config, layer_idx=layer_idx)
-
-    recorder = DensityRecorder()
-    with torch.no_grad():
-        sparse_attention(query, key, value, config=config, layer_idx=layer_idx, recorder=recorder)
-    routing = partial(find_keys, query[0].detach(), key[0].detach(), config, layer_idx)
-    timed = {"dense": partial(run, dense), "sparse": partial(run, sparse), "routing": routing}
-    row = _compared(timed, query.device, repeats)
+    case = _Case(inputs, config, layer_idx, passes == "forward_backward")
+    recorder = case.densities()
+    routing = partial(find_keys, case.query[0].detach(), case.key[0].detach(), case.pattern)
+    timed: dict[str, Callable[[], None]] = {"dense": case.dense, "sparse": case.sparse, "routing": routing}
+    row = _compared(timed, case.query.device, repeats)
     share = (recorder.scored_density + recorder.density) / 2  # products with keys, and with values
     return {
         "pass": passes,
-        "seq_len": query.shape[2],
+        "seq_len": case.query.shape[2],
         **row,
         "floor_ms": row["dense_ms"] * share,
         "density": recorder.density,
         "scored_density": recorder.scored_density,
     }
+
+
+def measure_stages(
+    inputs: tuple[Tensor, Tensor, Tensor], *, config: SparseAttentionConfig, layer_idx: int = 0, repeats: int = 5
+) -> dict[str, Any]:
+    """Where the time of the compiled implementation goes, on a CPU: differences of medians of runs that end earlier.
+
+    Args:
+        inputs, config, layer_idx, repeats: as of `compare_speed`; some rows must be sparse.
+
+    Returns:
+        "pass" ("stages"), "seq_len", "dense_ms" and "dense_backward_ms" (SDPA's forward, and what its backward adds),
+        "density", "scored_density", and "stages": a list of "stage", "ms", "gflop" (of its products; for the bucket
+        scores at most), "floor_ms" (these at the rate that SDPA's forward reaches in this run) and "gbyte" (keys and
+        values loaded, from whatever cache they are in).
+
+    Raises:
+        ValueError: if all rows are dense.
+    """
+    from hf_sparse_attn.ops.numba import STAGES, run_stages
+
+    case, trained = (_Case(inputs, config, layer_idx, backward) for backward in (False, True))
+    query, key, value = (x[0] for x in (case.query, case.key, case.value))
+    (num_heads, num_tokens, head_dim), num_kv_heads = query.shape, len(key)
+    dense_rows = case.pattern.dense_rows()
+    if dense_rows is None or dense_rows >= num_tokens:
+        raise ValueError(f"all of the {num_tokens} rows are dense, there are no stages")
+    timed: dict[str, Callable[[], None]] = {
+        last: partial(run_stages, query, key, value, case.pattern, head_dim**-0.5, last) for last in STAGES
+    }
+    others = {"dense": case.dense, "sparse": case.sparse, "dense both": trained.dense, "sparse both": trained.sparse}
+    total = _medians(timed | others, query.device, repeats)
+
+    recorder = case.densities()
+    pairs = num_heads * num_tokens * (num_tokens + 1) / 2
+    dense_pairs = num_heads * dense_rows * (dense_rows + 1) / 2
+    scored, attended = (pairs * share - dense_pairs for share in (recorder.scored_density, recorder.density))
+    product = 2 * head_dim / 1e9  # of one query with one key
+    rate = 2 * pairs * product / total["dense"]  # GFLOP per ms
+    own_key, own_value = 4 * head_dim * scored * num_kv_heads / num_heads / 1e9, 4 * head_dim * attended / 1e9
+    weight = case.pattern.bucket_hash.weight
+    sparse_rows = num_kv_heads * (num_tokens - dense_rows)
+    work = {  # GFLOP and GB
+        "hash": (num_tokens * weight[..., 0].numel() * weight.shape[-1] * 2 / 1e9, 0.0),
+        "bucket scores": (sparse_rows * case.pattern.bucket_hash.num_buckets * product, 0.0),
+        "key scores": (scored * product, own_key),
+        "values": (attended * product, own_value),
+        "dense rows": (2 * dense_pairs * product, 0.0),
+        "gradients": (4 * attended * product + 5 * dense_pairs * product, 0.0),
+    }
+    milliseconds = {stage: total[stage] - (total[STAGES[i - 1]] if i else 0.0) for i, stage in enumerate(STAGES)}
+    milliseconds["dense rows"] = total["sparse"] - total["values"]
+    milliseconds["recomputation"] = total["softmax"]
+    milliseconds["gradients"] = total["sparse both"] - total["sparse"] - total["softmax"]
+    return {
+        "pass": "stages",
+        "seq_len": num_tokens,
+        "dense_ms": total["dense"],
+        "dense_backward_ms": total["dense both"] - total["dense"],
+        "density": recorder.density,
+        "scored_density": recorder.scored_density,
+        "stages": [
+            {
+                "stage": stage,
+                "ms": spent,
+                "gflop": work.get(stage, (0.0, 0.0))[0],
+                "floor_ms": work.get(stage, (0.0, 0.0))[0] / rate,
+                "gbyte": work.get(stage, (0.0, 0.0))[1],
+            }
+            for stage, spent in milliseconds.items()
+        ],
+    }
+
+
+class _Case:
+    """One attention, dense and sparse, with or without gradients; the pattern is built once, as a model builds it."""
+
+    def __init__(
+        self, inputs: tuple[Tensor, Tensor, Tensor], config: SparseAttentionConfig, layer_idx: int, backward: bool
+    ) -> None:
+        self.query, self.key, self.value = (x.detach().requires_grad_(backward) for x in inputs)
+        query, key = self.query, self.key
+        dtype = compute_dtype(query, key)
+        heads = query.shape[1], key.shape[1], query.shape[-1]
+        self.pattern = layer_pattern(config, layer_idx, *heads, query.device, dtype)
+        self.gradient = torch.randn_like(query) if backward else None
+
+    def dense(self) -> None:
+        self._run(
+            lambda: F.scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True, enable_gqa=True)
+        )
+
+    def sparse(self) -> None:
+        self._run(self._sparse)
+
+    def densities(self) -> DensityRecorder:
+        recorder = DensityRecorder()
+        with torch.no_grad():
+            self._sparse(recorder)
+        return recorder
+
+    def _sparse(self, recorder: DensityRecorder | None = None) -> Tensor:
+        output = document_attention(
+            self.query[0],
+            self.key[0],
+            self.value[0],
+            pattern=self.pattern,
+            query_offset=0,
+            key_offset=0,
+            scaling=self.query.shape[-1] ** -0.5,
+            recorder=recorder,
+        )
+        return output.unsqueeze(0).to(self.query.dtype)
+
+    def _run(self, attention: Callable[[], Tensor]) -> None:
+        with torch.set_grad_enabled(self.gradient is not None):
+            output = attention()
+            if self.gradient is not None:
+                torch.autograd.grad(output, (self.query, self.key, self.value), self.gradient)
 
 
 def compare_model_speed(
@@ -122,21 +224,29 @@ def compare_model_speed(
 def _compared(timed: Mapping[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
     """Medians in ms, the speedup of sparse over dense, and the peaks of both, after a run of each that is not timed."""
     peaks = {side: peak_bytes(timed[side], device) for side in ("dense", "sparse")}
+    medians = _medians(timed, device, repeats)
+    return {
+        **{f"{part}_ms": milliseconds for part, milliseconds in medians.items()},
+        "speedup": medians["dense"] / medians["sparse"],
+        "dense_peak_bytes": peaks["dense"],
+        "sparse_peak_bytes": peaks["sparse"],
+    }
+
+
+def _medians(timed: Mapping[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Milliseconds of each, in turns, after a run of each that is not timed; short ones for half a second."""
     seconds: dict[str, list[float]] = {part: [] for part in timed}
-    for _ in range(repeats):
+    for turn in range(_MOST_TURNS):
         for part, work in timed.items():
             synchronize(device)
             started = time.perf_counter()
             work()
             synchronize(device)
-            seconds[part].append(time.perf_counter() - started)
-    medians = {f"{part}_ms": 1e3 * statistics.median(seconds[part]) for part in timed}
-    return {
-        **medians,
-        "speedup": medians["dense_ms"] / medians["sparse_ms"],
-        "dense_peak_bytes": peaks["dense"],
-        "sparse_peak_bytes": peaks["sparse"],
-    }
+            if turn:
+                seconds[part].append(time.perf_counter() - started)
+        if turn >= repeats and sum(map(sum, seconds.values())) > 0.5 * len(timed):
+            break
+    return {part: 1e3 * statistics.median(spent) for part, spent in seconds.items()}
 
 
 @torch.no_grad()
@@ -178,40 +288,30 @@ def fitted_exponent(seq_lens: Sequence[int], milliseconds: Sequence[float]) -> f
     return float((x * y).sum() / x.square().sum())
 
 
-def measure_dense_below(
-    config: SparseAttentionConfig,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    device: torch.device,
-    seq_len: int = 4096,
-) -> int:
+def measure_dense_below(config: SparseAttentionConfig, inputs: tuple[Tensor, Tensor, Tensor], layer_idx: int) -> int:
     """The position from which on a sparse row is cheaper than a dense one, on this machine.
 
     A dense row at position p takes time proportional to p, a sparse one the same everywhere; both are taken from the
-    second half of `seq_len` tokens, so that the budgets are full.
+    second half of the tokens, so that the budgets are full.
+
+    Args:
+        config: the sparse attention's configuration; its own `dense_below` is not used.
+        inputs: query [1, num_heads, N, head_dim], key and value [1, num_key_value_heads, N, head_dim], of one layer.
+        layer_idx: which layer that is.
     """
-    always_sparse = config.replace(dense_below=0)
-    times = {"dense": [], "sparse": []}  # type: dict[str, list[float]]
+    seq_len = inputs[0].shape[2]
     half = seq_len // 2
-    inputs = {n: make_inputs(n, num_heads, num_kv_heads, head_dim, torch.float32, device) for n in (half, seq_len)}
-    with torch.no_grad():
-        for _ in range(4):  # the first round warms up
-            for side, results in times.items():
-                spent = {}
-                for n, (query, key, value) in inputs.items():
-                    synchronize(device)
-                    started = time.perf_counter()
-                    if side == "dense":
-                        F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-                    else:
-                        sparse_attention(query, key, value, config=always_sparse)
-                    synchronize(device)
-                    spent[n] = time.perf_counter() - started
-                results.append(spent[seq_len] - spent[half])
-    dense_row = statistics.median(times["dense"][1:]) / half / (0.75 * seq_len)  # seconds per row and position
-    sparse_row = statistics.median(times["sparse"][1:]) / half
-    return max(0, round(sparse_row / dense_row / config.page_size) * config.page_size)
+    timed: dict[str, Callable[[], None]] = {}
+    for n in (half, seq_len):
+        cut = inputs[0][:, :, :n], inputs[1][:, :, :n], inputs[2][:, :, :n]
+        case = _Case(cut, config.replace(dense_below=0, dense_layers=()), layer_idx, False)
+        timed |= {f"dense {n}": case.dense, f"sparse {n}": case.sparse}
+    spent = _medians(timed, inputs[0].device, 3)
+    dense_row, sparse_row = (
+        (spent[f"{side} {seq_len}"] - spent[f"{side} {half}"]) / half for side in ("dense", "sparse")
+    )
+    position = sparse_row / dense_row * (0.75 * seq_len)  # a dense row at the mean position takes dense_row
+    return max(0, round(position / config.page_size) * config.page_size)
 
 
 def make_inputs(

@@ -119,18 +119,16 @@ def document_attention(
 
 
 @_torch.no_grad()
-def find_keys(query: Tensor, key: Tensor, config: SparseAttentionConfig, layer_idx: int = 0) -> None:
+def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     """Hash the keys of a document and find every sparse row's keys, nothing else: to measure what routing costs.
 
     Args:
         query: [num_heads, N, head_dim].
         key: [num_key_value_heads, N, head_dim].
-        config: whose implementation, "reference" excepted, finds them.
-        layer_idx: layer whose budget and hash apply.
+        pattern: the layer's pattern, in the dtype that is computed in; "reference" does not find keys by themselves.
     """
-    implementation = _implementation(config.implementation, query.device)
+    implementation = _implementation(pattern.config.implementation, query.device)
     dtype = compute_dtype(query, key)
-    pattern = layer_pattern(config, layer_idx, len(query), len(key), key.shape[-1], key.device, dtype)
     if pattern.dense_rows() is not None:
         implementation.find_keys(query.to(dtype), key.to(dtype), pattern)
 

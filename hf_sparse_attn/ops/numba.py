@@ -1,9 +1,7 @@
 """Sparse attention with its inner loop compiled by Numba: on a CPU, forward and backward, memory linear in the length.
 
-A row goes through its keys once: walk down its ranked buckets, score every key found, exact softmax, weighted sum. Keys
-and values of a bucket stand side by side in memory, and each is loaded once for all query heads of its KV head. Two
-steps are left to libraries that do them better: the products of queries and bucket means (PyTorch) and the sort of the
-buckets' scores (NumPy).
+A row goes through its keys once: choose its buckets, score every key found, exact softmax, weighted sum. Keys and
+values of a bucket stand side by side in memory, and each is loaded once for all query heads of its KV head.
 """
 
 from __future__ import annotations
@@ -16,144 +14,142 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_sparse_attn.ops.numba_kernels import (
-    add_keys,
-    attend_rows,
-    average_keys,
-    count_keys,
-    differentiate_rows,
-    find_rows,
-    label_buckets,
-)
+from hf_sparse_attn.ops.numba_kernels import STAGES as ROW_STAGES
+from hf_sparse_attn.ops.numba_kernels import Array, Head, Read, Rules, State, attend_rows, differentiate_rows, move
 from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
 from hf_sparse_attn.ops.simd import LANES
 from hf_sparse_attn.ops.workers import in_order
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_positions, static_positions
 
 _UNBOUNDED = 2**40  # stands for no sliding window
-_MIN_CHUNK_PAGES = 16
+_MIN_CHUNK_PAGES = 4
 _MAX_CHUNKS = 8  # of a document's rows
 
-Array = NDArray[Any]
+STAGES = ("hash", "tables", *ROW_STAGES)
+_FIRST_OF_ROWS = STAGES.index(ROW_STAGES[0])
 
 
-@dataclass(frozen=True)
-class _Head:
-    """What all rows of one KV head of one document share.
-
-    Args:
-        kv_head: which KV head it is.
-        key, value: [N, head_dim], head_dim filled up with zeros to a multiple of LANES.
-        static: sorted positions of the static keys, int64.
-        bucket: [N] int32; keys that are never routed have the number of buckets.
-        order: [N] int32, keys by bucket, oldest first.
-        first: [num_buckets] int32, where each bucket begins in `order`; empty if nothing is routed.
-        table_key, table_value: key[order], value[order].
-    """
-
-    kv_head: int
-    key: Array
-    value: Array
-    static: Array
-    bucket: Array
-    order: Array
-    first: Array
-    table_key: Array
-    table_value: Array
-
-    @classmethod
-    def of(cls, call: Call, kv_head: int, key: Tensor, value: Tensor, bucket: Tensor, static: Tensor) -> _Head:
-        """Of key and value [N, head_dim] with their buckets [N]."""
-        num_buckets = call.pattern.bucket_hash.num_buckets if call.budget(kv_head) else 0
-        own, held = bucket.int(), static - call.key_offset
-        own[held[(held >= 0) & (held < len(own))]] = num_buckets
-        sorted_bucket, order = torch.sort(own, stable=True)
-        first = torch.searchsorted(sorted_bucket, torch.arange(num_buckets, dtype=torch.int32)).int()
-        key, value = _filled(key), _filled(value)
-        tables = key.index_select(0, order), value.index_select(0, order)
-        return cls(kv_head, *(x.numpy() for x in (key, value, static, own, order.int(), first, *tables)))
+def _head(call: Call, kv_head: int, key: Tensor, value: Tensor, bucket: Tensor, static: Tensor) -> Head:
+    """Of one KV head's keys and values [N, head_dim] with their buckets [N]."""
+    num_buckets = call.pattern.bucket_hash.num_buckets if call.budget(kv_head) else 0
+    own, held = bucket.int(), static - call.key_offset
+    own[held[(held >= 0) & (held < len(own))]] = num_buckets
+    sorted_bucket, order = torch.sort(own, stable=True)
+    first = torch.searchsorted(sorted_bucket, torch.arange(num_buckets, dtype=torch.int32)).int()
+    key, value = _filled(key), _filled(value)
+    tables = key.index_select(0, order), value.index_select(0, order)
+    arrays = (x.numpy() for x in (static, own, order.int(), first, *tables))
+    return Head(key.numpy(), value.numpy(), call.key_offset, *arrays)
 
 
-@dataclass
-class _State:
-    """What rows may know of the buckets; moves on with them.
+def _rules(call: Call, kv_head: int, group: int, sinks: Tensor | None, dtype: Any) -> Rules:
+    pattern, config = call.pattern, call.pattern.config
+    sliding_window = pattern.sliding_window or _UNBOUNDED
+    return Rules(
+        dense_rows=pattern.dense_rows() or 0,
+        page_size=config.page_size,
+        window=min(config.window_size, sliding_window),
+        sliding_window=sliding_window,
+        means_lag=MEANS_LAG,
+        budget=call.budget(kv_head),
+        min_weights=np.array(pattern.min_weights[kv_head * group : (kv_head + 1) * group], dtype),
+        softcap=call.softcap or 0.0,
+        sinks=np.zeros(0, dtype) if sinks is None else sinks.detach().numpy(),
+    )
 
-    Args:
-        sums, counts: [num_buckets, head_dim] and [num_buckets]: sums and numbers of the keys before a row's page.
-        upper: [num_buckets], keys that are older than a row's window.
-        lower: [num_buckets], of these, keys that are outside of the model's own window.
-        reach: how many keys have been added to sums, taken away again, counted in upper, and in lower.
-    """
 
-    sums: Array
-    counts: Array
-    upper: Array
-    lower: Array
-    reach: Array
-
-    @classmethod
-    def empty(cls, head: _Head) -> _State:
-        num_buckets = len(head.first)
-        counts, upper, lower = np.zeros((3, num_buckets), np.int32)
-        sums = np.zeros((num_buckets, head.key.shape[1]), head.key.dtype)
-        return cls(sums, counts, upper, lower, np.zeros(4, np.int64))
-
-    def copy(self) -> _State:
-        return _State(*(x.copy() for x in vars(self).values()))
+def _empty_state(head: Head) -> State:
+    num_buckets = len(head.first)
+    capacity = -(-max(num_buckets, 1) // (2 * LANES)) * 2 * LANES
+    head_dim, dtype = head.key.shape[1], head.key.dtype
+    counts, upper, lower = np.zeros((3, num_buckets), np.int32)
+    listed, ends, available = np.zeros((3, capacity), np.int32)
+    return State(
+        sums=np.zeros((num_buckets, head_dim), dtype),
+        counts=counts,
+        upper=upper,
+        lower=lower,
+        place=np.full(num_buckets, -1, np.int32),
+        listed=listed,
+        means=np.zeros((capacity // LANES, head_dim, LANES), dtype),
+        ends=ends,
+        available=available,
+        reach=np.zeros(5, np.int64),
+    )
 
 
 def _pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call) -> Iterator[Piece]:
-    for heads, rows, kv_heads, chunk in _chunks(query, key, value, start, end, call):
-        yield Piece(heads, rows, kv_heads, chunk.attend, chunk.differentiate)
+    # At once, while PyTorch has all threads.
+    bucket = call.pattern.bucket_hash.assign(key)
+    # In the backward each chunk adds to the gradients of all keys: no more of them than keep the threads busy.
+    num_chunks = -(-2 * torch.get_num_threads() // len(key)) if call.backward else _MAX_CHUNKS
+    return (
+        Piece(heads, rows, kv_heads, chunk.attend, chunk.differentiate)
+        for heads, rows, kv_heads, chunk in _chunks(query, key, value, bucket, start, end, call, num_chunks)
+    )
 
 
 def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     """See `ops.find_keys`."""
-    call = Call(_pieces, pattern, 0, 0, 1.0, None, True, None)
+    run_stages(query, key, key, pattern, 1.0, "keys found")
+
+
+def run_stages(query: Tensor, key: Tensor, value: Tensor, pattern: LayerPattern, scaling: float, last: str) -> None:
+    """Compute a document's sparse rows up to one of STAGES and drop the result: to measure what each stage costs.
+
+    Args:
+        query: [num_heads, N, head_dim].
+        key, value: [num_key_value_heads, N, head_dim].
+        pattern: the layer's pattern.
+        scaling: factor on query . key.
+        last: the last stage that is computed.
+    """
+    call = Call(_pieces, pattern, 0, 0, scaling, None, True, None)
     start, end = call.dense_end(key.shape[1]), key.shape[1]
-    chunks = _chunks(query, key, key, start, end, call) if end > start else ()
-    for _ in in_order(lambda part: part[-1].find(query[part[0], part[1]]), chunks, torch.get_num_threads()):
+    until = STAGES.index(last)
+    if start == end:
+        return
+
+    output = query.new_empty(key.shape[1], len(query), value.shape[-1]).transpose(0, 1)
+
+    def work(part: tuple[slice, slice, slice, _Chunk]) -> None:
+        heads, rows, _, chunk = part
+        if until >= _FIRST_OF_ROWS:
+            chunk.compute(query[heads, rows], None, output[heads, rows], until)
+
+    bucket = pattern.bucket_hash.assign(key)
+    if last == "hash":
+        return
+    parts = _chunks(query, key, value, bucket, start, end, call, _MAX_CHUNKS)
+    for _ in in_order(work, parts, torch.get_num_threads()):
         pass
 
 
 def _chunks(
-    query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call
+    query: Tensor, key: Tensor, value: Tensor, bucket: Tensor, start: int, end: int, call: Call, num_chunks: int
 ) -> Iterator[tuple[slice, slice, slice, _Chunk]]:
     """Rows at positions start .. end - 1, chunk after chunk of each KV head: heads, rows, KV heads and the chunk."""
     pattern, offset = call.pattern, call.query_offset
     group, page_size = len(query) // len(key), pattern.config.page_size
-    chunk_rows = max(_MIN_CHUNK_PAGES, -(-key.shape[1] // (_MAX_CHUNKS * page_size))) * page_size
+    chunk_rows = max(_MIN_CHUNK_PAGES, -(-(end - start) // (num_chunks * page_size))) * page_size
     static = static_positions(pattern.config, end, key.device)
-    bucket = pattern.bucket_hash.assign(key)
     for kv_head in range(len(key)):
-        head = _Head.of(call, kv_head, key[kv_head], value[kv_head], bucket[kv_head], static)
-        state = _State.empty(head)
+        head = _head(call, kv_head, key[kv_head], value[kv_head], bucket[kv_head], static)
+        state, rules = _empty_state(head), _rules(call, kv_head, group, None, head.key.dtype)
         row = start
         while row < end:
-            stop = min((row // chunk_rows + 1) * chunk_rows, end)
-            _move(call, head, state, row)
+            stop = min((row // page_size) * page_size + chunk_rows, end)
+            move(head, state, rules, row)
             heads, rows = slice(kv_head * group, (kv_head + 1) * group), slice(row - offset, stop - offset)
-            yield heads, rows, slice(kv_head, kv_head + 1), _Chunk(call, head, state.copy(), row)
+            yield (
+                heads,
+                rows,
+                slice(kv_head, kv_head + 1),
+                _Chunk(call, kv_head, head, State(*(x.copy() for x in state)), row),
+            )
             row = stop
-
-
-def _move(call: Call, head: _Head, state: _State, row: int) -> None:
-    """Bring the state to the row at this position."""
-    config = call.pattern.config
-    page = row // config.page_size * config.page_size
-    sliding_window = call.pattern.sliding_window or _UNBOUNDED
-    num_keys = len(head.key)
-    if not len(head.first):
-        return
-    lags = MEANS_LAG, sliding_window - config.page_size + 1
-    for sign, lag, which in zip((1, -1), lags, (0, 1), strict=True):
-        target = min(max(page - lag + 1 - call.key_offset, 0), num_keys)
-        add_keys(head.key, head.bucket, state.reach, which, target, sign, state.sums, state.counts)
-    count_keys(head.bucket, state.reach, 2, row - config.window_size + 1 - call.key_offset, state.upper)
-    count_keys(head.bucket, state.reach, 3, row - sliding_window + 1 - call.key_offset, state.lower)
 
 
 @dataclass
@@ -161,18 +157,27 @@ class _Chunk:
     """Rows from position `start` on of the query heads that share a KV head; one use moves the state on."""
 
     call: Call
-    head: _Head
-    state: _State
+    kv_head: int
+    head: Head
+    state: State
     start: int
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-        """[group, R, head_dim], the KV head's keys and values again, and [group] or None -> [group, R, head_dim]."""
+    def attend(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> None:
+        """Fill output [group, R, head_dim] for query [group, R, head_dim], the KV head's keys and values and sinks."""
+        num_heads, num_rows, head_dim = output.shape
+        padded = self.head.value.shape[1]
+        direct = padded == head_dim and output.stride(0) == head_dim and output.stride(2) == 1
+        own = output.new_empty(num_rows, num_heads, padded).transpose(0, 1) if not direct else output
+        self.compute(query, sinks, own)
+        if not direct:
+            output.copy_(own[..., :head_dim])
+
+    def compute(self, query: Tensor, sinks: Tensor | None, output: Tensor, until: int = len(STAGES) - 1) -> None:
+        """As `attend`, but nothing is computed after the stage `until`; each row of `output` must be contiguous."""
         rows = _by_row(query * self.call.scaling)
-        output = np.empty((*rows.shape[:2], self.head.value.shape[1]), rows.dtype)
-        for page, read in self._pages(rows, sinks, output, self.call.recorder is not None):
+        for page, read in self._read(rows, sinks, output, until, self.call.recorder is not None):
             if self.call.recorder is not None:
                 self._record(page, read)
-        return torch.from_numpy(output).transpose(0, 1)[..., : value.shape[-1]]
 
     def differentiate(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
@@ -183,24 +188,13 @@ class _Chunk:
         query_grad, key_grad, value_grad = (np.zeros_like(x) for x in (rows, head.key, head.value))
         table_key_grad, table_value_grad = np.zeros_like(key_grad), np.zeros_like(value_grad)
         sinks_grad = np.zeros(0 if sinks is None else len(sinks), rows.dtype)
-        near = np.empty(self._num_columns(), np.int32)
-        kept, slopes, capped = (np.empty((1, rows.shape[1], self._num_columns()), rows.dtype) for _ in range(3))
-        for page, read in self._pages(rows, sinks, None, True):
+        for page, read in self._read(rows, sinks, None, STAGES.index("softmax"), True):
             differentiate_rows(
                 upstream[page],
                 rows[page],
-                head.key,
-                head.value,
-                head.table_key,
-                head.table_value,
-                read.weights,
-                read.slots,
-                read.sizes,
+                head,
                 self.call.softcap or 0.0,
-                near,
-                kept,
-                slopes,
-                capped,
+                read,
                 query_grad[page],
                 key_grad,
                 value_grad,
@@ -217,107 +211,54 @@ class _Chunk:
         )
         return grads if sinks is None else (*grads, torch.from_numpy(sinks_grad))
 
-    def _pages(
-        self, rows: Array, sinks: Tensor | None, output: Array | None, keep: bool
-    ) -> Iterator[tuple[slice, _Read]]:
-        """Compute page after page of the rows [R, group, head_dim], into `output` unless that is None.
+    def _read(
+        self, rows: Array, sinks: Tensor | None, output: Tensor | None, until: int, keep: bool
+    ) -> Iterator[tuple[slice, Read]]:
+        """Compute the rows [R, group, head_dim], into `output` [group, R, head_dim] unless that is None.
 
-        What is read of a page is overwritten by the next one, and has no meaning unless `keep`.
+        What was read comes page by page and is overwritten by the next one; without `keep` it has no meaning, and all
+        rows are one page.
         """
-        call, head, state = self.call, self.head, self.state
-        pattern, config = call.pattern, call.pattern.config
-        group = rows.shape[1]
-        sliding_window = pattern.sliding_window or _UNBOUNDED
-        kept_rows = min(config.page_size, len(rows)) if keep else 1
-        read = _Read(
+        config, (num_rows, group, _) = self.call.pattern.config, rows.shape
+        rules = _rules(self.call, self.kv_head, group, sinks, rows.dtype)
+        kept_rows = config.page_size if keep else 1
+        read = Read(
             np.empty((kept_rows, group, self._num_columns()), rows.dtype),
             np.empty((kept_rows, self._num_columns()), np.int32),
             np.empty((kept_rows, 3), np.int32),
         )
-        min_weights = np.array(pattern.min_weights[head.kv_head * group : (head.kv_head + 1) * group], rows.dtype)
-        own_sinks = np.zeros(0, rows.dtype) if sinks is None else sinks.detach().numpy()
-        drawn = _random_keys(call, head, self.start, len(rows))
-        for page, ranked in self._ranked(rows):
+        flat, stride = _flat(output) if output is not None else (rows.reshape(-1), 0)
+        summed = rows.sum(1)
+        drawn = _random_keys(self.call, self.head, self.start, num_rows)
+        low = 0
+        while low < num_rows:
+            position = self.start + low
+            high = min(low + config.page_size - position % config.page_size, num_rows) if keep else num_rows
+            page = slice(low, high)
             attend_rows(
-                self.start + page.start,
+                position,
                 rows[page],
-                head.key,
-                head.value,
-                call.key_offset,
-                head.table_key,
-                head.table_value,
-                head.order,
-                head.first,
-                ranked,
-                ranked.view(_integer(ranked)),
-                head.bucket,
-                state.upper,
-                state.lower,
-                state.reach,
-                min(config.window_size, sliding_window),
-                sliding_window,
-                head.static,
-                call.budget(head.kv_head),
-                min_weights,
-                call.softcap or 0.0,
-                own_sinks,
+                summed[page],
+                self.head,
+                self.state,
+                rules,
                 drawn[page],
-                rows[:0] if output is None else output[page],
-                read.weights,
-                read.slots,
-                read.sizes,
+                flat[low * stride :],
+                stride,
+                read,
                 keep,
+                until - _FIRST_OF_ROWS,
             )
             yield page, read
-
-    def _ranked(self, rows: Array) -> Iterator[tuple[slice, Array]]:
-        """The buckets of each page's rows from the worst to the best: scores [R, num_buckets] with the numbers inside.
-
-        The state is brought to the page's first row.
-        """
-        state, page_size = self.state, self.call.pattern.config.page_size
-        summed = torch.from_numpy(rows).sum(1)
-        means = torch.empty(state.sums.shape, dtype=summed.dtype)
-        low, end = self.start, self.start + len(rows)
-        while low < end:
-            high = min((low // page_size + 1) * page_size, end)
-            page = slice(low - self.start, high - self.start)
-            _move(self.call, self.head, state, low)
-            average_keys(state.sums, state.counts, means.numpy())
-            ranked = (summed[page] @ means.T).numpy()
-            label_buckets(ranked, ranked.view(_integer(ranked)), state.counts)
-            ranked.sort(-1)
-            yield page, ranked
             low = high
-
-    def find(self, query: Tensor) -> None:
-        """Find the keys of the rows [group, R, head_dim] and drop them."""
-        head, state, pattern = self.head, self.state, self.call.pattern
-        lags = pattern.config.window_size, pattern.sliding_window or _UNBOUNDED
-        budget = self.call.budget(head.kv_head)
-        slots = np.empty(budget + LANES, np.int32)
-        for page, ranked in self._ranked(_by_row(query)):
-            find_rows(
-                self.start + page.start,
-                page.stop - page.start,
-                ranked,
-                ranked.view(_integer(ranked)),
-                head.first,
-                head.bucket,
-                state.upper,
-                state.lower,
-                state.reach,
-                lags,
-                budget,
-                slots,
-            )
 
     def _num_columns(self) -> int:
         config = self.call.pattern.config
-        fixed = len(self.head.static) + config.window_size + config.num_random_keys
-        return _padded(fixed) + _padded(self.call.budget(self.head.kv_head)) + LANES
+        longest = max(config.window_size, self.call.pattern.dense_rows() or 0)
+        fixed = len(self.head.static) + min(longest, len(self.head.key)) + config.num_random_keys
+        return _padded(fixed) + _padded(self.call.budget(self.kv_head)) + LANES
 
-    def _record(self, page: slice, read: _Read) -> None:
+    def _record(self, page: slice, read: Read) -> None:
         position = torch.arange(self.start + page.start, self.start + page.stop)
         weights, slots, sizes = (x[: len(position)] for x in (read.weights, read.slots, read.sizes))
         column = np.arange(slots.shape[1])
@@ -327,29 +268,8 @@ class _Chunk:
         keys = torch.from_numpy(slots).long() + self.call.key_offset
         for i in range(weights.shape[1]):
             attended = torch.from_numpy(fixed | (found & (weights[:, i] != 0)))
-            head = self.head.kv_head * weights.shape[1] + i
+            head = self.kv_head * weights.shape[1] + i
             self.call.record(head, position, attended, int(fixed.sum() + found.sum()), lambda: keys)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What rows read.
-
-    Args:
-        weights: [R, group, C]; 0 for keys that were found and are not read.
-        slots: [R, C] int32, index of each weight's key; of found keys, in the tables.
-        sizes: [R, 3] int32: the columns up to the first number hold the fixed keys, from the second to the third the
-            found ones.
-    """
-
-    weights: Array
-    slots: Array
-    sizes: Array
-
-
-def _integer(scores: Array) -> type:
-    """The integers of the scores' size."""
-    return np.int32 if scores.dtype == np.float32 else np.int64
 
 
 def _padded(number: int) -> int:
@@ -361,15 +281,24 @@ def _by_row(x: Tensor) -> Array:
     return _filled(x.transpose(0, 1)).numpy()
 
 
+def _flat(output: Tensor) -> tuple[Array, int]:
+    """The memory of [group, R, head_dim] from its first element on, and the step from row to row."""
+    stride = output.stride(1)
+    length = (output.shape[1] - 1) * stride + output.shape[0] * output.shape[2]
+    return output.as_strided((length,), (1,)).numpy(), stride
+
+
 def _filled(x: Tensor) -> Tensor:
     """Contiguous, without gradients, the last dimension filled up with zeros to a multiple of LANES."""
     missing = _padded(x.shape[-1]) - x.shape[-1]
     return F.pad(x.detach(), (0, missing)) if missing else x.detach().contiguous()
 
 
-def _random_keys(call: Call, head: _Head, start: int, num_rows: int) -> Array:
+def _random_keys(call: Call, head: Head, start: int, num_rows: int) -> Array:
     """Keys that the seeded random pattern adds to each row: [R, num_random_keys] indices, -1 where it adds none."""
     config, offset = call.pattern.config, call.key_offset
+    if not config.num_random_keys:
+        return np.empty((num_rows, 0), np.int32)
     position = torch.arange(start, start + num_rows)
     drawn = random_positions(config, position).sort(-1).values
     sliding_window = call.pattern.sliding_window or _UNBOUNDED
@@ -379,4 +308,4 @@ def _random_keys(call: Call, head: _Head, start: int, num_rows: int) -> Array:
     return (drawn - offset).masked_fill_(seen, -1).int().numpy()
 
 
-document_attention = partial(attend_in_pieces, _pieces)
+document_attention = partial(attend_in_pieces, _pieces, dense_rows_too=True)

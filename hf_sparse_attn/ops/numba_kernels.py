@@ -3,83 +3,252 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_sparse_attn.ops.simd import (
     LANES,
     add,
+    add_if_at_least,
     drop_below,
     exp,
+    highest_bit,
+    lanes_at_least,
     largest,
     load,
     maximum,
+    minimum,
     multiply_add,
+    smallest,
     splat,
     store,
+    store_run,
     store_totals,
     total,
+    whole_total,
     zeros,
 )
-from hf_sparse_attn.routing import UNROUTABLE
 
+STAGES = ("bucket scores", "keys found", "key scores", "softmax", "values")  # of `attend_rows`
+_FOUND, _SCORED, _WEIGHED, _ALL = range(1, len(STAGES))
+_ADDED, _LEFT, _UPPER, _LOWER, _LISTED = range(5)  # places in State.reach
 _BLOCK = 128  # columns whose values are read for one head after the other
 _HIDDEN = -1e30  # score of a column that holds no key
 
+Array = NDArray[Any]
+
 # Sums may be reordered; infinities and NaN stay what they are.
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+_FLAGS = {"reassoc", "contract", "nsz", "arcp"}
+compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FLAGS)
+# A call that is not inlined counts the references to each array that it is given, one atomic operation after the other.
+inlined = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FLAGS, forceinline=True)
+
+
+class Head(NamedTuple):
+    """What all rows of one KV head of one document share.
+
+    Args:
+        key, value: [N, head_dim], head_dim filled up with zeros to a multiple of LANES.
+        key_offset: position of the first key.
+        static: sorted positions of the static keys, int64.
+        bucket: [N] int32; keys that are never routed have the number of buckets.
+        order: [N] int32, keys by bucket, oldest first.
+        first: [num_buckets] int32, where each bucket begins in `order`; empty if nothing is routed.
+        table_key, table_value: key[order], value[order].
+    """
+
+    key: Array
+    value: Array
+    key_offset: int
+    static: Array
+    bucket: Array
+    order: Array
+    first: Array
+    table_key: Array
+    table_value: Array
+
+
+class State(NamedTuple):
+    """What rows may know of the buckets; moves on with them.
+
+    Args:
+        sums, counts: [num_buckets, head_dim] and [num_buckets]: sums and numbers of the keys before a row's page.
+        upper: [num_buckets], keys that are older than a row's window.
+        lower: [num_buckets], of these, keys that are outside of the model's own window.
+        place: [num_buckets], where each bucket stands in the list of those with a count, or -1.
+        listed: [C] int32, the list; C is at least num_buckets.
+        means: [C / LANES, head_dim, LANES], of the list's buckets; what follows behind the list is finite.
+        ends: [C] int32, where the keys that are counted in `upper` end in the tables.
+        available: [C] int32, upper - lower, and 0 behind the list.
+        reach: [5] int64: how many keys have been added to sums, taken away again, counted in upper, and in lower; and
+            the length of the list.
+    """
+
+    sums: Array
+    counts: Array
+    upper: Array
+    lower: Array
+    place: Array
+    listed: Array
+    means: Array
+    ends: Array
+    available: Array
+    reach: Array
+
+
+class Rules(NamedTuple):
+    """What rows read; see `SparseAttentionConfig`.
+
+    Args:
+        dense_rows: position of the first row that does not read everything.
+        means_lag: how far behind a page's first row the newest key lies that its means know.
+        min_weights, sinks: [group]; sinks [0] if there are none.
+    """
+
+    dense_rows: int
+    page_size: int
+    window: int
+    sliding_window: int
+    means_lag: int
+    budget: int
+    min_weights: Array
+    softcap: float
+    sinks: Array
+
+
+class Read(NamedTuple):
+    """What rows read.
+
+    Args:
+        weights: [R, group, C]; 0 for keys that were found and are not read.
+        slots: [R, C] int32, index of each weight's key; of found keys, in the tables.
+        sizes: [R, 3] int32: the columns up to the first number hold the fixed keys, from the second to the third the
+            found ones.
+    """
+
+    weights: Array
+    slots: Array
+    sizes: Array
+
+
+@inlined
+def _forget_bucket(b, place, listed, means, ends, available, reach):
+    """Take a bucket off the list; the last one moves to its place."""
+    reach[_LISTED] -= 1
+    i, last = place[b], reach[_LISTED]
+    moved = listed[last]
+    listed[i], ends[i], available[i] = moved, ends[last], available[last]
+    for d in range(means.shape[1]):
+        means[i // LANES, d, i % LANES] = means[last // LANES, d, last % LANES]
+    place[moved] = i
+    place[b] = -1
+    available[last] = 0
 
 
 @compiled
-def add_keys(key, bucket, reach, which, target, sign, sums, counts):
-    """Add keys reach[which] .. target - 1 to their buckets (sign 1), or take them away (sign -1)."""
-    for j in range(reach[which], target):
+def _add_keys(head, state, which, target, sign):
+    """Add the keys before index `target` to their buckets (sign 1), or take them away (sign -1)."""
+    key, bucket, first = head.key, head.bucket, head.first
+    sums, counts, upper, lower, place, listed, means, ends, available, reach = state
+    head_dim, number = key.shape[1], key.dtype.type
+    factor = number(sign)
+    for j in range(reach[which], min(target, len(bucket))):
         b = bucket[j]
-        if b < len(counts):
-            counts[b] += sign
-            for d in range(key.shape[1]):
-                sums[b, d] += sign * key[j, d]
-            if counts[b] == 0:
-                sums[b] = 0
-    reach[which] = max(reach[which], target)
+        if b == len(counts):
+            continue
+        counts[b] += sign
+        for d in range(head_dim):
+            sums[b, d] += factor * key[j, d]
+        if counts[b] == 0:
+            for d in range(head_dim):
+                sums[b, d] = 0
+        if counts[b] <= 0:  # less than 0 where keys leave a short window before their page knows them
+            if place[b] >= 0:
+                _forget_bucket(b, place, listed, means, ends, available, reach)
+            continue
+        if place[b] < 0:
+            i = reach[_LISTED]
+            reach[_LISTED] += 1
+            place[b], listed[i] = i, b
+            ends[i], available[i] = first[b] + upper[b], upper[b] - lower[b]
+        scale = number(1) / number(counts[b])
+        at = place[b] // LANES * head_dim * LANES + place[b] % LANES
+        for d in range(head_dim):
+            means.flat[at + d * LANES] = sums[b, d] * scale
+    reach[which] = max(reach[which], min(target, len(bucket)))
+
+
+@inlined
+def _count_keys(bucket, which, target, counts, place, ends, available, reach):
+    """Count the keys before index `target` as older than the window or as outside of the model's own."""
+    for j in range(reach[which], min(target, len(bucket))):
+        b = bucket[j]
+        if b == len(counts):
+            continue
+        counts[b] += 1
+        i = place[b]
+        if i >= 0 and which == _UPPER:
+            ends[i] += 1
+            available[i] += 1
+        elif i >= 0:
+            available[i] -= 1
+    reach[which] = max(reach[which], min(target, len(bucket)))
 
 
 @compiled
-def count_keys(bucket, reach, which, target, counts):
-    """Count keys reach[which] .. target - 1 in their buckets."""
-    target = min(target, len(bucket))
-    for j in range(reach[which], target):
-        if bucket[j] < len(counts):
-            counts[bucket[j]] += 1
-    reach[which] = max(reach[which], target)
+def move(head, state, rules, row):
+    """Bring the state to the row at this position."""
+    bucket, upper, lower = head.bucket, state.upper, state.lower
+    place, ends, available, reach = state.place, state.ends, state.available, state.reach
+    if len(place) == 0:
+        return
+    page = row // rules.page_size * rules.page_size - head.key_offset
+    own_lag = rules.sliding_window - rules.page_size + 1
+    _add_keys(head, state, _ADDED, page - rules.means_lag + 1, 1)
+    _add_keys(head, state, _LEFT, page - own_lag + 1, -1)
+    row -= head.key_offset
+    _count_keys(bucket, _UPPER, row - rules.window + 1, upper, place, ends, available, reach)
+    _count_keys(bucket, _LOWER, row - rules.sliding_window + 1, lower, place, ends, available, reach)
 
 
-@compiled
-def average_keys(sums, counts, means):
-    for b in range(len(counts)):
-        scale = 1 / max(counts[b], 1)
-        for d in range(sums.shape[1]):
-            means[b, d] = sums[b, d] * scale
+@inlined
+def _score_buckets(summed, low, high, means, num_buckets, scores):
+    """Products of summed[low:high] with the first means (at least num_buckets of them) into scores."""
+    head_dim, width = summed.shape[1], scores.shape[1]
+    for c in range(0, num_buckets, 2 * LANES):
+        for r in range(low, high, 4):
+            # Beyond the last row, that row again.
+            second, third, fourth = min(r + 1, high - 1), min(r + 2, high - 1), min(r + 3, high - 1)
+            a0 = a1 = b0 = b1 = c0 = c1 = e0 = e1 = zeros(scores)
+            for d in range(head_dim):
+                mean0, mean1 = load(means, c * head_dim + d * LANES), load(means, (c + LANES) * head_dim + d * LANES)
+                query = splat(summed[r, d])
+                a0, a1 = multiply_add(query, mean0, a0), multiply_add(query, mean1, a1)
+                query = splat(summed[second, d])
+                b0, b1 = multiply_add(query, mean0, b0), multiply_add(query, mean1, b1)
+                query = splat(summed[third, d])
+                c0, c1 = multiply_add(query, mean0, c0), multiply_add(query, mean1, c1)
+                query = splat(summed[fourth, d])
+                e0, e1 = multiply_add(query, mean0, e0), multiply_add(query, mean1, e1)
+            store(scores, (r - low) * width + c, a0)
+            store(scores, (r - low) * width + c + LANES, a1)
+            store(scores, (second - low) * width + c, b0)
+            store(scores, (second - low) * width + c + LANES, b1)
+            store(scores, (third - low) * width + c, c0)
+            store(scores, (third - low) * width + c + LANES, c1)
+            store(scores, (fourth - low) * width + c, e0)
+            store(scores, (fourth - low) * width + c + LANES, e1)
 
 
-@compiled
-def label_buckets(scores, bits, counts):
-    """Hide buckets of which nothing is known, and write each bucket's number into the lowest bits of its score."""
-    mask = len(counts) - 1
-    for r in range(len(scores)):
-        for b in range(len(counts)):
-            if counts[b] <= 0:
-                scores[r, b] = UNROUTABLE
-        for b in range(len(counts)):
-            bits[r, b] = (bits[r, b] & ~mask) | b
-
-
-@compiled
+@inlined
 def _score(query, at_query, key, slots, low, high, scores, at):
     """Products of a row's queries with the keys in columns low .. high - 1; up to three columns behind are written too.
 
-    The first head's columns begin at flat index `at`. Of the slots behind `high`, three are set as well.
+    The first head's columns begin at flat index `at`. Of the slots behind `high`, three are set as well. Three heads at
+    a time fill the registers: each key is loaded once for them.
     """
     group, head_dim, width = query.shape[1], key.shape[1], scores.shape[2]
     for c in range(high, high + 3):
@@ -87,7 +256,28 @@ def _score(query, at_query, key, slots, low, high, scores, at):
     for column in range(low, high, 4):
         first, second = slots[column] * head_dim, slots[column + 1] * head_dim
         third, fourth = slots[column + 2] * head_dim, slots[column + 3] * head_dim
-        for g in range(group):
+        for g in range(0, group - 2, 3):
+            a0 = a1 = a2 = b0 = b1 = b2 = c0 = c1 = c2 = e0 = e1 = e2 = zeros(query)
+            head = at_query + g * head_dim
+            for d in range(0, head_dim, LANES):
+                q0, q1, q2 = (
+                    load(query, head + d),
+                    load(query, head + head_dim + d),
+                    load(query, head + 2 * head_dim + d),
+                )
+                k = load(key, first + d)
+                a0, a1, a2 = multiply_add(q0, k, a0), multiply_add(q1, k, a1), multiply_add(q2, k, a2)
+                k = load(key, second + d)
+                b0, b1, b2 = multiply_add(q0, k, b0), multiply_add(q1, k, b1), multiply_add(q2, k, b2)
+                k = load(key, third + d)
+                c0, c1, c2 = multiply_add(q0, k, c0), multiply_add(q1, k, c1), multiply_add(q2, k, c2)
+                k = load(key, fourth + d)
+                e0, e1, e2 = multiply_add(q0, k, e0), multiply_add(q1, k, e1), multiply_add(q2, k, e2)
+            to = at + g * width + column
+            store_totals(scores, to, a0, b0, c0, e0)
+            store_totals(scores, to + width, a1, b1, c1, e1)
+            store_totals(scores, to + 2 * width, a2, b2, c2, e2)
+        for g in range(group - group % 3, group):
             a = b = c = e = zeros(query)
             for d in range(0, head_dim, LANES):
                 q = load(query, at_query + g * head_dim + d)
@@ -98,16 +288,15 @@ def _score(query, at_query, key, slots, low, high, scores, at):
             store_totals(scores, at + g * width + column, a, b, c, e)
 
 
-@compiled
+@inlined
 def _fill(slots, n, start, number):
     """Write start, start + 1, ... to slots[n : n + number], and up to LANES - 1 more behind; returns n + number."""
     for i in range(0, number, LANES):
-        for lane in range(LANES):
-            slots[n + i + lane] = start + i + lane
+        store_run(slots, n + i, start + i)
     return n + number
 
 
-@compiled
+@inlined
 def _add_weighted(weights, at, picked, num_picked, slots, value, output, at_output):
     """Add weights[at + c] * value[slots[c]] over the picked columns c to the row of `output` at a flat index."""
     head_dim = value.shape[1]
@@ -135,7 +324,7 @@ def _add_weighted(weights, at, picked, num_picked, slots, value, output, at_outp
         d += LANES
 
 
-@compiled
+@inlined
 def _pick(weights, at, low, high, picked):
     """Write the columns from low to high - 1 whose weight is not zero to `picked`; returns how many they are."""
     n = 0
@@ -145,7 +334,7 @@ def _pick(weights, at, low, high, picked):
     return n
 
 
-@compiled
+@inlined
 def _sum_values(weights, at, low, high, slots, value, picked, output, at_output):
     """Add the weighted values of columns low .. high - 1 to every head's row of `output`.
 
@@ -158,7 +347,49 @@ def _sum_values(weights, at, low, high, slots, value, picked, output, at_output)
             _add_weighted(weights, at + g * width, picked, picks, slots, value, output, at_output + g * value_dim)
 
 
-@compiled
+@inlined
+def _sum_all_values(weights, at, low, high, slots, value, picked, output, at_output):
+    """As `_sum_values`, for columns that nearly all heads read: three heads share a load of each value."""
+    group, width, value_dim = weights.shape[1], weights.shape[2], value.shape[1]
+    for block in range(low, high, _BLOCK):
+        stop = min(block + _BLOCK, high)
+        for g in range(0, group - 2, 3):
+            first, second, third = at + g * width, at + (g + 1) * width, at + (g + 2) * width
+            for d in range(0, value_dim - 2 * LANES + 1, 2 * LANES):
+                to = at_output + g * value_dim + d
+                a0, a1 = load(output, to), load(output, to + LANES)
+                b0, b1 = load(output, to + value_dim), load(output, to + value_dim + LANES)
+                c0, c1 = load(output, to + 2 * value_dim), load(output, to + 2 * value_dim + LANES)
+                for c in range(block, stop):
+                    row = slots[c] * value_dim + d
+                    v0, v1 = load(value, row), load(value, row + LANES)
+                    weight = splat(weights.flat[first + c])
+                    a0, a1 = multiply_add(weight, v0, a0), multiply_add(weight, v1, a1)
+                    weight = splat(weights.flat[second + c])
+                    b0, b1 = multiply_add(weight, v0, b0), multiply_add(weight, v1, b1)
+                    weight = splat(weights.flat[third + c])
+                    c0, c1 = multiply_add(weight, v0, c0), multiply_add(weight, v1, c1)
+                store(output, to, a0)
+                store(output, to + LANES, a1)
+                store(output, to + value_dim, b0)
+                store(output, to + value_dim + LANES, b1)
+                store(output, to + 2 * value_dim, c0)
+                store(output, to + 2 * value_dim + LANES, c1)
+            if value_dim % (2 * LANES):
+                for h in range(g, g + 3):
+                    to, d = at_output + h * value_dim, value_dim - LANES
+                    a0 = load(output, to + d)
+                    for c in range(block, stop):
+                        a0 = multiply_add(
+                            splat(weights.flat[at + h * width + c]), load(value, slots[c] * value_dim + d), a0
+                        )
+                    store(output, to + d, a0)
+        for g in range(group - group % 3, group):
+            picks = _pick(weights, at + g * width, block, stop, picked)
+            _add_weighted(weights, at + g * width, picked, picks, slots, value, output, at_output + g * value_dim)
+
+
+@inlined
 def _softmax(scores, at, num_fixed, first_found, num_columns, sinks, g, min_weight):
     """Turn one head's scores into weights exp(score - largest), those of light found keys into 0; returns their sum.
 
@@ -198,114 +429,215 @@ def _softmax(scores, at, num_fixed, first_found, num_columns, sinks, g, min_weig
     return sum_of_fixed + total(found)
 
 
-@compiled
-def _find(ranked, ranked_bits, first, upper, lower, budget, slots, n):
-    """Append the keys of a row's best buckets to its slots, the newest of each bucket; returns the new number."""
-    stop = n + budget
-    for rank in range(len(ranked) - 1, -1, -1):
-        if n == stop or ranked[rank] < UNROUTABLE / 2:
+@inlined
+def _lanes_between(scores, at, low, high):
+    """The lanes from flat index `at` on with low <= score < high, as the bits of an integer."""
+    score = load(scores, at)
+    return lanes_at_least(score, splat(low)) & ~lanes_at_least(score, splat(high))
+
+
+@inlined
+def _bisect(scores, at, num_buckets, available, budget, low, high, number, enough):
+    """Bring scores low < high together while buckets from `low` up hold the budget and those from `high` up do not.
+
+    Stops when at most `enough` of the `number` buckets are between them, or only equal scores. Returns low, high, that
+    number, and what buckets from `high` up hold.
+    """
+    one = splat(np.int32(1))
+    num_high, held_high = 0, 0
+    while number > enough:
+        middle = low + (high - low) * scores.dtype.type(0.5)
+        if not low < middle < high:
             break
-        b = ranked_bits[rank] & (len(first) - 1)
-        taken = min(upper[b] - lower[b], stop - n)
-        n = _fill(slots, n, first[b] + upper[b] - taken, taken)
+        held = counted = zeros(available)
+        threshold = splat(middle)
+        for c in range(0, num_buckets, LANES):
+            score = load(scores, at + c)
+            held = add_if_at_least(held, load(available, c), score, threshold)
+            counted = add_if_at_least(counted, one, score, threshold)
+        num_middle, held_middle = whole_total(counted), whole_total(held)
+        if held_middle >= budget:
+            low, number = middle, num_middle - num_high
+        else:
+            high, number = middle, number + num_high - num_middle
+            num_high, held_high = num_middle, held_middle
+    return low, high, number, held_high
+
+
+@inlined
+def _cut(scores, at, num_buckets, available, budget, few_scores, few_available):
+    """Scores low < high: buckets from `high` up hold less than the budget, those from `low` up at least the budget.
+
+    Between them lie one bucket or some of equal score. If all buckets together are within the budget, both are
+    -infinity. The last two arguments are room for LANES * 2 buckets.
+    """
+    infinity = scores.dtype.type(math.inf)
+    most = least = load(scores, at)
+    held = zeros(available)
+    for c in range(0, num_buckets, LANES):
+        score = load(scores, at + c)
+        most, least = maximum(score, most), minimum(score, least)
+        held = add_if_at_least(held, load(available, c), score, splat(-infinity))
+    if whole_total(held) <= budget:
+        return -infinity, -infinity
+    low, high = smallest(least), np.nextafter(largest(most), infinity)
+    low, high, number, held_high = _bisect(
+        scores, at, num_buckets, available, budget, low, high, num_buckets, len(few_scores)
+    )
+    if 1 < number <= len(few_scores):
+        n = 0
+        for c in range(0, num_buckets, LANES):
+            lanes = _lanes_between(scores, at + c, low, high)
+            while lanes:
+                lane = highest_bit(lanes)
+                lanes ^= 1 << lane
+                few_scores[n], few_available[n] = scores.flat[at + c + lane], available[c + lane]
+                n += 1
+        few_scores[n:] = -infinity
+        low, high, _, _ = _bisect(few_scores, 0, len(few_scores), few_available, budget - held_high, low, high, n, 1)
+    return low, high
+
+
+@inlined
+def _take(i, ends, available, slots, n, stop):
+    """Append the newest keys of the list's bucket i, until there are `stop` slots; returns the new number."""
+    taken = min(available[i], stop - n)
+    return _fill(slots, n, ends[i] - taken, taken)
+
+
+@inlined
+def _find(scores, at, num_buckets, place, listed, ends, available, budget, slots, n, few_scores, few_available, tied):
+    """Append the keys of a row's best buckets to its slots, the newest of the last bucket; returns the new number.
+
+    The row's scores of the list's buckets begin at flat index `at`. Of equal scores, the larger bucket's number wins.
+    """
+    low, high = _cut(scores, at, num_buckets, available, budget, few_scores, few_available)
+    num_tied, stop = 0, n + budget
+    for c in range(0, num_buckets, LANES):
+        lanes = lanes_at_least(load(scores, at + c), splat(high))
+        while lanes:
+            lane = highest_bit(lanes)
+            lanes ^= 1 << lane
+            n = _take(c + lane, ends, available, slots, n, stop)
+        lanes = _lanes_between(scores, at + c, low, high)
+        while lanes:
+            lane = highest_bit(lanes)
+            lanes ^= 1 << lane
+            if available[c + lane]:
+                tied[num_tied] = listed[c + lane]
+                num_tied += 1
+    if num_tied > 1:
+        tied[:num_tied].sort()
+    for i in range(num_tied - 1, -1, -1):
+        n = _take(place[tied[i]], ends, available, slots, n, stop)
     return n
 
 
 @compiled
-def find_rows(position, num_rows, ranked, ranked_bits, first, bucket, upper, lower, reach, lags, budget, slots):
-    """What `attend_rows` finds, row after row into the same slots: to measure what that costs."""
-    for r in range(num_rows):
-        count_keys(bucket, reach, 2, position + r - lags[0] + 1, upper)
-        count_keys(bucket, reach, 3, position + r - lags[1] + 1, lower)
-        _find(ranked[r], ranked_bits[r], first, upper, lower, budget, slots, 0)
+def attend_rows(position, query, summed, head, state, rules, drawn, output, output_stride, read, keep, last_stage):
+    """Rows at consecutive positions. Columns: static keys, window, random keys; then the found keys.
 
-
-@compiled
-def attend_rows(
-    position,
-    query,
-    key,
-    value,
-    key_offset,
-    table_key,
-    table_value,
-    order,
-    first,
-    ranked,
-    ranked_bits,
-    bucket,
-    upper,
-    lower,
-    reach,
-    window,
-    sliding_window,
-    static,
-    budget,
-    min_weights,
-    softcap,
-    sinks,
-    drawn,
-    output,
-    all_weights,
-    all_slots,
-    sizes,
-    keep,
-):
-    """Rows at consecutive positions of one page. Columns: static keys, window, random keys; then the found keys."""
+    Args:
+        position: of the first row; the state is moved to the last one.
+        query: [R, group, head_dim], scaled.
+        summed: [R, head_dim], sums over the group.
+        drawn: [R, number of random keys], indices, -1 where there is none.
+        output: flat; row r's [group, head_dim] begins at r * output_stride.
+        read: is written; holds all rows if `keep`, else it is room for one.
+        last_stage: index in STAGES of the last that is computed.
+    """
     num_rows, group, head_dim = query.shape
+    key, value, key_offset, static, bucket, order, _, table_key, table_value = head
+    _, _, upper, lower, place, listed, means, ends, available, reach = state
+    dense_rows, page_size, window, sliding_window, _, budget, min_weights, softcap, sinks = rules
+    all_weights, all_slots, sizes = read
     width, value_dim = all_weights.shape[2], value.shape[1]
-    oldest_static = newest_static = 0
+    num_buckets = first_of_page = oldest_static = newest_static = 0
+    scores = np.empty((page_size, len(available)), query.dtype)
+    few_scores, few_available = np.empty(2 * LANES, query.dtype), np.empty(2 * LANES, np.int32)
+    tied = np.empty(len(listed), np.int32)
     picked = np.empty(_BLOCK, np.int32)
     sums = np.empty(group, query.dtype)
     for r in range(num_rows):
         p = position + r
+        sparse = p >= dense_rows
+        if sparse and (r == 0 or p == dense_rows or p % page_size == 0):
+            move(head, state, rules, p)
+            num_buckets, first_of_page = -(-reach[_LISTED] // LANES) * LANES, r
+            stop = min(r + page_size - p % page_size, num_rows)
+            _score_buckets(summed, r, stop, means, num_buckets, scores)
+        if last_stage < _FOUND:
+            continue
         slots = all_slots[r if keep else 0]
         at = r * group * width if keep else 0
         at_query = r * group * head_dim
         oldest = max(p - sliding_window + 1, key_offset)
-        # Static keys behind the window.
-        while newest_static < len(static) and static[newest_static] <= p - window:
-            newest_static += 1
-        while oldest_static < newest_static and static[oldest_static] < oldest:
-            oldest_static += 1
-        n = 0
-        for s in range(oldest_static, newest_static):
-            slots[n] = static[s] - key_offset
-            n += 1
-        low = max(p - window + 1, oldest)
-        n = _fill(slots, n, low - key_offset, p + 1 - low)
-        for i in range(drawn.shape[1]):
-            if drawn[r, i] >= 0:
-                slots[n] = drawn[r, i]
+        low, n = oldest, 0
+        if sparse:
+            # Static keys behind the window.
+            while newest_static < len(static) and static[newest_static] <= p - window:
+                newest_static += 1
+            while oldest_static < newest_static and static[oldest_static] < oldest:
+                oldest_static += 1
+            for s in range(oldest_static, newest_static):
+                slots[n] = static[s] - key_offset
                 n += 1
+            low = max(p - window + 1, oldest)
+        n = _fill(slots, n, low - key_offset, p + 1 - low)
+        if sparse:
+            for i in range(drawn.shape[1]):
+                if drawn[r, i] >= 0:
+                    slots[n] = drawn[r, i]
+                    n += 1
         num_fixed = n
-        _score(query, at_query, key, slots, 0, n, all_weights, at)
-        first_found = -(-n // LANES) * LANES
-        count_keys(bucket, reach, 2, p - window + 1 - key_offset, upper)
-        count_keys(bucket, reach, 3, p - sliding_window + 1 - key_offset, lower)
-        n = _find(ranked[r], ranked_bits[r], first, upper, lower, budget, slots, first_found)
+        if last_stage > _FOUND:
+            _score(query, at_query, key, slots, 0, num_fixed, all_weights, at)
+        n = first_found = -(-n // LANES) * LANES
+        if sparse and len(place):
+            _count_keys(bucket, _UPPER, p - key_offset - window + 1, upper, place, ends, available, reach)
+            _count_keys(bucket, _LOWER, p - key_offset - sliding_window + 1, lower, place, ends, available, reach)
+        if sparse and num_buckets:
+            n = _find(
+                scores,
+                (r - first_of_page) * scores.shape[1],
+                num_buckets,
+                place,
+                listed,
+                ends,
+                available,
+                budget,
+                slots,
+                n,
+                few_scores,
+                few_available,
+                tied,
+            )
         for i in range(drawn.shape[1]):  # what is a random key already does not count as found
-            if drawn[r, i] >= 0:
+            if sparse and drawn[r, i] >= 0:
                 for c in range(first_found, n):
                     if order[slots[c]] == drawn[r, i]:
                         n -= 1
                         slots[c] = slots[n]
                         break
+        if last_stage < _SCORED:
+            continue
         _score(query, at_query, table_key, slots, first_found, n, all_weights, at)
+        if last_stage < _WEIGHED:
+            continue
         if softcap > 0:
             for g in range(group):
                 for c in range(at + g * width, at + g * width + n):
                     all_weights.flat[c] = softcap * math.tanh(all_weights.flat[c] / softcap)
         for g in range(group):
             sums[g] = _softmax(all_weights, at + g * width, num_fixed, first_found, n, sinks, g, min_weights[g])
-        if len(output):
-            at_output = r * group * value_dim
-            output[r] = 0
-            _sum_values(all_weights, at, 0, num_fixed, slots, value, picked, output, at_output)
+        if last_stage == _ALL:
+            at_output = r * output_stride
+            output[at_output : at_output + group * value_dim] = 0
+            _sum_all_values(all_weights, at, 0, num_fixed, slots, value, picked, output, at_output)
             _sum_values(all_weights, at, first_found, n, slots, table_value, picked, output, at_output)
             for g in range(group):
                 for d in range(at_output + g * value_dim, at_output + (g + 1) * value_dim):
-                    output.flat[d] /= sums[g]
+                    output[d] /= sums[g]
         if keep:
             for g in range(group):
                 for c in range(at + g * width, at + g * width + n):
@@ -313,7 +645,7 @@ def attend_rows(
             sizes[r, 0], sizes[r, 1], sizes[r, 2] = num_fixed, first_found, n
 
 
-@compiled
+@inlined
 def _add_outer(weights, slots, low, high, rows, at_rows, grad):
     """Add weights[0, g, c] * row g, over the heads g, to grad[slots[c]] for columns c; row 0 begins at a flat index."""
     group, width, head_dim = weights.shape[1], weights.shape[2], grad.shape[1]
@@ -343,9 +675,9 @@ def _add_outer(weights, slots, low, high, rows, at_rows, grad):
             d += LANES
 
 
-@compiled
+@inlined
 def _gather_read(weights, slots, r, low, high, near, kept, n):
-    """Append the columns low .. high - 1 that any head reads to `near` (their slots) and `kept` (their weights)."""
+    """Append row r's columns low .. high - 1 that any head reads to `near` (their slots) and `kept` (their weights)."""
     for c in range(low, high):
         near[n] = slots[r, c]
         is_read = False
@@ -358,35 +690,20 @@ def _gather_read(weights, slots, r, low, high, near, kept, n):
 
 @compiled
 def differentiate_rows(
-    upstream,
-    query,
-    key,
-    value,
-    table_key,
-    table_value,
-    weights,
-    slots,
-    sizes,
-    softcap,
-    near,
-    kept,
-    slopes,
-    capped,
-    query_grad,
-    key_grad,
-    value_grad,
-    table_key_grad,
-    table_value_grad,
-    sinks_grad,
+    upstream, query, head, softcap, read, query_grad, key_grad, value_grad, table_key_grad, table_value_grad, sinks_grad
 ):
-    """Add a page's gradients in the scaled queries, the keys, the values (in both orders) and the sinks.
+    """Add rows' gradients in the scaled queries, the keys, the values (in both orders) and the sinks.
 
-    `near`, `kept`, `slopes` and `capped` are room for one row: its keys, and per head their weights, the gradients in
-    their scores, and what a softcap needs.
+    `read` is what `attend_rows` left of these rows, `upstream` [R, group, head_dim] the gradient in their output.
     """
     num_rows, group, head_dim = query.shape
-    value_dim = value.shape[1]
+    key, value, table_key, table_value = head.key, head.value, head.table_key, head.table_value
+    weights, slots, sizes = read
+    value_dim, width = value.shape[1], slots.shape[1]
     picked = np.empty(_BLOCK, np.int32)
+    near = np.empty(width, np.int32)  # a row's keys that any head reads
+    kept = np.empty((1, group, width), query.dtype)  # their weights
+    slopes, capped = np.empty_like(kept), np.empty_like(kept)  # gradients in their scores; scores for a softcap
     for r in range(num_rows):
         at_query, at_output = r * group * head_dim, r * group * value_dim
         m = _gather_read(weights, slots, r, 0, sizes[r, 0], near, kept, 0)

@@ -1,7 +1,7 @@
 """What the implementations share: rows are computed in pieces, and the backward computes each piece again.
 
-Rows that read everything are one kind of piece, computed here, by SDPA where it can. The sparse rows' pieces are each
-implementation's own.
+Rows that read everything are one kind of piece, computed here, by SDPA where it can, unless an implementation computes
+those before sparse rows too. The sparse rows' pieces are each implementation's own.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def attend_in_pieces(
     softcap: float | None,
     sinks: Tensor | None,
     recorder: Recorder | None,
+    dense_rows_too: bool = False,
 ) -> Tensor:
     """Causal sparse attention of one document, without padding.
 
@@ -65,11 +66,14 @@ def attend_in_pieces(
         softcap: scores become softcap * tanh(score / softcap); None: they stay.
         sinks: [num_heads], logits that take part in each softmax but carry no value, or None.
         recorder: is told which keys each row read; None records nothing.
+        dense_rows_too: where some rows are sparse, `sparse_pieces` computes the others as well.
 
     Returns:
         [num_heads, Q, head_dim].
     """
-    call = Call(sparse_pieces, pattern, query_offset, key_offset, scaling, softcap, sinks is None, recorder)
+    call = Call(
+        sparse_pieces, pattern, query_offset, key_offset, scaling, softcap, sinks is None, recorder, dense_rows_too
+    )
     end = query_offset + query.shape[1]
     if call.dense_end(end) == end and len(list(_dense_blocks(query_offset, end, query.shape[0], call))) == 1:
         # Nothing is sparse and there is one block: a backward of its own needs no second computation.
@@ -91,6 +95,8 @@ class Call:
     softcap: float | None
     no_sinks: bool
     recorder: Recorder | None
+    dense_rows_too: bool = False
+    backward: bool = False
 
     @property
     def plain(self) -> bool:
@@ -123,29 +129,35 @@ class Piece:
 
     Args:
         heads, rows, kv_heads: which these are.
-        attend: from the parts of `of` to [heads, rows, head_dim].
-        differentiate: from the output's gradient and these parts to the parts' gradients; None: by autograd.
+        attend: takes room for the output, [heads, rows, head_dim], and the parts of `of`; fills the first.
+        differentiate: from the output's gradient and these parts to the parts' gradients.
     """
 
     heads: slice
     rows: slice
     kv_heads: slice
-    attend: Callable[..., Tensor]
-    differentiate: Callable[..., tuple[Tensor, ...]] | None = None
+    attend: Callable[..., None]
+    differentiate: Callable[..., tuple[Tensor, ...]]
+
+    @classmethod
+    def by_autograd(cls, heads: slice, rows: slice, kv_heads: slice, compute: Callable[..., Tensor]) -> Piece:
+        """Of a differentiable function from the parts of `of` to the output."""
+
+        def attend(output: Tensor, *parts: Tensor) -> None:
+            output.copy_(compute(*parts))
+
+        def differentiate(grad: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+            inputs = [part.detach().requires_grad_() for part in parts]
+            with torch.enable_grad():
+                output = compute(*inputs)
+            return torch.autograd.grad(output, inputs, grad)
+
+        return cls(heads, rows, kv_heads, attend, differentiate)
 
     def of(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> list[Tensor]:
         """The piece's own rows, keys, values and, where there are any, sinks."""
         parts = [query[self.heads, self.rows], key[self.kv_heads], value[self.kv_heads]]
         return parts if sinks is None else [*parts, sinks[self.heads]]
-
-    def gradients(self, grad: Tensor, parts: list[Tensor]) -> tuple[Tensor, ...]:
-        """Of the parts, for the gradient of the output."""
-        if self.differentiate is not None:
-            return self.differentiate(grad, *parts)
-        inputs = [part.detach().requires_grad_() for part in parts]
-        with torch.enable_grad():
-            output = self.attend(*inputs)
-        return torch.autograd.grad(output, inputs, grad)
 
 
 class _Attention(torch.autograd.Function):
@@ -155,10 +167,11 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, call: Call) -> Tensor:
         ctx.save_for_backward(query, key, value, sinks)
         ctx.call = call
-        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        # Heads side by side at each token, as what follows in a model wants them.
+        output = query.new_empty(query.shape[1], query.shape[0], value.shape[-1]).transpose(0, 1)
 
         def attend(piece: Piece) -> None:
-            output[piece.heads, piece.rows] = piece.attend(*piece.of(query, key, value, sinks))
+            piece.attend(output[piece.heads, piece.rows], *piece.of(query, key, value, sinks))
 
         for _ in _each_piece(attend, query, key, value, call):
             pass
@@ -170,13 +183,15 @@ class _Attention(torch.autograd.Function):
         query, key, value, sinks = ctx.saved_tensors
 
         def gradients(piece: Piece) -> tuple[Piece, tuple[Tensor, ...]]:
-            return piece, piece.gradients(grad[piece.heads, piece.rows], piece.of(query, key, value, sinks))
+            parts = piece.of(query, key, value, sinks)
+            return piece, piece.differentiate(grad[piece.heads, piece.rows], *parts)
 
         grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         sinks_grad = None if sinks is None else torch.zeros_like(sinks)
+        call = replace(ctx.call, recorder=None, backward=True)
         # Autocast is off as in the forward, wherever backward() is called; threads start with it off.
         with torch.autocast(query.device.type, enabled=False):
-            for piece, parts in _each_piece(gradients, query, key, value, replace(ctx.call, recorder=None)):
+            for piece, parts in _each_piece(gradients, query, key, value, call):
                 grads[0][piece.heads, piece.rows] = parts[0]
                 grads[1][piece.kv_heads] += parts[1]
                 grads[2][piece.kv_heads] += parts[2]
@@ -191,6 +206,8 @@ def _each_piece(
     """`work` of every piece, in order: first the dense rows, then the sparse ones, on a CPU several at a time."""
     end = call.query_offset + query.shape[1]
     dense_end = call.dense_end(end)
+    if call.dense_rows_too and dense_end < end:
+        dense_end = call.query_offset
     yield from map(work, _dense_pieces(query, dense_end, call))
     parallel = query.device.type == "cpu" and end - dense_end >= _PARALLEL_ROWS
     num_workers = torch.get_num_threads() if parallel else 1
@@ -204,7 +221,7 @@ def _dense_pieces(query: Tensor, dense_end: int, call: Call) -> Iterator[Piece]:
         if call.recorder is not None:
             call.recorder.add_dense(call.pattern, range(query.shape[0]), start, stop)
         rows = slice(start - call.query_offset, stop - call.query_offset)
-        yield Piece(everything, rows, everything, partial(_dense, call, start))
+        yield Piece.by_autograd(everything, rows, everything, partial(_dense, call, start))
 
 
 def _dense_blocks(start: int, stop: int, num_heads: int, call: Call) -> Iterator[tuple[int, int]]:

@@ -10,11 +10,12 @@ import math
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
+LANES = 16 if get_host_cpu_features().get("avx512f") else 8  # what registers hold, or half of it, with enough left
 _LN2_HIGH = float.fromhex("0x1.62E4p-1")  # the first digits of ln 2
 
 
@@ -110,6 +111,16 @@ def maximum(typing_context, a, b):
 
 
 @intrinsic
+def minimum(typing_context, a, b):
+    """The smaller one in every lane; b where one is NaN."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.select(builder.fcmp_ordered("<", *arguments), *arguments)
+
+    return a(a, a), generate
+
+
+@intrinsic
 def drop_below(typing_context, vector, least):
     """The vector with zeros where it is under `least`."""
 
@@ -118,6 +129,58 @@ def drop_below(typing_context, vector, least):
         return builder.select(builder.fcmp_ordered("<", *arguments), nothing, arguments[0])
 
     return vector(vector, vector), generate
+
+
+@intrinsic
+def add_if_at_least(typing_context, sums, weights, scores, least):
+    """sums + weights, integers, where a score is at least `least`; elsewhere sums."""
+
+    def generate(context, builder, signature, arguments):
+        sums, weights, scores, least = arguments
+        nothing = ir.Constant(weights.type, None)
+        taken = builder.select(builder.fcmp_ordered(">=", scores, least), weights, nothing)
+        return builder.add(sums, taken)
+
+    return sums(sums, sums, scores, scores), generate
+
+
+@intrinsic
+def lanes_at_least(typing_context, scores, least):
+    """The lanes whose score is at least `least`, as the bits of an integer."""
+
+    def generate(context, builder, signature, arguments):
+        lanes = builder.bitcast(builder.fcmp_ordered(">=", *arguments), ir.IntType(LANES))
+        return builder.zext(lanes, ir.IntType(64))
+
+    return types.int64(scores, scores), generate
+
+
+@intrinsic
+def highest_bit(typing_context, bits):
+    """Number of the highest bit that is set."""
+
+    def generate(context, builder, signature, arguments):
+        zeros = builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))
+        return builder.sub(ir.Constant(ir.IntType(64), 63), zeros)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def store_run(typing_context, array, index, start):
+    """Write start, start + 1, ... to LANES int32 elements from flat index `index` on."""
+
+    def generate(context, builder, signature, arguments):
+        array_type = signature.args[0]
+        address = _address(context, builder, array_type, *arguments[:2])
+        vector = _lanes(cgutils.int32_t)
+        first = builder.trunc(arguments[2], cgutils.int32_t)
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), first, cgutils.int32_t(0))
+        spread = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(vector, None))
+        builder.store(builder.add(spread, ir.Constant(vector, list(range(LANES)))), address, align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int64), generate
 
 
 @intrinsic
@@ -171,6 +234,16 @@ def total(typing_context, vector):
 
 
 @intrinsic
+def whole_total(typing_context, vector):
+    """Sum of the lanes of integers."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.call(_reduction(builder, "add", arguments[0].type), arguments)
+
+    return vector.dtype(vector), generate
+
+
+@intrinsic
 def largest(typing_context, vector):
     """Largest of the lanes."""
 
@@ -180,10 +253,21 @@ def largest(typing_context, vector):
     return vector.dtype(vector), generate
 
 
+@intrinsic
+def smallest(typing_context, vector):
+    """Smallest of the lanes."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.call(_reduction(builder, "fmin", arguments[0].type), arguments)
+
+    return vector.dtype(vector), generate
+
+
 def _reduction(builder: Any, name: str, vector: Any, *start: Any) -> Any:
-    width = 32 if isinstance(vector.element, ir.FloatType) else 64
+    kinds = {ir.FloatType(): "f32", ir.DoubleType(): "f64", ir.IntType(32): "i32"}
     function = ir.FunctionType(vector.element, [*start, vector])
-    return cgutils.get_or_insert_function(builder.module, function, f"llvm.vector.reduce.{name}.v{LANES}f{width}")
+    name = f"llvm.vector.reduce.{name}.v{LANES}{kinds[vector.element]}"
+    return cgutils.get_or_insert_function(builder.module, function, name)
 
 
 @intrinsic

@@ -79,7 +79,7 @@ def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: i
             stop = min((row // chunk_rows + 1) * chunk_rows, end)
             attend = partial(_sparse, call, kv_head, index, table, static, row)
             rows = slice(row - offset, stop - offset)
-            yield Piece(slice(heads.start, heads.stop), rows, slice(kv_head, kv_head + 1), attend)
+            yield Piece.by_autograd(slice(heads.start, heads.stop), rows, slice(kv_head, kv_head + 1), attend)
             row = stop
 
 

@@ -7,9 +7,11 @@ time slice. Here each thread computes whole pieces of work with operations of on
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -19,7 +21,7 @@ Result = TypeVar("Result")
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
-    """`map(work, items)` computed by `num_workers` threads, with at most two items per thread under way.
+    """`map(work, items)` computed by `num_workers` threads, this one among them, with a few items per thread under way.
 
     While it runs, operations of PyTorch use one thread each; afterwards as many as before. Gradients are recorded in
     `work` if they are where this is called.
@@ -34,16 +36,31 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers:
         with torch.inference_mode(inference), torch.set_grad_enabled(grad_enabled):
             return work(item)
 
+    pending: deque[Future[Result]] = deque()
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(num_workers, "hf_sparse_attn", torch.set_num_threads, (1,)) as pool:
-            pending: deque[Future[Result]] = deque()
-            for item in items:
-                pending.append(pool.submit(isolated, item))
-                if len(pending) >= 2 * num_workers:
-                    yield pending.popleft().result()
-            while pending:
+        for item in items:
+            if sum(not future.done() for future in pending) < 2 * (num_workers - 1):
+                pending.append(_pool(num_workers - 1).submit(isolated, item))
+            else:
+                pending.append(Future())
+                pending[-1].set_result(work(item))
+            while pending and (pending[0].done() or len(pending) > 4 * num_workers):
                 yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
+        for future in pending:  # there are some after an error, and nobody may write to their tensors any more
+            future.cancel()
+        wait(pending)
         torch.set_num_threads(num_threads)
+
+
+@cache
+def _pool(num_workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_workers, "hf_sparse_attn", torch.set_num_threads, (1,))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

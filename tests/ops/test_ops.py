@@ -1,5 +1,8 @@
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -343,6 +346,32 @@ def test_no_tensor_is_quadratic(fields, backward, others, monkeypatch):
             output.sum().backward()
     assert largest.bytes < LONG * LONG / 2
     assert largest.bytes < LONG * 64 * 64 * 4
+
+
+OTHER_REGISTERS = """
+import torch
+import hf_sparse_attn.ops.simd as simd
+simd.LANES = 24 - simd.LANES
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.ops import sparse_attention
+inputs = [torch.randn(1, heads, 200, 24, dtype=torch.float64) for heads in (8, 2, 2)]
+results = []
+for implementation in ("numba", "reference"):
+    config = SparseAttentionConfig(
+        window_size=9, key_budget=40, num_hash_bits=4, page_size=8, dense_below=50, implementation=implementation
+    )
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    output = sparse_attention(*leaves, config=config)
+    results.append([output, *torch.autograd.grad((output * output.detach().sin()).sum(), leaves)])
+for ours, expected in zip(*results):
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+"""
+
+
+def test_registers_of_another_size(tmp_path):
+    """Machines with AVX-512 test what others run, and the other way round."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", OTHER_REGISTERS], env=environment, check=True)
 
 
 def test_batch_and_cached_keys_through_the_public_function():
