@@ -72,7 +72,7 @@ def attention(
         mask, position_ids, window = read_custom_mask(mask, position_ids, pattern.sliding_window)
         pattern = dataclasses.replace(pattern, sliding_window=window)
     starts = document_starts(inputs.cu_seq_lens, inputs.seq_idx, q_length)
-    output = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])
+    joined: Tensor | None = None
     for document in documents(mask, position_ids, batch_size, q_length, kv_length, starts):
         heads_first = ops.document_attention(
             query[document.batch][:, document.queries],
@@ -86,8 +86,13 @@ def attention(
             sinks=inputs.sinks,
             recorder=recorder,
         )
-        output[document.batch, document.queries] = heads_first.transpose(0, 1).to(output.dtype)
-    return output
+        tokens_first = heads_first.transpose(0, 1).to(query.dtype)
+        if batch_size == 1 and len(tokens_first) == q_length:
+            return tokens_first.unsqueeze(0)  # the only document
+        if joined is None:
+            joined = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])
+        joined[document.batch, document.queries] = tokens_first
+    return query.new_zeros(batch_size, q_length, num_heads, value.shape[-1]) if joined is None else joined
 
 
 def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:

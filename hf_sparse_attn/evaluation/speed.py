@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.integration import observe, record_density
-from hf_sparse_attn.ops import compute_dtype, document_attention, find_keys
+from hf_sparse_attn.ops import compute_dtype, find_keys
 from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
 
@@ -39,10 +40,10 @@ def compare_speed(
 
     Args:
         inputs: query [1, num_heads, N, head_dim], key and value [1, num_key_value_heads, N, head_dim].
-        config: the sparse attention's configuration.
+        config: the sparse attention's configuration; both sides end in [1, N, num_heads, head_dim].
         layer_idx: layer whose budgets and hash apply.
         passes: "forward" or "forward_backward".
-        repeats: timed runs of each side, after one that is not counted; short ones are repeated for half a second.
+        repeats: timed runs of each side, after two that are not counted; short ones are repeated for half a second.
 
     Returns:
         One row of the benchmark: "pass", "seq_len", "dense_ms", "sparse_ms", "routing_ms" (hashing the keys and finding
@@ -54,7 +55,12 @@ def compare_speed(
     recorder = case.densities()
     routing = partial(find_keys, case.query[0].detach(), case.key[0].detach(), case.pattern)
     timed: dict[str, Callable[[], None]] = {"dense": case.dense, "sparse": case.sparse, "routing": routing}
-    row = _compared(timed, case.query.device, repeats)
+    # The run before lets libraries take their working memory.
+    peaks = {}
+    for side, work in (("dense", case.dense), ("sparse", case.sparse)):
+        work()
+        peaks[side] = peak_bytes(work, case.query.device)
+    row = _compared(timed, case.query.device, repeats, peaks)
     share = (recorder.scored_density + recorder.density) / 2  # products with keys, and with values
     return {
         "pass": passes,
@@ -139,7 +145,10 @@ def measure_stages(
 
 
 class _Case:
-    """One attention, dense and sparse, with or without gradients; the pattern is built once, as a model builds it."""
+    """One attention, dense and sparse, with or without gradients, from Transformers' layout to Transformers' layout.
+
+    The pattern is built once, as a model builds it.
+    """
 
     def __init__(
         self, inputs: tuple[Tensor, Tensor, Tensor], config: SparseAttentionConfig, layer_idx: int, backward: bool
@@ -149,11 +158,15 @@ class _Case:
         dtype = compute_dtype(query, key)
         heads = query.shape[1], key.shape[1], query.shape[-1]
         self.pattern = layer_pattern(config, layer_idx, *heads, query.device, dtype)
-        self.gradient = torch.randn_like(query) if backward else None
+        self.gradient = torch.randn_like(query.transpose(1, 2)).contiguous() if backward else None
 
     def dense(self) -> None:
         self._run(
-            lambda: F.scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True, enable_gqa=True)
+            lambda: (
+                F.scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True, enable_gqa=True)
+                .transpose(1, 2)
+                .contiguous()
+            )
         )
 
     def sparse(self) -> None:
@@ -166,21 +179,12 @@ class _Case:
         return recorder
 
     def _sparse(self, recorder: DensityRecorder | None = None) -> Tensor:
-        output = document_attention(
-            self.query[0],
-            self.key[0],
-            self.value[0],
-            pattern=self.pattern,
-            query_offset=0,
-            key_offset=0,
-            scaling=self.query.shape[-1] ** -0.5,
-            recorder=recorder,
-        )
-        return output.unsqueeze(0).to(self.query.dtype)
+        inputs = Inputs(self.query, self.key, self.value)
+        return attention(inputs, self.pattern, self.query.shape[-1] ** -0.5, None, recorder)
 
-    def _run(self, attention: Callable[[], Tensor]) -> None:
+    def _run(self, attend: Callable[[], Tensor]) -> None:
         with torch.set_grad_enabled(self.gradient is not None):
-            output = attention()
+            output = attend()
             if self.gradient is not None:
                 torch.autograd.grad(output, (self.query, self.key, self.value), self.gradient)
 
@@ -210,21 +214,29 @@ def compare_model_speed(
             model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
             model.zero_grad()
 
+    def sparse() -> None:
+        with record_density(model) as counted:
+            run("sparse")
+        densities.append((counted.density, counted.scored_density))
+
+    densities: list[tuple[float, float]] = []
+    device = input_ids.device
     try:
-        with record_density(model) as recorder, torch.no_grad():
-            model(input_ids=input_ids, logits_to_keep=1)
-        timed = {"dense": partial(run, "sdpa"), "sparse": partial(run, "sparse")}
-        row = _compared(timed, input_ids.device, repeats)
+        peaks = {"dense": peak_bytes(partial(run, "sdpa"), device), "sparse": peak_bytes(sparse, device)}
+        timed: dict[str, Callable[[], None]] = {"dense": partial(run, "sdpa"), "sparse": partial(run, "sparse")}
+        row = _compared(timed, device, repeats, peaks)
     finally:
         model.set_attn_implementation("sparse")
-    densities = {"density": recorder.density, "scored_density": recorder.scored_density}
-    return {"pass": passes, "seq_len": input_ids.shape[1], **row, **densities}
+    density, scored_density = densities[0]
+    shares = {"density": density, "scored_density": scored_density}
+    return {"pass": passes, "seq_len": input_ids.shape[1], **row, **shares}
 
 
-def _compared(timed: Mapping[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Medians in ms, the speedup of sparse over dense, and the peaks of both, after a run of each that is not timed."""
-    peaks = {side: peak_bytes(timed[side], device) for side in ("dense", "sparse")}
-    medians = _medians(timed, device, repeats)
+def _compared(
+    timed: Mapping[str, Callable[[], None]], device: torch.device, repeats: int, peaks: dict[str, int]
+) -> dict[str, float]:
+    """Medians in ms, the speedup of sparse over dense, and the given peaks."""
+    medians = _medians(timed, device, repeats, warm=True)
     return {
         **{f"{part}_ms": milliseconds for part, milliseconds in medians.items()},
         "speedup": medians["dense"] / medians["sparse"],
@@ -233,8 +245,10 @@ def _compared(timed: Mapping[str, Callable[[], None]], device: torch.device, rep
     }
 
 
-def _medians(timed: Mapping[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Milliseconds of each, in turns, after a run of each that is not timed; short ones for half a second."""
+def _medians(
+    timed: Mapping[str, Callable[[], None]], device: torch.device, repeats: int, warm: bool = False
+) -> dict[str, float]:
+    """Milliseconds of each, in turns, after a run of each unless they are warm; short ones for half a second."""
     seconds: dict[str, list[float]] = {part: [] for part in timed}
     for turn in range(_MOST_TURNS):
         for part, work in timed.items():
@@ -242,9 +256,9 @@ def _medians(timed: Mapping[str, Callable[[], None]], device: torch.device, repe
             started = time.perf_counter()
             work()
             synchronize(device)
-            if turn:
+            if turn or warm:
                 seconds[part].append(time.perf_counter() - started)
-        if turn >= repeats and sum(map(sum, seconds.values())) > 0.5 * len(timed):
+        if turn + warm >= repeats and sum(map(sum, seconds.values())) > 0.5 * len(timed):
             break
     return {part: 1e3 * statistics.median(spent) for part, spent in seconds.items()}
 
@@ -344,8 +358,6 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
         run()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    run()  # lets libraries take their working memory
-    gc.collect()
     before = highest = _resident_bytes()
     done = threading.Event()
 

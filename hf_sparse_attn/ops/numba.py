@@ -25,7 +25,8 @@ from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_positions, st
 
 _UNBOUNDED = 2**40  # stands for no sliding window
 _MIN_CHUNK_PAGES = 4
-_MAX_CHUNKS = 8  # of a document's rows
+_MAX_CHUNKS = 8  # of a document's sparse rows
+_DENSE_ROWS = 256  # per chunk
 
 STAGES = ("hash", "tables", *ROW_STAGES)
 _FIRST_OF_ROWS = STAGES.index(ROW_STAGES[0])
@@ -138,17 +139,17 @@ def _chunks(
     for kv_head in range(len(key)):
         head = _head(call, kv_head, key[kv_head], value[kv_head], bucket[kv_head], static)
         state, rules = _empty_state(head), _rules(call, kv_head, group, None, head.key.dtype)
-        row = start
+        heads, row = slice(kv_head * group, (kv_head + 1) * group), start
         while row < end:
-            stop = min((row // page_size) * page_size + chunk_rows, end)
-            move(head, state, rules, row)
-            heads, rows = slice(kv_head * group, (kv_head + 1) * group), slice(row - offset, stop - offset)
-            yield (
-                heads,
-                rows,
-                slice(kv_head, kv_head + 1),
-                _Chunk(call, kv_head, head, State(*(x.copy() for x in state)), row),
-            )
+            stop = min(row // page_size * page_size + chunk_rows, end)
+            known = state
+            if row < rules.dense_rows:  # these ask for no bucket
+                stop = min(row + _DENSE_ROWS, rules.dense_rows, end)
+            else:
+                move(head, state, rules, row)
+                known = State(*(x.copy() for x in state))
+            rows = slice(row - offset, stop - offset)
+            yield heads, rows, slice(kv_head, kv_head + 1), _Chunk(call, kv_head, head, known, row)
             row = stop
 
 

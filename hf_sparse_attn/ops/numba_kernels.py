@@ -260,11 +260,8 @@ def _score(query, at_query, key, slots, low, high, scores, at):
             a0 = a1 = a2 = b0 = b1 = b2 = c0 = c1 = c2 = e0 = e1 = e2 = zeros(query)
             head = at_query + g * head_dim
             for d in range(0, head_dim, LANES):
-                q0, q1, q2 = (
-                    load(query, head + d),
-                    load(query, head + head_dim + d),
-                    load(query, head + 2 * head_dim + d),
-                )
+                q0, q1 = load(query, head + d), load(query, head + head_dim + d)
+                q2 = load(query, head + 2 * head_dim + d)
                 k = load(key, first + d)
                 a0, a1, a2 = multiply_add(q0, k, a0), multiply_add(q1, k, a1), multiply_add(q2, k, a2)
                 k = load(key, second + d)
