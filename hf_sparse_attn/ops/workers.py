@@ -44,8 +44,9 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers:
             if sum(not future.done() for future in pending) < 2 * (num_workers - 1):
                 pending.append(_pool(num_workers - 1).submit(isolated, item))
             else:
-                pending.append(Future())
-                pending[-1].set_result(work(item))
+                own: Future[Result] = Future()
+                own.set_result(work(item))
+                pending.append(own)
             while pending and (pending[0].done() or len(pending) > 4 * num_workers):
                 yield pending.popleft().result()
         while pending:
