@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_sparse_attn import ops
 from hf_sparse_attn.custom_masks import read_custom_mask
-from hf_sparse_attn.masking import document_starts, documents
+from hf_sparse_attn.masking import Document, document_starts, documents
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern
 
@@ -72,8 +72,8 @@ def attention(
         mask, position_ids, window = read_custom_mask(mask, position_ids, pattern.sliding_window)
         pattern = dataclasses.replace(pattern, sliding_window=window)
     starts = document_starts(inputs.cu_seq_lens, inputs.seq_idx, q_length)
-    joined: Tensor | None = None
-    for document in documents(mask, position_ids, batch_size, q_length, kv_length, starts):
+
+    def attend(document: Document) -> Tensor:
         heads_first = ops.document_attention(
             query[document.batch][:, document.queries],
             key[document.batch][:, document.keys],
@@ -86,13 +86,15 @@ def attention(
             sinks=inputs.sinks,
             recorder=recorder,
         )
-        tokens_first = heads_first.transpose(0, 1).to(query.dtype)
-        if batch_size == 1 and len(tokens_first) == q_length:
-            return tokens_first.unsqueeze(0)  # the only document
-        if joined is None:
-            joined = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])
-        joined[document.batch, document.queries] = tokens_first
-    return query.new_zeros(batch_size, q_length, num_heads, value.shape[-1]) if joined is None else joined
+        return heads_first.transpose(0, 1).to(query.dtype)
+
+    every = documents(mask, position_ids, batch_size, q_length, kv_length, starts)
+    if batch_size == 1 and len(every) == 1 and every[0].queries == slice(0, q_length):
+        return attend(every[0]).unsqueeze(0)
+    output = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])
+    for document in every:
+        output[document.batch, document.queries] = attend(document)
+    return output
 
 
 def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:

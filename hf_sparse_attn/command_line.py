@@ -29,6 +29,26 @@ def argument(name: str) -> Iterator[None]:
         raise UserError(f"argument {name}: {_one_line(error)}") from error
 
 
+def read_checkpoint(model: str, overrides: dict[str, Any]) -> tuple[str, Any, Any, dict[str, Any]]:
+    """What `--model` names, without its weights, checked together with the fields that `--sparse-attention` sets.
+
+    Returns:
+        What `from_pretrained` takes, the config, the tokenizer, and `sparse_attention` with the overrides.
+    """
+    from transformers import AutoTokenizer
+
+    from hf_sparse_attn.integration import merge_sparse_attention
+    from hf_sparse_attn.loading import load_config, resolve_model
+
+    with argument(f"--model {model}"):
+        path = resolve_model(model)
+        config = load_config(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    with argument("--sparse-attention"):
+        sparse_attention = merge_sparse_attention(config, overrides)
+    return path, config, tokenizer, sparse_attention
+
+
 class OneLineErrors(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage; also a mixin for other parsers."""
 

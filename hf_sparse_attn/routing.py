@@ -17,7 +17,7 @@ from hf_sparse_attn.parallel import HeadSplit
 
 CHUNK_PAGES = 16  # pages of rows that are routed and computed together
 MEANS_LAG = 1  # the bucket means of a page hold the keys at least this far behind its first row
-UNROUTABLE = -1e30  # score of a bucket that a row must not take
+_UNROUTABLE = -1e30  # score of a bucket that a row must not take
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class RowChunk:
         """Product of each row's query with the bucket means of its page: [R, num_buckets]."""
         scores = query.new_empty(len(query), self.index.num_buckets)
         page_size = self.index.page_size
-        offset = torch.zeros_like(self.routable, dtype=query.dtype).masked_fill_(~self.routable, UNROUTABLE)
+        offset = torch.zeros_like(self.routable, dtype=query.dtype).masked_fill_(~self.routable, _UNROUTABLE)
         low = self.start
         for page in range(len(self.means)):
             high = min((low // page_size + 1) * page_size, self.stop)
@@ -278,7 +278,7 @@ class RowChunk:
             torch.addmm(offset[page], query[rows], self.means[page].T, out=scores[rows])
             low = high
         # A bucket may be known and hold nothing that is older than the row's window.
-        return scores.masked_fill_(self.upper == (0 if self.lower is None else self.lower), UNROUTABLE)
+        return scores.masked_fill_(self.upper == (0 if self.lower is None else self.lower), _UNROUTABLE)
 
     def _candidates(self, ranked: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """The best `columns` buckets of each row: keys available and end of their run in `order`. [R, C], int32"""
@@ -286,7 +286,7 @@ class RowChunk:
         bucket = (best.view(_integer(best.dtype)) & (self.index.num_buckets - 1)).long()
         upper = self.upper.gather(1, bucket)
         available = upper if self.lower is None else upper - self.lower.gather(1, bucket)
-        available = available.masked_fill(best < UNROUTABLE / 2, 0)
+        available = available.masked_fill(best < _UNROUTABLE / 2, 0)
         return available, self.index.start.take(bucket) + upper
 
 

@@ -20,6 +20,7 @@ from hf_sparse_attn.command_line import (
     json_object,
     positive_int,
     print_table,
+    read_checkpoint,
     run,
     write_json,
 )
@@ -130,20 +131,14 @@ def measure_model(
 ) -> tuple[dict[str, Any], Any, list[dict[str, Any]]]:
     """What was measured, the model's configuration, and the rows."""
     import torch
-    from transformers import AutoTokenizer
 
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
     from hf_sparse_attn.evaluation.speed import MODEL_PASSES, compare_model_speed, layer_inputs
-    from hf_sparse_attn.integration import merge_sparse_attention
-    from hf_sparse_attn.loading import load_config, load_sparse_model, resolve_model
+    from hf_sparse_attn.loading import load_sparse_model
 
-    with argument(f"--model {arguments.model}"):
-        path = resolve_model(arguments.model)
-        model_config = load_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    with argument("--sparse-attention"):
-        config = SparseAttentionConfig.from_dict(merge_sparse_attention(model_config, arguments.sparse_attention))
+    path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
+    config = SparseAttentionConfig.from_dict(sparse_attention)
     num_layers = model_config.get_text_config().num_hidden_layers
     layer = num_layers // 2 if arguments.layer is None else arguments.layer
     with argument("--layer"):

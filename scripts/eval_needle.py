@@ -21,6 +21,7 @@ from hf_sparse_attn.command_line import (
     json_object,
     positive_int,
     print_table,
+    read_checkpoint,
     run,
     write_json,
 )
@@ -92,15 +93,13 @@ def main() -> None:
                 raise ValueError(f"{arguments.picture!r} must end in one of {', '.join(SUFFIXES)}")
 
     from tqdm import tqdm
-    from transformers import AutoTokenizer
 
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.haystack import MAX_NEEDLES, make_contexts
     from hf_sparse_attn.evaluation.needle import compare_retrieval, plot_retrieval
-    from hf_sparse_attn.integration import merge_sparse_attention
-    from hf_sparse_attn.loading import load_config, load_sparse_model, parse_device, parse_dtype, resolve_model
+    from hf_sparse_attn.loading import load_sparse_model, parse_device, parse_dtype
 
     with argument("--device"):
         device = parse_device(arguments.device)
@@ -108,12 +107,7 @@ def main() -> None:
         dtype = parse_dtype(arguments.dtype)
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
-    with argument(f"--model {arguments.model}"):
-        path = resolve_model(arguments.model)
-        model_config = load_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    with argument("--sparse-attention"):
-        sparse_attention = merge_sparse_attention(model_config, arguments.sparse_attention)
+    path, _, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     with argument("--dataset"):
         documents = long_documents(texts, tokenizer, max(arguments.context_lengths), arguments.num_samples)
     depths = sorted(set(arguments.depths))

@@ -18,6 +18,7 @@ from hf_sparse_attn.command_line import (
     json_object,
     positive_int,
     print_table,
+    read_checkpoint,
     run,
     write_json,
 )
@@ -47,19 +48,11 @@ def main() -> None:
             check_output_file(arguments.output)
 
     from tqdm import tqdm
-    from transformers import AutoTokenizer
 
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
-    from hf_sparse_attn.integration import merge_sparse_attention
-    from hf_sparse_attn.loading import (
-        load_config,
-        load_sparse_model,
-        parse_device,
-        parse_dtype,
-        resolve_model,
-    )
+    from hf_sparse_attn.loading import load_sparse_model, parse_device, parse_dtype
 
     with argument("--device"):
         device = parse_device(arguments.device)
@@ -67,12 +60,7 @@ def main() -> None:
         dtype = parse_dtype(arguments.dtype)
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
-    with argument(f"--model {arguments.model}"):
-        path = resolve_model(arguments.model)
-        config = load_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    with argument("--sparse-attention"):
-        sparse_attention = merge_sparse_attention(config, arguments.sparse_attention)
+    path, _, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     with argument("--dataset"):
         documents = long_documents(texts, tokenizer, arguments.context_length, arguments.max_documents)
     with argument(f"--model {arguments.model}"):

@@ -18,6 +18,7 @@ from hf_sparse_attn.command_line import (
     json_object,
     positive_int,
     print_table,
+    read_checkpoint,
     run,
     write_json,
 )
@@ -63,27 +64,22 @@ def main() -> None:
 
     import torch
     from tqdm import tqdm
-    from transformers import AutoTokenizer
 
     from hf_sparse_attn.allocation import first_row
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.recall import hash_families, measure_recall
-    from hf_sparse_attn.integration import merge_sparse_attention
-    from hf_sparse_attn.loading import load_config, load_sparse_model, parse_device, resolve_model
+    from hf_sparse_attn.loading import load_sparse_model, parse_device
     from hf_sparse_attn.visualization import plot_heads
 
     with argument("--device"):
         device = parse_device(arguments.device)
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
-    with argument(f"--model {arguments.model}"):
-        path = resolve_model(arguments.model)
-        model_config = load_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
+    config = SparseAttentionConfig.from_dict(sparse_attention)
     with argument("--sparse-attention"):
-        config = SparseAttentionConfig.from_dict(merge_sparse_attention(model_config, arguments.sparse_attention))
         if set(config.dense_layers) >= set(range(model_config.num_hidden_layers)):
             raise ValueError("every layer is dense: there is nothing to measure")
     with argument("--hashes"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_sparse_attn.command_line import (
@@ -21,11 +21,11 @@ from hf_sparse_attn.command_line import (
     check_output_directory,
     json_object,
     print_table,
+    read_checkpoint,
     run,
 )
 from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
-from hf_sparse_attn.integration import merge_sparse_attention
-from hf_sparse_attn.loading import load_config, load_sparse_model, parse_dtype, resolve_model
+from hf_sparse_attn.loading import load_sparse_model, parse_dtype
 from hf_sparse_attn.training import FinetuneArguments, finetune
 
 
@@ -92,12 +92,7 @@ def main() -> None:
         dtype = parse_dtype(script.dtype)
     with argument("--dataset"):
         documents = load_documents(script.dataset, "train")
-    with argument(f"--model {script.model}"):
-        path = resolve_model(script.model)
-        config = load_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    with argument("--sparse-attention"):
-        merge_sparse_attention(config, overrides)
+    path, _, tokenizer, _ = read_checkpoint(script.model, overrides)
 
     make_rows = packed if script.rows == "packed" else windowed
     with argument("--dataset"):

@@ -14,6 +14,7 @@ from hf_sparse_attn.command_line import (
     check_output_file,
     json_object,
     positive_int,
+    read_checkpoint,
     run,
 )
 
@@ -53,23 +54,17 @@ def main() -> None:
             raise ValueError(f"{arguments.output!r} must end in one of {', '.join(SUFFIXES)}")
 
     import torch
-    from transformers import AutoTokenizer
 
     from hf_sparse_attn.data import load_documents, long_documents
-    from hf_sparse_attn.integration import merge_sparse_attention, record
-    from hf_sparse_attn.loading import load_config, load_sparse_model, parse_device, resolve_model
+    from hf_sparse_attn.integration import record
+    from hf_sparse_attn.loading import load_sparse_model, parse_device
     from hf_sparse_attn.visualization import PatternRecorder, plot_pattern
 
     with argument("--device"):
         device = parse_device(arguments.device)
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
-    with argument(f"--model {arguments.model}"):
-        path = resolve_model(arguments.model)
-        config = load_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    with argument("--sparse-attention"):
-        merge_sparse_attention(config, arguments.sparse_attention)
+    path, config, tokenizer, _ = read_checkpoint(arguments.model, arguments.sparse_attention)
     layers = choose("--layers", arguments.layers, config.num_hidden_layers)
     heads = choose("--heads", arguments.heads, config.num_attention_heads)
     with argument("--dataset"):

@@ -132,14 +132,9 @@ def measure_stages(
         "density": recorder.density,
         "scored_density": recorder.scored_density,
         "stages": [
-            {
-                "stage": stage,
-                "ms": spent,
-                "gflop": work.get(stage, (0.0, 0.0))[0],
-                "floor_ms": work.get(stage, (0.0, 0.0))[0] / rate,
-                "gbyte": work.get(stage, (0.0, 0.0))[1],
-            }
+            {"stage": stage, "ms": spent, "gflop": gflop, "floor_ms": gflop / rate, "gbyte": gbyte}
             for stage, spent in milliseconds.items()
+            for gflop, gbyte in [work.get(stage, (0.0, 0.0))]
         ],
     }
 

@@ -97,7 +97,7 @@ def document_attention(
 ) -> Tensor:
     """Attention of one document through the implementation that the config names.
 
-    See `ops.torch.document_attention` for the arguments; any float dtypes are taken and the result is in the dtype
+    See `ops.pieces.attend_in_pieces` for the arguments; any float dtypes are taken and the result is in the dtype
     that was computed in.
     """
     implementation = _implementation(pattern.config.implementation, query.device)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops.numba_kernels import STAGES as ROW_STAGES
 from hf_sparse_attn.ops.numba_kernels import Array, Head, Read, Rules, State, attend_rows, differentiate_rows, move
 from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
@@ -45,7 +46,8 @@ def _head(call: Call, kv_head: int, key: Tensor, value: Tensor, bucket: Tensor, 
     return Head(key.numpy(), value.numpy(), call.key_offset, *arrays)
 
 
-def _rules(call: Call, kv_head: int, group: int, sinks: Tensor | None, dtype: Any) -> Rules:
+def _rules(call: Call, kv_head: int, group: int, dtype: Any) -> Rules:
+    """All but the sinks, which a chunk is given with its rows."""
     pattern, config = call.pattern, call.pattern.config
     sliding_window = pattern.sliding_window or _UNBOUNDED
     return Rules(
@@ -57,7 +59,7 @@ def _rules(call: Call, kv_head: int, group: int, sinks: Tensor | None, dtype: An
         budget=call.budget(kv_head),
         min_weights=np.array(pattern.min_weights[kv_head * group : (kv_head + 1) * group], dtype),
         softcap=call.softcap or 0.0,
-        sinks=np.zeros(0, dtype) if sinks is None else sinks.detach().numpy(),
+        sinks=np.zeros(0, dtype),
     )
 
 
@@ -138,7 +140,7 @@ def _chunks(
     static = static_positions(pattern.config, end, key.device)
     for kv_head in range(len(key)):
         head = _head(call, kv_head, key[kv_head], value[kv_head], bucket[kv_head], static)
-        state, rules = _empty_state(head), _rules(call, kv_head, group, None, head.key.dtype)
+        state, rules = _empty_state(head), _rules(call, kv_head, group, head.key.dtype)
         heads, row = slice(kv_head * group, (kv_head + 1) * group), start
         while row < end:
             stop = min(row // page_size * page_size + chunk_rows, end)
@@ -149,7 +151,7 @@ def _chunks(
                 move(head, state, rules, row)
                 known = State(*(x.copy() for x in state))
             rows = slice(row - offset, stop - offset)
-            yield heads, rows, slice(kv_head, kv_head + 1), _Chunk(call, kv_head, head, known, row)
+            yield heads, rows, slice(kv_head, kv_head + 1), _Chunk(call, rules, kv_head, head, known, row)
             row = stop
 
 
@@ -158,6 +160,7 @@ class _Chunk:
     """Rows from position `start` on of the query heads that share a KV head; one use moves the state on."""
 
     call: Call
+    rules: Rules
     kv_head: int
     head: Head
     state: State
@@ -221,7 +224,7 @@ class _Chunk:
         rows are one page.
         """
         config, (num_rows, group, _) = self.call.pattern.config, rows.shape
-        rules = _rules(self.call, self.kv_head, group, sinks, rows.dtype)
+        rules = self.rules if sinks is None else self.rules._replace(sinks=sinks.detach().numpy())
         kept_rows = config.page_size if keep else 1
         read = Read(
             np.empty((kept_rows, group, self._num_columns()), rows.dtype),
@@ -230,7 +233,7 @@ class _Chunk:
         )
         flat, stride = _flat(output) if output is not None else (rows.reshape(-1), 0)
         summed = rows.sum(1)
-        drawn = _random_keys(self.call, self.head, self.start, num_rows)
+        drawn = _random_keys(config, rules, self.head, self.start, num_rows)
         low = 0
         while low < num_rows:
             position = self.start + low
@@ -254,10 +257,9 @@ class _Chunk:
             low = high
 
     def _num_columns(self) -> int:
-        config = self.call.pattern.config
-        longest = max(config.window_size, self.call.pattern.dense_rows() or 0)
-        fixed = len(self.head.static) + min(longest, len(self.head.key)) + config.num_random_keys
-        return _padded(fixed) + _padded(self.call.budget(self.kv_head)) + LANES
+        longest = min(max(self.rules.window, self.rules.dense_rows), len(self.head.key))
+        fixed = len(self.head.static) + longest + self.call.pattern.config.num_random_keys
+        return _padded(fixed) + _padded(self.rules.budget) + LANES
 
     def _record(self, page: slice, read: Read) -> None:
         position = torch.arange(self.start + page.start, self.start + page.stop)
@@ -295,18 +297,16 @@ def _filled(x: Tensor) -> Tensor:
     return F.pad(x.detach(), (0, missing)) if missing else x.detach().contiguous()
 
 
-def _random_keys(call: Call, head: Head, start: int, num_rows: int) -> Array:
+def _random_keys(config: SparseAttentionConfig, rules: Rules, head: Head, start: int, num_rows: int) -> Array:
     """Keys that the seeded random pattern adds to each row: [R, num_random_keys] indices, -1 where it adds none."""
-    config, offset = call.pattern.config, call.key_offset
     if not config.num_random_keys:
         return np.empty((num_rows, 0), np.int32)
     position = torch.arange(start, start + num_rows)
     drawn = random_positions(config, position).sort(-1).values
-    sliding_window = call.pattern.sliding_window or _UNBOUNDED
-    seen = (drawn > position[:, None] - min(config.window_size, sliding_window)) | (drawn < offset)
-    seen |= torch.isin(drawn, torch.from_numpy(head.static)) | (drawn <= position[:, None] - sliding_window)
+    seen = (drawn > position[:, None] - rules.window) | (drawn < head.key_offset)
+    seen |= torch.isin(drawn, torch.from_numpy(head.static)) | (drawn <= position[:, None] - rules.sliding_window)
     seen[:, 1:] |= drawn[:, 1:] == drawn[:, :-1]
-    return (drawn - offset).masked_fill_(seen, -1).int().numpy()
+    return (drawn - head.key_offset).masked_fill_(seen, -1).int().numpy()
 
 
 document_attention = partial(attend_in_pieces, _pieces, dense_rows_too=True)

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 
 class SparsePieces(Protocol):
-    """Cuts the rows at positions start .. end - 1 into pieces, lazily and always in the same way."""
+    """Cuts the rows at positions start .. end - 1 into pieces, lazily."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call

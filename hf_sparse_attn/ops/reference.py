@@ -129,7 +129,7 @@ def document_attention(
     sinks: Tensor | None,
     recorder: Recorder | None,
 ) -> Tensor:
-    """Attention of one document; see `ops.torch.document_attention` for the arguments."""
+    """Attention of one document; see `ops.pieces.attend_in_pieces` for the arguments."""
     attended = attended_keys(
         query, key, pattern, query_offset, key_offset, scaling=scaling, softcap=softcap, sinks=sinks
     )

@@ -233,34 +233,22 @@ def total(typing_context, vector):
     return vector.dtype(vector), generate
 
 
-@intrinsic
-def whole_total(typing_context, vector):
-    """Sum of the lanes of integers."""
+def _across(reduction: str, name: str) -> Any:
+    """The intrinsic `name` that reduces a vector's lanes to one number."""
 
-    def generate(context, builder, signature, arguments):
-        return builder.call(_reduction(builder, "add", arguments[0].type), arguments)
+    def reduce(typing_context, vector):
+        def generate(context, builder, signature, arguments):
+            return builder.call(_reduction(builder, reduction, arguments[0].type), arguments)
 
-    return vector.dtype(vector), generate
+        return vector.dtype(vector), generate
 
-
-@intrinsic
-def largest(typing_context, vector):
-    """Largest of the lanes."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.call(_reduction(builder, "fmax", arguments[0].type), arguments)
-
-    return vector.dtype(vector), generate
+    reduce.__name__ = name
+    return intrinsic(reduce)
 
 
-@intrinsic
-def smallest(typing_context, vector):
-    """Smallest of the lanes."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.call(_reduction(builder, "fmin", arguments[0].type), arguments)
-
-    return vector.dtype(vector), generate
+whole_total = _across("add", "whole_total")  # of integers
+largest = _across("fmax", "largest")
+smallest = _across("fmin", "smallest")
 
 
 def _reduction(builder: Any, name: str, vector: Any, *start: Any) -> Any:
