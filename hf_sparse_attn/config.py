@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 HASHES = ("random", "calibrated")
-IMPLEMENTATIONS = ("auto", "reference", "torch", "numba")
+IMPLEMENTATIONS = ("auto", "reference", "torch", "numba", "triton")
 MAX_HASH_BITS = 12
 
 
@@ -49,8 +49,8 @@ class SparseAttentionConfig:
         page_size: positions between two refreshes of the bucket means; at least 1.
         dense_layers: indices of layers whose rows read everything.
         dense_below: rows at positions under it read everything; 0 turns it off.
-        implementation: "reference", "torch" (any device), "numba" (CPU; the extra `cpu`), or "auto": numba on a CPU
-            where it is installed, else torch.
+        implementation: "reference", "torch" (any device), "numba" (CPU; the extra `cpu`), "triton" (GPU), or "auto":
+            numba on a CPU where it is installed, else torch.
         calibrated_hash: the fitted hash as text (`routing.encode_calibrated_hash`); needed by hash="calibrated".
 
     Raises:

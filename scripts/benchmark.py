@@ -27,6 +27,7 @@ from hf_sparse_attn.command_line import (
 
 PASSES = ("forward", "forward_backward", "stages", "prefill", "training_step")
 SHAPE = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
+BACKENDS = ("flash", "cudnn", "efficient", "flex")
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
@@ -48,6 +49,14 @@ def parse_arguments() -> Any:
         parser.add_argument(flag, type=positive_int, help=f"of random inputs (default: {value})")
     parser.add_argument(
         "--repeats", type=positive_int, default=3, help="timed runs of each side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=[],
+        choices=BACKENDS,
+        help="also time these backends of SDPA, and flex: FlexAttention over window and globals alone; "
+        "the speedup is over the fastest dense one",
     )
     parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to set")
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
@@ -80,6 +89,8 @@ def main() -> None:
             raise ValueError(f"{shape['num_kv_heads']} does not divide --num-heads {shape['num_heads']}")
     if not arguments.model and arguments.passes in PASSES[3:]:
         raise UserError(f"argument --pass: {arguments.passes} is of a whole model; give --model")
+    if arguments.backends and arguments.passes not in PASSES[:2]:
+        raise UserError(f"argument --backends: only for --pass {' and '.join(PASSES[:2])}")
     if not arguments.model and arguments.layer is not None:
         raise UserError("argument --layer: only a --model has layers")
 
@@ -123,7 +134,14 @@ def measure_attention(arguments: Any, inputs: Any, config: Any, layer: int = 0) 
     if arguments.passes == "stages":
         with argument("--seq-lens"):
             return measure_stages(inputs, config=config, layer_idx=layer, repeats=arguments.repeats)
-    return compare_speed(inputs, config=config, layer_idx=layer, passes=arguments.passes, repeats=arguments.repeats)
+    return compare_speed(
+        inputs,
+        config=config,
+        layer_idx=layer,
+        passes=arguments.passes,
+        repeats=arguments.repeats,
+        backends=arguments.backends,
+    )
 
 
 def measure_model(
@@ -155,7 +173,7 @@ def measure_model(
     for seq_len in progress():
         ids = tokens[None, :seq_len]
         if arguments.passes not in MODEL_PASSES:
-            inputs = layer_inputs(model, ids, layer)
+            inputs = tuple(x.to(dtype) for x in layer_inputs(model, ids, layer))
             row = measure_attention(arguments, inputs, config, layer)
         else:
             row = compare_model_speed(model, ids, arguments.passes, arguments.repeats)
@@ -169,14 +187,14 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             print_stages(row)
         return
-    parts = [part for part in ("dense", "sparse", "routing", "floor") if f"{part}_ms" in rows[0]]
+    parts = [part for part in ("dense", *BACKENDS, "sparse", "routing", "floor") if f"{part}_ms" in rows[0]]
     print_table(
         f"{rows[0]['pass']}: medians",
         ["tokens", *(f"{part} ms" for part in parts), "speedup", "density", "dense peak MB", "sparse peak MB"],
         [
             [
                 str(row["seq_len"]),
-                *(f"{row[f'{part}_ms']:.1f}" for part in parts),
+                *("-" if row[f"{part}_ms"] is None else f"{row[f'{part}_ms']:.1f}" for part in parts),
                 f"{row['speedup']:.2f}",
                 f"{row['density']:.3f}",
                 f"{row['dense_peak_bytes'] / 1e6:.0f}",

@@ -323,9 +323,11 @@ CHECKS = {
 }
 
 
-def make_pattern(config, num_heads, num_kv_heads, head_dim, layer_idx=0, sliding_window=None, dtype=torch.float64):
+def make_pattern(
+    config, num_heads, num_kv_heads, head_dim, layer_idx=0, sliding_window=None, dtype=torch.float64, device="cpu"
+):
     return layer_pattern(
-        config, layer_idx, num_heads, num_kv_heads, head_dim, torch.device("cpu"), dtype, sliding_window
+        config, layer_idx, num_heads, num_kv_heads, head_dim, torch.device(device), dtype, sliding_window
     )
 
 
@@ -337,8 +339,8 @@ class KeyMask:
         self.query_offset, self.key_offset = query_offset, key_offset
 
     def add(self, pattern, head, position, attended, num_scored, keys):
-        row, column = attended.nonzero(as_tuple=True)
-        keys = keys()[row, column] - self.key_offset
+        row, column = attended.cpu().nonzero(as_tuple=True)
+        keys, position = keys().cpu()[row, column] - self.key_offset, position.cpu()
         assert (keys >= 0).all()
         assert (keys < self.count.shape[-1]).all()
         ones = torch.ones_like(keys)

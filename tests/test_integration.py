@@ -57,7 +57,7 @@ class TestConfiguration:
         ids = tokens(40)
         model = tiny_model()
         del model.config.sparse_attention
-        assert torch.equal(logits(model, ids), logits(tiny_model("llama", "sdpa"), ids))  # dense_below is 1024
+        assert torch.equal(logits(model, ids), logits(tiny_model("llama", "sdpa"), ids))  # dense_below is longer
 
     @pytest.mark.parametrize(
         ("fields", "message"),

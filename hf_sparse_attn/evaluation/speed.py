@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.attention import Inputs, attention
@@ -25,7 +28,10 @@ from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
 
 MODEL_PASSES = ("prefill", "training_step")
+BACKENDS = ("flash", "cudnn", "efficient", "flex")
 _MOST_TURNS = 1000
+_CHECKED_ROWS = 256
+_MOST_ERROR = 0.02
 
 
 def compare_speed(
@@ -35,8 +41,11 @@ def compare_speed(
     layer_idx: int = 0,
     passes: str = "forward",
     repeats: int = 5,
+    backends: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Time and memory of one attention, batch 1: medians over alternating runs.
+
+    Before anything is timed, the sparse side's last rows are compared with the "torch" implementation's.
 
     Args:
         inputs: query [1, num_heads, N, head_dim], key and value [1, num_key_value_heads, N, head_dim].
@@ -44,28 +53,40 @@ def compare_speed(
         layer_idx: layer whose budgets and hash apply.
         passes: "forward" or "forward_backward".
         repeats: timed runs of each side, after two that are not counted; short ones are repeated for half a second.
+        backends: what is timed besides what SDPA chooses by itself: "flash", "cudnn" and "efficient" are SDPA's own
+            backends, "flex" is FlexAttention over the sparse side's window and leading global keys alone.
 
     Returns:
         One row of the benchmark: "pass", "seq_len", "dense_ms", "sparse_ms", "routing_ms" (hashing the keys and finding
         every row's keys, alone; part of the sparse forward), "floor_ms" (the products that the sparse side forms, at
         the rate that SDPA reaches in this run), "speedup", "density", "scored_density", and "dense_peak_bytes" and
-        "sparse_peak_bytes": the most memory held above what was held before, inputs excluded.
+        "sparse_peak_bytes": the most memory held above what was held before, inputs excluded; and for each of
+        `backends` its "..._ms", None where it cannot compute this. "dense_ms" is the fastest dense one.
+
+    Raises:
+        RuntimeError: if the sparse side's output is wrong.
     """
     case = _Case(inputs, config, layer_idx, passes == "forward_backward")
+    case.check()
     recorder = case.densities()
     routing = partial(find_keys, case.query[0].detach(), case.key[0].detach(), case.pattern)
     timed: dict[str, Callable[[], None]] = {"dense": case.dense, "sparse": case.sparse, "routing": routing}
+    timed |= {name: partial(case.dense, name) for name in backends if case.can_compute(name)}
     # The run before lets libraries take their working memory.
     peaks = {}
     for side, work in (("dense", case.dense), ("sparse", case.sparse)):
         work()
         peaks[side] = peak_bytes(work, case.query.device)
-    row = _compared(timed, case.query.device, repeats, peaks)
+    row: dict[str, Any] = _compared(timed, case.query.device, repeats, peaks)
+    others = {f"{name}_ms": row.get(f"{name}_ms") for name in backends}
+    row["dense_ms"] = min([row["dense_ms"], *(others[f"{name}_ms"] or math.inf for name in backends if name != "flex")])
+    row["speedup"] = row["dense_ms"] / row["sparse_ms"]
     share = (recorder.scored_density + recorder.density) / 2  # products with keys, and with values
     return {
         "pass": passes,
         "seq_len": case.query.shape[2],
         **row,
+        **others,
         "floor_ms": row["dense_ms"] * share,
         "density": recorder.density,
         "scored_density": recorder.scored_density,
@@ -155,14 +176,59 @@ class _Case:
         self.pattern = layer_pattern(config, layer_idx, *heads, query.device, dtype)
         self.gradient = torch.randn_like(query.transpose(1, 2)).contiguous() if backward else None
 
-    def dense(self) -> None:
-        self._run(
-            lambda: (
-                F.scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True, enable_gqa=True)
-                .transpose(1, 2)
-                .contiguous()
+    def dense(self, backend: str | None = None) -> None:
+        """By SDPA, or by one of BACKENDS."""
+        if backend == "flex":
+            self._run(lambda: self._flex()(self.query, self.key, self.value).transpose(1, 2).contiguous())
+            return
+        chosen = nullcontext() if backend is None else sdpa_kernel(SDPBackend[f"{backend.upper()}_ATTENTION"])
+        with chosen:
+            self._run(
+                lambda: (
+                    F.scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True, enable_gqa=True)
+                    .transpose(1, 2)
+                    .contiguous()
+                )
             )
+
+    def can_compute(self, backend: str) -> bool:
+        """Whether a backend takes these inputs."""
+        try:
+            self.dense(backend)
+        except (RuntimeError, NotImplementedError):
+            return False
+        return True
+
+    @cache  # noqa: B019  # lives as long as the case
+    def _flex(self) -> Callable[..., Tensor]:
+        """Compiled FlexAttention over the window and the leading global keys."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        window, num_global = self.pattern.config.window_size, self.pattern.config.num_global_tokens
+        num_tokens = self.query.shape[2]
+
+        def reads(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+            return (key <= row) & ((key > row - window) | (key < num_global))
+
+        mask = create_block_mask(reads, None, None, num_tokens, num_tokens, device=str(self.query.device))
+        return partial(torch.compile(flex_attention), block_mask=mask, enable_gqa=True)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare the last rows with plain torch operations in float32 or more, over cached keys.
+
+        Raises:
+            RuntimeError: if they differ by more than rounding.
+        """
+        ours = self._sparse()[:, -_CHECKED_ROWS:]
+        inputs = Inputs(
+            self.query[:, :, -_CHECKED_ROWS:].to(torch.promote_types(ours.dtype, torch.float32)), self.key, self.value
         )
+        plain = replace(self.pattern, config=self.pattern.config.replace(implementation="torch"))
+        expected = attention(inputs, plain, self.query.shape[-1] ** -0.5, None, None)
+        error = float((ours - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+        if not error <= _MOST_ERROR:
+            raise RuntimeError(f"the sparse attention is wrong: its last rows are {error:.1%} off")
 
     def sparse(self) -> None:
         self._run(self._sparse)

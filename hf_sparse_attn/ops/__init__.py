@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache as _cache
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
+from os import environ as _environ
 from typing import Any as _Any
 
 import torch as _torch
@@ -98,10 +99,10 @@ def document_attention(
     """Attention of one document through the implementation that the config names.
 
     See `ops.pieces.attend_in_pieces` for the arguments; any float dtypes are taken and the result is in the dtype
-    that was computed in.
+    that was computed in: at least float32, except that "triton" keeps to the dtype of query and key.
     """
     implementation = _implementation(pattern.config.implementation, query.device)
-    dtype = compute_dtype(query, key)
+    dtype, precise = _dtype(pattern.config, query, key), compute_dtype(query, key)
     with _torch.autocast(query.device.type, enabled=False):
         output: Tensor = implementation.document_attention(
             query.to(dtype),
@@ -112,7 +113,7 @@ def document_attention(
             key_offset=key_offset,
             scaling=scaling,
             softcap=softcap,
-            sinks=None if sinks is None else sinks.to(dtype),
+            sinks=None if sinks is None else sinks.to(precise),
             recorder=recorder,
         )
     return output
@@ -128,7 +129,7 @@ def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
         pattern: the layer's pattern, in the dtype that is computed in; "reference" does not find keys by themselves.
     """
     implementation = _implementation(pattern.config.implementation, query.device)
-    dtype = compute_dtype(query, key)
+    dtype = _dtype(pattern.config, query, key)
     if pattern.dense_rows() is not None:
         implementation.find_keys(query.to(dtype), key.to(dtype), pattern)
 
@@ -143,12 +144,25 @@ def _implementation(name: str, device: _torch.device) -> _Any:
         raise ModuleNotFoundError(
             'implementation="numba" needs Numba: pip install \'hf_sparse_attn[cpu]\', or choose "auto" or "torch"'
         )
+    if name == "triton" and not _installed("triton"):
+        raise ModuleNotFoundError(
+            'implementation="triton" needs Triton: pip install triton, or choose "auto" or "torch"'
+        )
+    if name == "triton" and device.type != "cuda" and _environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f'implementation="triton" runs on a GPU only, not on {device}; choose "auto" or "torch"')
     return _import_module(f"hf_sparse_attn.ops.{name}")
 
 
 @_cache
 def _installed(package: str) -> bool:
     return _find_spec(package) is not None
+
+
+def _dtype(config: SparseAttentionConfig, query: Tensor, key: Tensor) -> _torch.dtype:
+    """Of the tensors that the config's implementation is given: Triton's keeps half precision."""
+    if config.implementation == "triton":
+        return _torch.promote_types(query.dtype, key.dtype)
+    return compute_dtype(query, key)
 
 
 def compute_dtype(query: Tensor, key: Tensor) -> _torch.dtype:

@@ -51,12 +51,14 @@ def attend_in_pieces(
     sinks: Tensor | None,
     recorder: Recorder | None,
     dense_rows_too: bool = False,
+    in_threads: bool = True,
 ) -> Tensor:
     """Causal sparse attention of one document, without padding.
 
     Args:
         sparse_pieces: the implementation.
-        query: [num_heads, Q, head_dim], float32 or float64, at positions query_offset .. query_offset + Q - 1.
+        query: [num_heads, Q, head_dim], of any dtype that the implementation takes, at positions query_offset ..
+            query_offset + Q - 1.
         key, value: [num_key_value_heads, N, head_dim], at positions key_offset .. key_offset + N - 1; the last key
             belongs to the last query.
         pattern: the layer's pattern.
@@ -67,12 +69,22 @@ def attend_in_pieces(
         sinks: [num_heads], logits that take part in each softmax but carry no value, or None.
         recorder: is told which keys each row read; None records nothing.
         dense_rows_too: where some rows are sparse, `sparse_pieces` computes the others as well.
+        in_threads: on a CPU, several pieces may be computed at a time, and be cut before others are computed.
 
     Returns:
         [num_heads, Q, head_dim].
     """
     call = Call(
-        sparse_pieces, pattern, query_offset, key_offset, scaling, softcap, sinks is None, recorder, dense_rows_too
+        sparse_pieces,
+        pattern,
+        query_offset,
+        key_offset,
+        scaling,
+        softcap,
+        sinks is None,
+        recorder,
+        dense_rows_too,
+        in_threads,
     )
     end = query_offset + query.shape[1]
     if call.dense_end(end) == end and len(list(_dense_blocks(query_offset, end, query.shape[0], call))) == 1:
@@ -96,6 +108,7 @@ class Call:
     no_sinks: bool
     recorder: Recorder | None
     dense_rows_too: bool = False
+    in_threads: bool = True
     backward: bool = False
 
     @property
@@ -186,8 +199,9 @@ class _Attention(torch.autograd.Function):
             parts = piece.of(query, key, value, sinks)
             return piece, piece.differentiate(grad[piece.heads, piece.rows], *parts)
 
-        grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        sinks_grad = None if sinks is None else torch.zeros_like(sinks)
+        precise = torch.promote_types(key.dtype, torch.float32)  # many pieces are added up
+        grads = [torch.empty_like(query)] + [torch.zeros_like(x, dtype=precise) for x in (key, value)]
+        sinks_grad = None if sinks is None else torch.zeros_like(sinks)  # float32 or float64, always
         call = replace(ctx.call, recorder=None, backward=True)
         # Autocast is off as in the forward, wherever backward() is called; threads start with it off.
         with torch.autocast(query.device.type, enabled=False):
@@ -197,7 +211,7 @@ class _Attention(torch.autograd.Function):
                 grads[2][piece.kv_heads] += parts[2]
                 if sinks_grad is not None:
                     sinks_grad[piece.heads] += parts[3]
-        return *grads, sinks_grad, None
+        return grads[0], grads[1].to(key.dtype), grads[2].to(value.dtype), sinks_grad, None
 
 
 def _each_piece(
@@ -209,7 +223,7 @@ def _each_piece(
     if call.dense_rows_too and dense_end < end:
         dense_end = call.query_offset
     yield from map(work, _dense_pieces(query, dense_end, call))
-    parallel = query.device.type == "cpu" and end - dense_end >= _PARALLEL_ROWS
+    parallel = call.in_threads and query.device.type == "cpu" and end - dense_end >= _PARALLEL_ROWS
     num_workers = torch.get_num_threads() if parallel else 1
     if end > dense_end:
         yield from in_order(work, call.sparse_pieces(query, key, value, dense_end, end, call), num_workers)
@@ -255,11 +269,13 @@ def _dense(call: Call, start: int, query: Tensor, key: Tensor, value: Tensor, si
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=True
         )[0]
     assert mask is not None
+    dtype, precise = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    query, key, value = (x.to(precise) for x in (query, key, value))
     grouped = (query * call.scaling).unflatten(0, (len(key), -1))  # [num_key_value_heads, group, R, head_dim]
     scores = hide(cap(grouped @ key.unsqueeze(1).transpose(-1, -2), call.softcap), ~mask)
-    sinks = None if sinks is None else sinks.view(grouped.shape[:2])
+    sinks = None if sinks is None else sinks.view(grouped.shape[:2]).to(precise)
     weights = with_sinks(scores, sinks).softmax(-1)[..., : key.shape[1]]
-    return (weights @ value.unsqueeze(1)).flatten(0, 1)
+    return (weights @ value.unsqueeze(1)).flatten(0, 1).to(dtype)
 
 
 def hide(scores: Tensor, hidden: Tensor | None) -> Tensor:

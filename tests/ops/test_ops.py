@@ -7,83 +7,23 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_checks import SCALING, KeyMask, LargestTensor, attend, calibrated_hash_text, make_pattern
+from attention_checks import SCALING, KeyMask, LargestTensor, attend, make_pattern
+from cases import (
+    DIM,
+    FEATURES,
+    KV_HEADS,
+    LENGTH,
+    assert_like_reference,
+    check_lower_precision,
+    inputs,
+    pattern_of,
+    sinks_of,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_sparse_attn import SparseAttentionConfig, sparse_attention
 from hf_sparse_attn.ops import pieces, reference
-
-DIM, KV_HEADS, LENGTH = 8, 2, 150
-FEATURES = {
-    "defaults of this file": {},
-    "window of 1": {"window_size": 1},
-    "window of 70": {"window_size": 70},
-    "window over everything": {"window_size": 500},
-    "no globals": {"num_global_tokens": 0},
-    "stride": {"stride": 13},
-    "random keys": {"num_random_keys": 6},
-    "random keys without routing": {"num_random_keys": 6, "key_budget": 0},
-    "explicit globals": {"global_token_indices": (5, 77, 149, 4000)},
-    "no routing": {"key_budget": 0},
-    "budgets by head": {"key_budget": ((30, 7),)},
-    "smallest weights by head": {"key_budget": 30, "min_weight": ((0.0, 0.02, 0.1, 0.9),)},
-    "one KV head without routing": {"key_budget": ((0, 12),)},
-    "budget over everything": {"key_budget": 1000},
-    "page of 1": {"page_size": 1},
-    "page of 3": {"page_size": 3},
-    "page of 64": {"page_size": 64},
-    "dense rows": {"dense_below": 71},
-    "dense layer": {"dense_layers": (0,)},
-    "calibrated": {"hash": "calibrated", "calibrated_hash": calibrated_hash_text()},
-    "model's window inside ours": {"sliding_window": 4},
-    "model's window of ours": {"sliding_window": 11},
-    "model's window wider than ours": {"sliding_window": 41},
-    "model's window and a dense layer": {"sliding_window": 41, "dense_layers": (0,)},
-    "everything at once": {
-        "sliding_window": 90,
-        "stride": 17,
-        "num_random_keys": 4,
-        "global_token_indices": (20, 100),
-        "dense_below": 25,
-        "key_budget": ((30, 7),),
-        "min_weight": ((0.0, 0.02, 0.1, 0.9),),
-        "page_size": 3,
-    },
-}
-
-
-def pattern_of(fields, num_heads=4, num_kv_heads=KV_HEADS, dtype=torch.float64, dim=DIM):
-    fields = {"window_size": 11, "num_global_tokens": 3, "key_budget": 14, "num_hash_bits": 3, "page_size": 8} | fields
-    sliding_window = fields.pop("sliding_window", None)
-    config = SparseAttentionConfig(**{"dense_below": 0} | fields)
-    return make_pattern(config, num_heads, num_kv_heads, dim, sliding_window=sliding_window, dtype=dtype)
-
-
-def inputs(num_queries=LENGTH, num_keys=LENGTH, num_heads=4, num_kv_heads=KV_HEADS, seed=0, dim=DIM):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((num_heads, num_queries, dim), (num_kv_heads, num_keys, dim), (num_kv_heads, num_keys, dim))
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-
-
-def assert_like_reference(query, key, value, pattern, sinks=None, **kwargs):
-    """Output and the gradients of query, key, value and sinks, under a random gradient of the output."""
-    results = []
-    for implementation in ("reference", "torch", "numba"):
-        leaves = [x.clone().requires_grad_() for x in (query, key, value, sinks) if x is not None]
-        output = attend(*leaves[:3], pattern, implementation, sinks=leaves[3] if len(leaves) > 3 else None, **kwargs)
-        probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
-        results.append([output.detach(), *torch.autograd.grad((output * probe).sum(), leaves)])
-    expected, *others = results
-    for implementation, ours in zip(("torch", "numba"), others, strict=True):
-        for name, x, y in zip(("output", "query", "key", "value", "sinks"), ours, expected, strict=False):
-            where = f"{implementation}, {name}"
-            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10, msg=lambda text, where=where: f"{where}: {text}")
-    return results[0][0]
-
-
-def sinks_of(num_heads=4):
-    return torch.randn(num_heads, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("fields", FEATURES.values(), ids=FEATURES.keys())
@@ -233,35 +173,10 @@ def test_only_what_needs_a_gradient_gets_one():
         torch.testing.assert_close(leaves[i].grad, expected[i].grad, rtol=1e-12, atol=1e-12)
 
 
-def rms(error):
-    return float(error.detach().double().square().mean().sqrt())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["defaults of this file", "everything at once", "random keys"])
 def test_error_of_lower_precision_is_at_most_twice_that_of_sdpa(name, dtype):
-    """On the keys that were really read, forward and backward, in units of the same-dtype PyTorch path's error."""
-    tensors = [x.to(dtype) for x in inputs()]
-    recorder = KeyMask(4, LENGTH, LENGTH)
-    probe = torch.randn(4, LENGTH, DIM, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-    def ours(query, key, value):
-        pattern = pattern_of(FEATURES[name], dtype=torch.float32)
-        return attend(query, key, value, pattern, recorder=recorder).to(dtype)
-
-    def sdpa(query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=recorder.mask, scale=0.4, enable_gqa=True)
-
-    def forward_and_gradients(function, dtype):
-        leaves = [x.to(dtype).requires_grad_() for x in tensors]
-        output = function(*leaves)
-        return [output, *torch.autograd.grad((output * probe).sum(), leaves)]
-
-    results = [forward_and_gradients(*run) for run in ((ours, dtype), (sdpa, dtype), (sdpa, torch.float64))]
-    for part, a, b, exact in zip(("output", "query", "key", "value"), *results, strict=True):
-        assert a.dtype == dtype
-        assert rms(a - exact) <= 2 * rms(b - exact), part
-        assert rms(a - exact) < 0.02 * rms(exact), part
+    check_lower_precision("torch", name, dtype)
 
 
 def test_autocast_changes_nothing_forward_or_backward():

@@ -1,0 +1,540 @@
+"""Sparse attention in Triton kernels: on a GPU, forward and backward, memory linear in the length.
+
+A document's sparse rows are taken a chunk at a time. For each chunk `triton_routing` finds the keys of every row and
+lists them by tiles of rows, then `triton_kernels` computes the attention over the lists. What a chunk needs besides
+inputs and output does not grow with the document, but for a few integers per key and KV head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sparse_attn.ops import triton_kernels as attention_kernels
+from hf_sparse_attn.ops import triton_routing as routing_kernels
+from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
+from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_positions, static_positions
+
+_UNBOUNDED = 2**30  # stands for no sliding window
+_CHUNK_ROWS = 2048
+_CHUNK_PAGES = 64
+_PAIRS = 64  # (row, query head) pairs per tile, where the tile has up to 16 rows
+
+
+def _pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call) -> Iterator[Piece]:
+    query, key, value = _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value)
+    everything = slice(None)
+    for chunk in _chunks(query, key, start, end, call):
+        rows = slice(chunk.start - call.query_offset, chunk.end - call.query_offset)
+        yield Piece(everything, rows, everything, chunk.attend, chunk.differentiate)
+
+
+def _chunks(query: Tensor, key: Tensor, start: int, end: int, call: Call) -> Iterator[_Chunk]:
+    """Rows at positions start .. end - 1, chunk after chunk, their keys found; each is used up before the next."""
+    index = _Index(query, key, start, end, call)
+    page_size = call.pattern.config.page_size
+    pages = max(min(_CHUNK_ROWS // page_size, _CHUNK_PAGES), 1)
+    low = start
+    while low < end:
+        page = low // page_size
+        base = page * page_size
+        base += (low - base) // _CHUNK_ROWS * _CHUNK_ROWS  # large pages are cut
+        rows_per_page = min(page_size, _CHUNK_ROWS)
+        high = min(base + pages * rows_per_page, (page + pages) * page_size, end)
+        num_pages = -(-(high - base) // rows_per_page)
+        rows = query[:, low - call.query_offset : high - call.query_offset]
+        yield _Chunk(index, rows, low, high, base, num_pages, rows_per_page)
+        low = high
+
+
+def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
+    """See `ops.find_keys`."""
+    call = Call(_pieces, pattern, 0, 0, 1.0, None, True, None)
+    start, end = call.dense_end(key.shape[1]), key.shape[1]
+    if start < end:
+        for _ in _chunks(_rows_contiguous(query), _rows_contiguous(key), start, end, call):
+            pass
+
+
+class _Index:
+    """A document's keys grouped by bucket, and the bucket means as the next chunk's first page may know them."""
+
+    def __init__(self, query: Tensor, key: Tensor, start: int, end: int, call: Call) -> None:
+        pattern, config = call.pattern, call.pattern.config
+        num_kv_heads, num_keys, head_dim = key.shape
+        self.call, self.key = call, key
+        self.acc = torch.float64 if query.dtype == torch.float64 else torch.float32
+        self.precision = "tf32x3" if query.dtype == torch.float32 else "ieee"
+        self.group = len(query) // num_kv_heads
+        self.group_padded = triton.next_power_of_2(self.group)
+        self.rows = min(max(_PAIRS // self.group_padded, 1), 16)
+        self.window = min(config.window_size, pattern.sliding_window or _UNBOUNDED, end)
+        self.budgets = [min(call.budget(kv_head), num_keys) for kv_head in range(num_kv_heads)]
+        self.budget_table = torch.tensor(self.budgets, dtype=torch.int32, device=key.device)
+        min_weights = [math.log(weight) if weight else -math.inf for weight in pattern.min_weights]
+        self.log_min_weights = torch.tensor(min_weights, dtype=self.acc, device=key.device)
+        self.num_buckets = pattern.bucket_hash.num_buckets
+        self.static = static_positions(config, end, key.device).int()
+
+        self.bucket = (
+            self._hash() if any(self.budgets) else torch.zeros(key.shape[:2], dtype=torch.int32, device=key.device)
+        )
+        held = self.static[self.static >= call.key_offset] - call.key_offset
+        self.bucket[:, held.long()] = self.num_buckets  # static keys get a bucket of their own behind all others
+        in_order, order = torch.sort(self.bucket, dim=1, stable=True)
+        self.order = order.int()  # [Hkv, N] keys by bucket, oldest first
+        edges = torch.arange(self.num_buckets + 1, device=key.device, dtype=torch.int32).expand(num_kv_heads, -1)
+        self.first = torch.searchsorted(in_order, edges.contiguous()).int()  # [Hkv, B + 1]
+        # Sums of the keys of each bucket from slot `left` to slot `entered`.
+        self.entered, self.left = self.first[:, :-1].repeat(2, 1, 1)
+        self.sums = key.new_zeros(num_kv_heads, self.num_buckets, head_dim, dtype=self.acc)
+
+    def _hash(self) -> Tensor:
+        """[Hkv, N], int32."""
+        bucket_hash, (num_kv_heads, num_keys, head_dim) = self.call.pattern.bucket_hash, self.key.shape
+        codebooks, codes = bucket_hash.bias.shape[1:]
+        bucket = torch.empty(num_kv_heads, num_keys, dtype=torch.int32, device=self.key.device)
+        block = 64
+        _launch(
+            routing_kernels.hash_keys,
+            (triton.cdiv(num_keys, block), num_kv_heads),
+            self.key,
+            *self.key.stride()[:2],
+            bucket_hash.weight.to(self.acc).contiguous(),
+            bucket_hash.bias.to(self.acc).contiguous(),
+            bucket,
+            num_keys,
+            HEAD_DIM=head_dim,
+            CODEBOOKS=codebooks,
+            CODEBOOKS_PADDED=max(triton.next_power_of_2(codebooks), 16 // codes),
+            CODE_BITS=int(math.log2(codes)),
+            BLOCK=block,
+            BLOCK_K=32,
+            ACC=_TL[self.acc],
+        )
+        return bucket
+
+
+class _Chunk:
+    """Rows at positions start .. end - 1 of all heads, and the lists of the keys that their tiles score."""
+
+    def __init__(
+        self, index: _Index, query: Tensor, start: int, end: int, base: int, num_pages: int, rows_per_page: int
+    ) -> None:
+        """The chunk's pages, or its part of a large page, begin at position `base`."""
+        self.index, self.start, self.end, self.base = index, start, end, base
+        self.num_pages, self.rows_per_page = num_pages, rows_per_page
+        self.tiles_per_page = -(-rows_per_page // index.rows)
+        self.num_local = num_pages * rows_per_page
+        self.num_tiles = num_pages * self.tiles_per_page
+        self._choose(query)
+        self._list()
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(len(self.index.key), *shape, dtype=dtype, device=self.index.key.device)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Where the chunk lies, as the kernels are told."""
+        return {"base": self.base, "start": self.start, "end": self.end, "page_size": self.rows_per_page}
+
+    def _choose(self, query: Tensor) -> None:
+        """The buckets that each row takes keys of."""
+        index, key = self.index, self.index.key
+        num_kv_heads, num_keys, head_dim = key.shape
+        self.block = max(index.num_buckets, 32)
+        self.words = self._empty(self.num_local, self.block // 32)
+        self.cut = self._empty(self.num_local, 2)
+        self.runs = [self._empty(self.num_tiles, self.block) for _ in range(3)]
+        self.num_runs = self._empty(self.num_tiles)
+        if not any(index.budgets):
+            for table in (self.words, self.cut, self.num_runs):
+                table.zero_()
+            return
+        pattern = index.call.pattern
+        page_size = pattern.config.page_size
+        sliding = pattern.sliding_window is not None
+        means = self._empty(self.num_pages, index.num_buckets, head_dim, dtype=index.acc)
+        routable = self._empty(self.num_pages, index.num_buckets)
+        _launch(
+            routing_kernels.mean_buckets,
+            (index.num_buckets, num_kv_heads),
+            key,
+            *key.stride()[:2],
+            index.order,
+            index.first,
+            index.sums,
+            index.entered,
+            index.left,
+            means,
+            routable,
+            num_keys,
+            index.call.key_offset,
+            self.base // page_size * page_size,
+            self.num_pages,
+            page_size,
+            MEANS_LAG,
+            pattern.sliding_window or _UNBOUNDED,
+            NUM_BUCKETS=index.num_buckets,
+            SLIDING=sliding,
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=_block_dim(head_dim),
+            BLOCK=16,
+            ACC=_TL[index.acc],
+            num_warps=1,
+        )
+        scores = self._empty(self.num_local, index.num_buckets, dtype=index.acc)
+        block_rows, block_buckets = 64, min(max(index.num_buckets, 16), 128)
+        _launch(
+            routing_kernels.score_buckets,
+            (
+                self.num_pages * triton.cdiv(self.rows_per_page, block_rows),
+                triton.cdiv(index.num_buckets, block_buckets),
+                num_kv_heads,
+            ),
+            query,
+            *query.stride()[:2],
+            means,
+            routable,
+            scores,
+            num_pages=self.num_pages,
+            NUM_BUCKETS=index.num_buckets,
+            GROUP=index.group,
+            HEAD_DIM=head_dim,
+            BLOCK_ROWS=block_rows,
+            BLOCK_BUCKETS=block_buckets,
+            BLOCK_K=32,
+            PRECISION="tf32x3" if index.acc == torch.float32 else "ieee",
+            ACC=_TL[index.acc],
+            **self._place,
+        )
+        _launch(
+            routing_kernels.choose_buckets,
+            (self.num_tiles, num_kv_heads),
+            scores,
+            index.bucket,
+            index.order,
+            index.first,
+            index.budget_table,
+            self.words,
+            self.cut,
+            *self.runs,
+            self.num_runs,
+            num_keys,
+            index.call.key_offset,
+            num_pages=self.num_pages,
+            num_tiles=self.num_tiles,
+            window=index.window,
+            sliding_window=pattern.sliding_window or _UNBOUNDED,
+            NUM_BUCKETS=index.num_buckets,
+            BLOCK=self.block,
+            ROWS=index.rows,
+            SLIDING=sliding,
+            SCORE_BITS=64 if index.acc == torch.float64 else 32,
+            num_warps=8,
+            **self._place,
+        )
+
+    def _list(self) -> None:
+        """The keys that the rows of each tile score."""
+        index, config = self.index, self.index.call.pattern.config
+        num_kv_heads, num_keys, _ = index.key.shape
+        rows, num_random = index.rows, config.num_random_keys
+        self.drawn = self._draw()
+        last = self._first_rows() + rows - 1
+        num_static = torch.searchsorted(index.static, (last - index.window).int(), right=True).int()
+        found = min(rows * max(index.budgets) + rows, num_keys)  # a bucket's runs may leave out up to `rows` keys
+        capacity = index.window + rows - 1 + len(index.static) + rows * num_random + found
+        self.capacity = -(-capacity // 16) * 16
+        block = 128
+        self.keys = self._empty(self.num_tiles, self.capacity)
+        self.takers = self._empty(self.num_tiles, self.capacity)
+        self.fixed, self.total = self._empty(self.num_tiles), self._empty(self.num_tiles)
+        _launch(
+            routing_kernels.list_keys,
+            (self.num_tiles, num_kv_heads, triton.cdiv(self.capacity, block)),
+            index.order,
+            self.words,
+            self.cut,
+            *self.runs,
+            self.num_runs,
+            index.static,
+            num_static,
+            self.drawn,
+            self.keys,
+            self.takers,
+            self.fixed,
+            self.total,
+            num_keys,
+            index.call.key_offset,
+            num_pages=self.num_pages,
+            num_tiles=self.num_tiles,
+            window=index.window,
+            sliding_window=index.call.pattern.sliding_window or _UNBOUNDED,
+            capacity=self.capacity,
+            NUM_RUNS=self.block,
+            NUM_RANDOM=num_random,
+            ROWS=rows,
+            BLOCK=block,
+            **self._place,
+        )
+
+    def _first_rows(self) -> Tensor:
+        """Position of the first row of each tile: [tiles]."""
+        tile = torch.arange(self.num_tiles, device=self.index.key.device)
+        row = tile % self.tiles_per_page * self.index.rows
+        return self.base + tile // self.tiles_per_page * self.rows_per_page + row
+
+    def _draw(self) -> Tensor:
+        """Random keys that nothing else in the fixed pattern reads: [local rows, num_random_keys], -1 where none."""
+        index, pattern = self.index, self.index.call.pattern
+        if not pattern.config.num_random_keys:
+            return index.static
+        position = torch.arange(self.base, self.base + self.num_local, device=index.key.device)
+        drawn = random_positions(pattern.config, position).sort(-1).values
+        seen = (drawn > position[:, None] - index.window) | (drawn < index.call.key_offset)
+        seen |= torch.isin(drawn, index.static)
+        if pattern.sliding_window is not None:
+            seen |= drawn <= position[:, None] - pattern.sliding_window
+        seen[:, 1:] |= drawn[:, 1:] == drawn[:, :-1]
+        return (drawn - index.call.key_offset).masked_fill_(seen, -1).int()
+
+    def attend(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> None:
+        """Fill output [H, R, D] for the chunk's query [H, R, D], all keys and values [Hkv, N, D] and sinks [H]."""
+        self._attend(output, query, key, value, sinks)
+
+    def _attend(
+        self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `attend`; each row's logsumexp and the score under which found keys are not read, [H, R]."""
+        index, call = self.index, self.index.call
+        query, key, value = (_rows_contiguous(x) for x in (query, key, value))
+        assert output.stride(-1) == 1
+        logsumexp, least = query.new_empty(2, *query.shape[:2], dtype=index.acc)
+        pairs = index.rows * index.group_padded
+        recording = call.recorder is not None
+        kept = self._empty(*(self.num_tiles, pairs, self.capacity) if recording else (), dtype=torch.int8)
+        _launch(
+            attention_kernels.attend,
+            (self.num_tiles, len(key)),
+            *_with_strides(query, key, value, output),
+            self.keys,
+            self.takers,
+            self.fixed,
+            self.total,
+            sinks,
+            index.log_min_weights,
+            logsumexp,
+            least,
+            kept,
+            SINKS=sinks is not None,
+            KEEP=recording,
+            **self._of_attention(value),
+            **self._of_lists(value),
+        )
+        if recording:
+            self._record(kept)
+        return logsumexp, least
+
+    def _of_attention(self, value: Tensor) -> dict[str, Any]:
+        """Arguments that every kernel of the attention takes."""
+        index, call = self.index, self.index.call
+        head_dim, value_dim = index.key.shape[-1], value.shape[-1]
+        return {
+            **self._place,
+            "scaling": call.scaling,
+            "softcap": call.softcap or 1.0,
+            "num_rows": self.end - self.start,
+            "GROUP": index.group,
+            "GROUP_PADDED": index.group_padded,
+            "ROWS": index.rows,
+            "HEAD_DIM": head_dim,
+            "BLOCK_DIM": _block_dim(head_dim),
+            "VALUE_DIM": value_dim,
+            "BLOCK_VALUE_DIM": _block_dim(value_dim),
+            "SOFTCAP": call.softcap is not None,
+            "PRECISION": index.precision,
+            "ACC": _TL[index.acc],
+            "BLOCK": _block_keys(value.dtype, max(head_dim, value_dim)),
+        }
+
+    def _of_lists(self, value: Tensor) -> dict[str, Any]:
+        """Arguments that the kernels over listed keys take besides."""
+        return {
+            "num_tiles": self.num_tiles,
+            "capacity": self.capacity,
+            "DROP": any(self.index.call.pattern.min_weights),
+        }
+
+    def differentiate(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Gradients of the arguments of `attend` for that of its result; of keys and values in float32 or more."""
+        index, pattern = self.index, self.index.call.pattern
+        num_kv_heads, num_keys, _ = key.shape
+        query, key, value, grad = (_rows_contiguous(x) for x in (query, key, value, grad))
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        logsumexp, least = self._attend(output, query, key, value, sinks)
+        delta = (output.to(index.acc) * grad).sum(-1).contiguous()
+        query_grad = torch.empty_like(query)
+        key_grad = key.new_zeros(key.shape, dtype=index.acc)
+        value_grad = value.new_zeros(value.shape, dtype=index.acc)
+        inputs = _with_strides(query, key, value, grad)
+        arguments = self._of_attention(value)
+        _launch(
+            attention_kernels.differentiate_queries,
+            (self.num_tiles, num_kv_heads),
+            *inputs,
+            self.keys,
+            self.takers,
+            self.fixed,
+            self.total,
+            logsumexp,
+            least,
+            delta,
+            *_with_strides(query_grad),
+            **arguments,
+            **self._of_lists(value),
+        )
+        first = max(self.start - index.window + 1, index.call.key_offset)
+        _launch(
+            attention_kernels.differentiate_window,
+            (triton.cdiv(self.end - first, arguments["BLOCK"]), num_kv_heads),
+            *inputs,
+            logsumexp,
+            least,
+            delta,
+            key_grad,
+            value_grad,
+            num_keys=num_keys,
+            key_offset=index.call.key_offset,
+            window=index.window,
+            num_warps=8,
+            **arguments,
+        )
+        if any(index.budgets) or len(index.static) or pattern.config.num_random_keys:
+            self._differentiate_older(inputs, (logsumexp, least, delta, key_grad, value_grad), arguments)
+        if sinks is None:
+            return query_grad, key_grad, value_grad
+        sinks_grad = -((sinks.to(index.acc)[:, None] - logsumexp).exp() * delta).sum(1)
+        return query_grad, key_grad, value_grad, sinks_grad
+
+    def _differentiate_older(self, inputs: list[Any], tables: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
+        index, pattern = self.index, self.index.call.pattern
+        num_kv_heads, num_keys, _ = index.key.shape
+        num_blocks, num_random = triton.cdiv(num_keys, arguments["BLOCK"]), pattern.config.num_random_keys
+        slot_of_key = index.order
+        if num_random:
+            slot_of_key = torch.empty_like(index.order)
+            slots = torch.arange(num_keys, dtype=torch.int32, device=index.key.device).expand_as(index.order)
+            slot_of_key.scatter_(1, index.order.long(), slots)
+        tiles, num_reading = self._empty(num_blocks, self.num_tiles), self._empty(num_blocks)
+        shared = {
+            "num_keys": num_keys,
+            "num_tiles": self.num_tiles,
+            "NUM_BUCKETS": index.num_buckets,
+            "NUM_RANDOM": num_random,
+        }
+        _launch(
+            routing_kernels.tiles_of_blocks,
+            (num_blocks, num_kv_heads),
+            index.bucket,
+            index.order,
+            slot_of_key,
+            *self.runs[1:],
+            self.num_runs,
+            self.drawn,
+            tiles,
+            num_reading,
+            NUM_RUNS=self.block,
+            ROWS=index.rows,
+            BLOCK=arguments["BLOCK"],
+            BLOCK_TILES=triton.next_power_of_2(self.num_tiles),
+            **self._place,
+            **shared,
+        )
+        _launch(
+            attention_kernels.differentiate_older,
+            (num_blocks, num_kv_heads),
+            *inputs,
+            index.bucket,
+            index.order,
+            self.words,
+            self.cut,
+            self.drawn,
+            tiles,
+            num_reading,
+            *tables,
+            key_offset=index.call.key_offset,
+            num_local=self.num_local,
+            window=index.window,
+            sliding_window=pattern.sliding_window or _UNBOUNDED,
+            NUM_WORDS=self.block // 32,
+            DROP=any(pattern.min_weights),
+            num_warps=8,
+            **arguments,
+            **shared,
+        )
+
+    def _record(self, kept: Tensor) -> None:
+        """Tell the recorder what the rows read."""
+        index, call = self.index, self.index.call
+        position = torch.arange(self.start, self.end, device=kept.device)
+        page, row = (position - self.base) // self.rows_per_page, (position - self.base) % self.rows_per_page
+        tile, row = page * self.tiles_per_page + row // index.rows, row % index.rows
+        for kv_head in range(len(index.key)):
+            columns = int(self.total[kv_head].max())
+            listed = torch.arange(columns, device=kept.device) < self.total[kv_head, tile, None]
+            takers = self.takers[kv_head, tile, :columns] >> row[:, None]
+            num_scored = int(((takers & 1) * listed).sum())
+            keys = self.keys[kv_head, tile, :columns]
+            for member in range(index.group):
+                attended = kept[kv_head, tile, row * index.group_padded + member, :columns].bool() & listed
+                positions = partial(_positions, keys, call.key_offset)
+                call.record(kv_head * index.group + member, position, attended, num_scored, positions)
+
+
+_TL = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _positions(keys: Tensor, key_offset: int) -> Tensor:
+    return keys.long() + key_offset
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+    on_device: AbstractContextManager[Any] = nullcontext()
+    if args[0].is_cuda:
+        on_device = torch.cuda.device(args[0].device)
+    with on_device:
+        kernel[grid](*args, **kwargs)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """Without gradients, each row in one piece."""
+    x = x.detach()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _with_strides(*tensors: Tensor) -> list[Any]:
+    """Each tensor [heads, rows, D] with its first two strides."""
+    return [part for x in tensors for part in (x, *x.stride()[:2])]
+
+
+def _block_dim(dim: int) -> int:
+    return max(triton.next_power_of_2(dim), 16)
+
+
+def _block_keys(dtype: torch.dtype, dim: int) -> int:
+    """Keys per step of the attention's loops, so that a step's keys and values fit into shared memory."""
+    return max(16, min(64, 8192 * 2 // (dtype.itemsize * _block_dim(dim))))
+
+
+document_attention = partial(attend_in_pieces, _pieces, in_threads=False)

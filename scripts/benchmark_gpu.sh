@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: test the Triton kernels there, then measure them against SDPA with each of its backends and
+# FlexAttention, forward and backward, Llama-3-8B's and Mistral-7B's attention (32 query heads over 8 KV heads of 128).
+#   scripts/benchmark_gpu.sh [DIRECTORY]    where the results go (default: benchmarks)
+# Python with this package, torch and triton must be active; tests need pytest and hypothesis.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+OUTPUT="${1:-benchmarks}"
+PYTHON="${PYTHON:-python}"
+mkdir -p "$OUTPUT"
+"$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "benchmark_gpu.sh: error: PyTorch sees no GPU"'
+"$PYTHON" -m pytest -q tests/ops/test_triton.py
+measure() {
+    "$PYTHON" scripts/benchmark.py --device cuda --dtype bfloat16 --num-heads 32 --num-kv-heads 8 --head-dim 128 \
+        --sparse-attention '{"implementation": "triton"}' --backends flash cudnn efficient flex "$@"
+}
+measure --seq-lens 4096 8192 16384 32768 65536 131072 262144 --output "$OUTPUT/gpu_forward.json"
+measure --seq-lens 4096 8192 16384 32768 65536 131072 --pass forward_backward --output "$OUTPUT/gpu_forward_backward.json"

@@ -1,0 +1,105 @@
+"""Compile every Triton kernel for a GPU that need not be there, and print what each one takes of it.
+
+python tests/ops/compile_kernels.py 90 6    compute capability, number of SHAPES; one JSON object per kernel and shape
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.ops import triton as implementation
+from hf_sparse_attn.ops.pieces import Call
+from hf_sparse_attn.routing import layer_pattern
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+}
+# dtype, query heads, KV heads, head_dim, softcap
+SHAPES = [
+    (torch.bfloat16, 32, 8, 128, None),
+    (torch.float32, 2, 2, 256, None),
+    (torch.float16, 9, 3, 80, 30.0),
+    (torch.bfloat16, 16, 1, 256, None),
+    (torch.float32, 32, 8, 128, None),
+    (torch.bfloat16, 4, 4, 64, None),
+]
+
+
+def compile_kernel(capability, kernel, args, kwargs):
+    """Resources of one kernel with these arguments, as `kernel[grid](*args, **kwargs)` would compile it."""
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        aligned = False
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], aligned = POINTERS[value.dtype], True
+        else:
+            signature[parameter.name] = "i32"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spilled = assemble(compiled.asm["ptx"])
+    return {"shared": compiled.metadata.shared, "registers": registers, "spilled_bytes": spilled}
+
+
+def assemble(ptx):
+    """Registers per thread and bytes spilled, as the assembler counts them."""
+    assembler = next((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
+    target = re.search(r"\.target (\w+)", ptx).group(1)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "kernel.ptx")
+        path.write_text(ptx)
+        command = [str(assembler), "-v", f"--gpu-name={target}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    found = re.search(r"Used (\d+) registers", report), re.search(r"(\d+) bytes spill stores", report)
+    return tuple(int(match.group(1)) for match in found)
+
+
+def main():
+    capability = int(sys.argv[1])
+    seen = set()
+
+    def launch(kernel, grid, *args, **kwargs):
+        name = kernel.fn.__name__
+        if (name, shape) not in seen:
+            seen.add((name, shape))
+            resources = compile_kernel(capability, kernel, args, kwargs)
+            print(json.dumps({"kernel": name, "shape": [str(x) for x in shape], **resources}), flush=True)
+
+    implementation._launch = launch
+    for shape in SHAPES[: int(sys.argv[2])]:
+        dtype, num_heads, num_kv_heads, head_dim, softcap = shape
+        query = torch.zeros(num_heads, 2560, head_dim, dtype=dtype)
+        key = torch.zeros(num_kv_heads, 2560, head_dim, dtype=dtype)
+        config = SparseAttentionConfig(dense_below=2048)
+        pattern = layer_pattern(config, 0, num_heads, num_kv_heads, head_dim, query.device, torch.float32)
+        call = Call(implementation._pieces, pattern, 0, 0, head_dim**-0.5, softcap, True, None)
+        rows = query[:, 2048:]
+        for chunk in implementation._chunks(query, key, 2048, 2560, call):
+            chunk.attend(torch.empty_like(rows), rows, key, key)
+            chunk.differentiate(rows, rows, key, key)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The Triton kernels against the specification: compiled where there is a GPU, else in Triton's interpreter."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import attention_checks as checks
+import pytest
+import torch
+from attention_checks import SCALING, KeyMask, attend
+from cases import FEATURES, assert_like_reference, check_lower_precision, output_and_gradients, pattern_of, sinks_of
+from cases import inputs as make_inputs
+
+from hf_sparse_attn import ops
+from hf_sparse_attn.ops import reference
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTH = 45  # tokens: the interpreter takes a tenth of a second for a tile of rows
+
+like_reference = functools.partial(assert_like_reference, implementations=("triton",))
+inputs = functools.partial(make_inputs, device=DEVICE)
+
+
+def patterns(fields, *args, **kwargs):
+    return pattern_of({"page_size": 16} | fields, *args, device=DEVICE, **kwargs)
+
+
+sinks = functools.partial(sinks_of, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """The host side, with chunks so short that most documents have several."""
+    from hf_sparse_attn.ops import triton
+
+    monkeypatch.setattr(triton, "_CHUNK_ROWS", 32)
+    return triton
+
+
+def assert_same_keys(query, key, pattern, softcap=None, sinks=None):
+    offset = key.shape[1] - query.shape[1]
+    recorder = KeyMask(query.shape[0], query.shape[1], key.shape[1], offset)
+    attend(query, key, key, pattern, "triton", recorder=recorder, softcap=softcap, sinks=sinks)
+    expected = reference.attended_keys(query, key, pattern, offset, scaling=SCALING, softcap=softcap, sinks=sinks)
+    assert torch.equal(recorder.mask, expected.cpu())
+
+
+@pytest.mark.parametrize("fields", FEATURES.values(), ids=FEATURES.keys())
+def test_every_feature(fields):
+    pattern = patterns(fields)
+    length = LENGTH if pattern.config.page_size > 3 else 21
+    query, key, value = inputs(length, length)
+    like_reference(query, key, value, pattern)
+    assert_same_keys(query, key, pattern)
+
+
+@pytest.mark.parametrize("name", ["smallest weights by head", "dense rows"])
+def test_softcap_and_sinks(name):
+    pattern = patterns(FEATURES[name])
+    query, key, value = inputs(LENGTH, LENGTH)
+    like_reference(query, key, value, pattern, softcap=0.7, sinks=sinks())
+    assert_same_keys(query, key, pattern, softcap=0.7, sinks=sinks())
+
+
+@pytest.mark.parametrize("num_queries", [1, 30], ids=lambda n: f"{n} queries")
+def test_cached_keys(num_queries):
+    """Q < N: the rows of the whole document's last queries."""
+    query, key, value = inputs(LENGTH, LENGTH)
+    pattern = patterns(FEATURES["everything at once"] | {"page_size": 16})
+    output = like_reference(query[:, -num_queries:], key, value, pattern)
+    whole = attend(query, key, value, pattern, "triton")
+    torch.testing.assert_close(output, whole[:, -num_queries:], rtol=1e-10, atol=1e-10)
+
+
+def test_dropped_keys():
+    """A sliding cache keeps only the keys that the rows can see; positions still count from the document's start."""
+    pattern, dropped = patterns({"sliding_window": 25, "num_random_keys": 3}), 10
+    query, key, value = inputs(LENGTH, LENGTH)
+    first_row = dropped + pattern.sliding_window - 1
+    like_reference(query[:, first_row:], key[:, dropped:], value[:, dropped:], pattern, key_offset=dropped)
+
+
+@pytest.mark.parametrize("group", [1, 3, 5, 16], ids=lambda group: f"group of {group}")
+@pytest.mark.parametrize("length", [1, 35], ids=lambda length: f"{length} tokens")
+def test_groups_and_lengths(group, length):
+    pattern = patterns({"key_budget": 7, "page_size": 33}, num_heads=group, num_kv_heads=1)
+    query, key, value = inputs(length, length, group, 1)
+    like_reference(query, key, value, pattern)
+    assert_same_keys(query, key, pattern)
+
+
+@pytest.mark.parametrize("dim", [5, 40])
+def test_head_dims(dim):
+    like_reference(*inputs(40, 40, dim=dim), patterns({}, dim=dim))
+
+
+def test_values_of_another_width_and_strided_inputs():
+    query, key, value = inputs(40, 40)
+    value = torch.cat([value, value.flip(1)], -1)
+    query, key = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key))
+    value = value.transpose(0, 1).contiguous().transpose(0, 1)
+    like_reference(query, key, value, patterns({}))
+
+
+def test_queries_of_zeros():
+    """All buckets score alike; the highest numbers win."""
+    query, key, value = inputs(LENGTH, LENGTH)
+    query[:, ::2] = 0
+    query[:, ::4] *= -1
+    pattern = patterns({"key_budget": 9})
+    like_reference(query, key, value, pattern)
+    assert_same_keys(query, key, pattern)
+
+
+def test_later_tokens_leave_earlier_rows_alone_to_the_last_bit():
+    pattern = patterns(FEATURES["everything at once"] | {"page_size": 16})
+    query, key, value = inputs(LENGTH, LENGTH)
+    before = attend(query, key, value, pattern, "triton")
+    others = inputs(LENGTH, LENGTH, seed=1)
+    for cut in (17, 33):
+        changed = [
+            torch.cat([x[:, :cut], 30 * y[:, cut:]], 1) for x, y in zip((query, key, value), others, strict=True)
+        ]
+        after = attend(*changed, pattern, "triton")
+        assert torch.equal(after[:, :cut], before[:, :cut])
+        assert not torch.isclose(after[:, cut:], before[:, cut:]).all(-1).any()
+
+
+def test_the_same_gradients_every_time():
+    runs = [output_and_gradients("triton", *inputs(LENGTH, LENGTH), patterns({})) for _ in range(2)]
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["defaults of this file", "random keys"])
+def test_error_of_lower_precision_is_at_most_twice_that_of_sdpa(name, dtype):
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 numbers")
+    check_lower_precision("triton", name, dtype, LENGTH, DEVICE)
+
+
+def test_dense_rows_in_lower_precision_with_softcap_and_sinks():
+    """They are computed in float32 and rounded once."""
+    pattern = patterns({"dense_layers": (0,)}, dtype=torch.float32)
+    exact = attend(*inputs(40, 40), pattern, "triton", softcap=0.7, sinks=sinks())
+    halves = [x.bfloat16() for x in inputs(40, 40)]
+    again = attend(*(x.double() for x in halves), pattern, "triton", softcap=0.7, sinks=sinks())
+    rounded = attend(*halves, pattern, "triton", softcap=0.7, sinks=sinks())
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.double(), again, rtol=2**-8, atol=1e-3)
+    torch.testing.assert_close(rounded.double(), exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the model of this check lives on the CPU")
+def test_through_transformers(monkeypatch):
+    """Gradients of all weights, where a model's attention calls the Triton implementation, interpreted."""
+    choose, used = ops._implementation, []
+
+    def choose_triton(name, device):
+        used.append(name)
+        return choose("triton" if name == "auto" else name, device)
+
+    monkeypatch.setattr(ops, "_implementation", choose_triton)
+    checks.check_gradients()
+    assert "auto" in used
+
+
+def test_a_device_that_cannot_run_it(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match='implementation="triton" runs on a GPU only, not on cpu; choose "auto"'):
+        attend(*make_inputs(9, 9), pattern_of({}), "triton")
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(ops, "_installed", lambda package: False)
+    with pytest.raises(ModuleNotFoundError, match="pip install triton"):
+        attend(*make_inputs(9, 9), pattern_of({}), "triton")
+
+
+# Kernels launched with something wrong: (kernel, argument, how it is changed).
+FORWARD_MUTANTS = {
+    "window": ("list_keys", "window", lambda window: window + 1),
+    "model's window": ("list_keys", "sliding_window", lambda _: 2**30),
+    "model's window of the buckets": ("choose_buckets", "SLIDING", lambda _: False),
+    "model's window of the means": ("mean_buckets", "SLIDING", lambda _: False),
+    "keys inside the window": ("choose_buckets", "window", lambda window: window - 2),
+    "means without lag": ("mean_buckets", "means_lag", lambda lag: lag - 12),
+    "means of another page": ("mean_buckets", "first_position", lambda position: position - 16),
+    "light keys": ("attend", "DROP", lambda _: False),
+    "softcap": ("attend", "SOFTCAP", lambda _: False),
+    "sinks": ("attend", "SINKS", lambda _: False),
+    "random keys": ("list_keys", "NUM_RANDOM", lambda _: 0),
+    "other heads of the group": ("score_buckets", "GROUP", lambda _: 1),
+}
+BACKWARD_MUTANTS = {
+    "light keys": ("differentiate_older", "DROP", lambda _: False),
+    "light keys of the queries": ("differentiate_queries", "DROP", lambda _: False),
+    "softcap": ("differentiate_window", "SOFTCAP", lambda _: False),
+    "random keys": ("tiles_of_blocks", "NUM_RANDOM", lambda _: 0),
+    "window": ("differentiate_window", "window", lambda window: window - 1),
+    "model's window": ("differentiate_older", "sliding_window", lambda window: window - 1),
+}
+
+
+@pytest.fixture(scope="module")
+def right():
+    """Arguments of a document with everything in it, its output and gradients."""
+    fields = {"dense_below": 0, "page_size": 16, "sliding_window": 30, "key_budget": ((6, 4),)}
+    fields = FEATURES["everything at once"] | fields
+    arguments = (*inputs(LENGTH, LENGTH), patterns(fields))
+    return arguments, output_and_gradients("reference", *arguments, softcap=0.7, sinks=sinks())
+
+
+def broken(mutant, kernels, monkeypatch):
+    """From now on a kernel is launched with something wrong."""
+    name, argument, change = mutant
+    launch = kernels._launch
+    monkeypatch.setattr(kernels, "_block_keys", lambda dtype, dim: 16)
+
+    def launch_broken(kernel, grid, *args, **kwargs):
+        if kernel.fn.__name__ != name:
+            launch(kernel, grid, *args, **kwargs)
+            return
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        kernel[grid](**values | {argument: change(values[argument])})
+
+    monkeypatch.setattr(kernels, "_launch", launch_broken)
+
+
+def differ(ours, expected):
+    return not all(torch.allclose(x, y, rtol=1e-8, atol=1e-8) for x, y in zip(ours, expected, strict=True))
+
+
+def test_nothing_is_caught_where_nothing_is_broken(right):
+    arguments, expected = right
+    assert not differ(output_and_gradients("triton", *arguments, softcap=0.7, sinks=sinks()), expected)
+
+
+@pytest.mark.parametrize("mutant", FORWARD_MUTANTS.values(), ids=FORWARD_MUTANTS.keys())
+def test_mutants_of_the_forward_are_caught(mutant, right, kernels, monkeypatch):
+    arguments, expected = right
+    broken(mutant, kernels, monkeypatch)
+    assert differ([attend(*arguments, "triton", softcap=0.7, sinks=sinks())], expected[:1])
+
+
+@pytest.mark.parametrize("mutant", BACKWARD_MUTANTS.values(), ids=BACKWARD_MUTANTS.keys())
+def test_mutants_of_the_backward_are_caught(mutant, right, kernels, monkeypatch):
+    arguments, expected = right
+    broken(mutant, kernels, monkeypatch)
+    ours = output_and_gradients("triton", *arguments, softcap=0.7, sinks=sinks())
+    assert not differ(ours[:1], expected[:1])
+    assert differ(ours[1:], expected[1:])
+
+
+@pytest.mark.parametrize(("capability", "num_shapes"), [(80, 2), (90, 3)], ids=["sm_80", "sm_90"])
+def test_every_kernel_compiles_without_a_gpu(capability, num_shapes, tmp_path):
+    """For what the interpreter does not check: shapes of products, shared memory, registers."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).with_name("compile_kernels.py")
+    command = [sys.executable, str(script), str(capability), str(num_shapes)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    compiled = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert len({entry["kernel"] for entry in compiled}) == 10
+    room = {80: 163 * 1024, 90: 227 * 1024}[capability]
+    assert all(entry["shared"] <= room for entry in compiled)
