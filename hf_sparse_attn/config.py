@@ -69,7 +69,7 @@ class SparseAttentionConfig:
     seed: int = 0
     page_size: int = 64
     dense_layers: tuple[int, ...] = ()
-    dense_below: int = 1536
+    dense_below: int = 2048
     implementation: str = "auto"
     calibrated_hash: str | None = dataclasses.field(default=None, repr=False)
 

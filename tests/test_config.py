@@ -45,7 +45,7 @@ def test_defaults(fields):
 def test_to_dict_writes_defaults_out():
     """Another release may have others; a checkpoint reads as it did."""
     written = SparseAttentionConfig(seed=3, dense_layers=(0,)).to_dict()
-    assert (written["seed"], written["dense_layers"], written["dense_below"]) == (3, [0], 1536)
+    assert (written["seed"], written["dense_layers"], written["dense_below"]) == (3, [0], 2048)
     assert set(written) == {field.name for field in dataclasses.fields(SparseAttentionConfig)} - {"calibrated_hash"}
 
 

@@ -6,7 +6,13 @@ from attention_checks import tiny_model, tokens
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.evaluation import speed
-from hf_sparse_attn.evaluation.speed import compare_model_speed, fitted_exponent, layer_inputs, make_inputs
+from hf_sparse_attn.evaluation.speed import (
+    compare_model_speed,
+    compare_speed,
+    fitted_exponent,
+    layer_inputs,
+    make_inputs,
+)
 from hf_sparse_attn.integration import observe
 from hf_sparse_attn.ops import find_keys
 from hf_sparse_attn.ops import numba as numba_ops
@@ -33,6 +39,30 @@ def test_writes_a_row_for_each_length(run_script, tmp_path, passes):
         assert 0 < row["density"] < 1
     assert result["environment"]["torch"]
     assert f"{result['rows'][0]['speedup']:.2f}" in finished.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN computes this on a GPU")
+def test_other_backends_of_sdpa(run_script, tmp_path):
+    """One that this device has, and one that it lacks; the speedup is over the fastest."""
+    output = tmp_path / "benchmark.json"
+    options = ["--backends", "flash", "cudnn", "--sparse-attention", FIELDS, "--output", output]
+    finished = run_script(SCRIPT, *SMALL, *options)
+    assert finished.status == 0, finished.stderr
+    for row in json.loads(output.read_text())["rows"]:
+        assert row["cudnn_ms"] is None
+        assert 0 < row["dense_ms"] <= row["flash_ms"]
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["sparse_ms"])
+
+
+@pytest.mark.parametrize("passes", ["forward", "forward_backward"])
+def test_a_wrong_output_is_not_timed(monkeypatch, passes):
+    config = SparseAttentionConfig(window_size=8, key_budget=8, dense_below=16)
+    inputs = make_inputs(300, 4, 2, 16, torch.float32, torch.device("cpu"))
+    compare_speed(inputs, config=config, passes=passes, repeats=1)
+    attend = numba_ops.document_attention
+    monkeypatch.setattr(numba_ops, "document_attention", lambda *args, **kwargs: 1.1 * attend(*args, **kwargs))
+    with pytest.raises(RuntimeError, match="100% of its last rows are over 5% off"):
+        compare_speed(inputs, config=config, passes=passes, repeats=1)
 
 
 @pytest.mark.parametrize("passes", ["forward", "forward_backward", "prefill", "training_step"])
@@ -163,6 +193,8 @@ def test_dense_below_is_where_the_lines_cross(monkeypatch):
         (["--picture", "times.txt"], ["--picture", ".png"]),
         (["--picture", "times.png", "--seq-lens", 64], ["--picture", "two"]),
         (["--picture", "times.png", "--pass", "stages"], ["--picture", "stages"]),
+        (["--backends", "flash", "--pass", "stages"], ["--backends", "forward"]),
+        (["--backends", "fastest"], ["--backends", "flash"]),
         (["--pass", "stages", "--seq-lens", 64], ["--seq-lens", "all of the 64 rows are dense"]),
         (["--sparse-attention", '{"stride": -1}'], ["--sparse-attention", "stride"]),
     ],

@@ -31,7 +31,8 @@ MODEL_PASSES = ("prefill", "training_step")
 BACKENDS = ("flash", "cudnn", "efficient", "flex")
 _MOST_TURNS = 1000
 _CHECKED_ROWS = 256
-_MOST_ERROR = 0.02
+_MOST_ERROR = 0.05
+_MOST_ROWS = 0.1
 
 
 def compare_speed(
@@ -181,7 +182,7 @@ class _Case:
         if backend == "flex":
             self._run(lambda: self._flex()(self.query, self.key, self.value).transpose(1, 2).contiguous())
             return
-        chosen = nullcontext() if backend is None else sdpa_kernel(SDPBackend[f"{backend.upper()}_ATTENTION"])
+        chosen = nullcontext() if backend is None else sdpa_kernel(getattr(SDPBackend, f"{backend.upper()}_ATTENTION"))
         with chosen:
             self._run(
                 lambda: (
@@ -218,7 +219,7 @@ class _Case:
         """Compare the last rows with plain torch operations in float32 or more, over cached keys.
 
         Raises:
-            RuntimeError: if they differ by more than rounding.
+            RuntimeError: if more rows differ than those to which rounding may give another bucket.
         """
         ours = self._sparse()[:, -_CHECKED_ROWS:]
         inputs = Inputs(
@@ -226,9 +227,12 @@ class _Case:
         )
         plain = replace(self.pattern, config=self.pattern.config.replace(implementation="torch"))
         expected = attention(inputs, plain, self.query.shape[-1] ** -0.5, None, None)
-        error = float((ours - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-        if not error <= _MOST_ERROR:
-            raise RuntimeError(f"the sparse attention is wrong: its last rows are {error:.1%} off")
+        off = ~((ours - expected).norm(dim=-1) <= _MOST_ERROR * expected.norm(dim=-1))
+        share = float(off.float().mean())
+        if share > _MOST_ROWS:
+            raise RuntimeError(
+                f"the sparse attention is wrong: {share:.0%} of its last rows are over {_MOST_ERROR:.0%} off"
+            )
 
     def sparse(self) -> None:
         self._run(self._sparse)
