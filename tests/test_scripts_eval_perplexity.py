@@ -89,6 +89,8 @@ def test_real_model_on_its_own_documents(run_script, tmp_path):
         2048,
         "--max-documents",
         2,
+        "--sparse-attention",
+        '{"dense_below": 1024}',
         "--output",
         output,
     )
