@@ -100,6 +100,7 @@ def main() -> None:
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.speed import make_inputs
     from hf_sparse_attn.loading import parse_device, parse_dtype
+    from hf_sparse_attn.ops import check_implementation
     from hf_sparse_attn.visualization import plot_times
 
     with argument("--device"):
@@ -110,6 +111,7 @@ def main() -> None:
             raise ValueError("auto means a checkpoint's own dtype; give one")
     with argument("--sparse-attention"):
         config = SparseAttentionConfig.from_dict(arguments.sparse_attention)
+        check_implementation(config.implementation, device)
 
     progress = partial(tqdm, arguments.seq_lens, desc="benchmarking", unit="length")
     if arguments.model:

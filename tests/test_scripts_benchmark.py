@@ -197,10 +197,12 @@ def test_dense_below_is_where_the_lines_cross(monkeypatch):
         (["--backends", "fastest"], ["--backends", "flash"]),
         (["--pass", "stages", "--seq-lens", 64], ["--seq-lens", "all of the 64 rows are dense"]),
         (["--sparse-attention", '{"stride": -1}'], ["--sparse-attention", "stride"]),
+        (["--sparse-attention", '{"implementation": "triton"}', "--device", "cpu"], ["--sparse-attention", "GPU"]),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
-def test_bad_arguments_are_refused(run_script, assert_refused, arguments, words):
+def test_bad_arguments_are_refused(run_script, assert_refused, arguments, words, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert_refused(run_script(SCRIPT, *arguments), *words)
 
 

@@ -134,6 +134,16 @@ def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
         implementation.find_keys(query.to(dtype), key.to(dtype), pattern)
 
 
+def check_implementation(name: str, device: _torch.device) -> None:
+    """Whether the implementation that a config names runs on a device.
+
+    Raises:
+        ValueError: if it does not run there.
+        ModuleNotFoundError: if it needs a package that is not installed.
+    """
+    _implementation(name, device)
+
+
 def _implementation(name: str, device: _torch.device) -> _Any:
     """The module that the config's `implementation` means on a device."""
     if name == "auto":
