@@ -107,6 +107,28 @@ def random_positions(config: SparseAttentionConfig, position: Tensor) -> Tensor:
     return x % (position[:, None] + 1)
 
 
+def random_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: int, key_offset: int) -> Tensor:
+    """What the random pattern adds to each row at `position` [R]: key indices [R, num_random_keys], -1 for none.
+
+    Keys are left out that the row reads anyway (in its window, static, drawn twice) and those it cannot see.
+
+    Args:
+        pattern: the layer's pattern.
+        position: the rows' positions.
+        static: positions of the static keys.
+        window: keys of the row's window.
+        key_offset: position of the key with index 0.
+    """
+    if not pattern.config.num_random_keys:
+        return position.new_empty(len(position), 0)
+    drawn = random_positions(pattern.config, position).sort(-1).values
+    seen = (drawn > position[:, None] - window) | (drawn < key_offset) | torch.isin(drawn, static)
+    if pattern.sliding_window is not None:
+        seen |= drawn <= position[:, None] - pattern.sliding_window
+    seen[:, 1:] |= drawn[:, 1:] == drawn[:, :-1]
+    return (drawn - key_offset).masked_fill_(seen, -1)
+
+
 class BucketIndex:
     """The routable keys of one KV head of one document, grouped by bucket.
 

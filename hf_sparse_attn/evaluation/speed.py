@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +28,6 @@ from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
 
 MODEL_PASSES = ("prefill", "training_step")
-BACKENDS = ("flash", "cudnn", "efficient", "flex")
 _MOST_TURNS = 1000
 _CHECKED_ROWS = 256
 _MOST_ERROR = 0.05
@@ -178,19 +177,15 @@ class _Case:
         self.gradient = torch.randn_like(query.transpose(1, 2)).contiguous() if backward else None
 
     def dense(self, backend: str | None = None) -> None:
-        """By SDPA, or by one of BACKENDS."""
+        """By SDPA, or by one of the `backends` of `compare_speed`."""
+        attend: Callable[..., Tensor] = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        chosen: AbstractContextManager[Any] = nullcontext()
         if backend == "flex":
-            self._run(lambda: self._flex()(self.query, self.key, self.value).transpose(1, 2).contiguous())
-            return
-        chosen = nullcontext() if backend is None else sdpa_kernel(getattr(SDPBackend, f"{backend.upper()}_ATTENTION"))
+            attend = self._flex()
+        elif backend is not None:
+            chosen = sdpa_kernel(getattr(SDPBackend, f"{backend.upper()}_ATTENTION"))
         with chosen:
-            self._run(
-                lambda: (
-                    F.scaled_dot_product_attention(self.query, self.key, self.value, is_causal=True, enable_gqa=True)
-                    .transpose(1, 2)
-                    .contiguous()
-                )
-            )
+            self._run(lambda: attend(self.query, self.key, self.value).transpose(1, 2).contiguous())
 
     def can_compute(self, backend: str) -> bool:
         """Whether a backend takes these inputs."""

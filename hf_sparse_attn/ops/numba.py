@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops.numba_kernels import STAGES as ROW_STAGES
 from hf_sparse_attn.ops.numba_kernels import Array, Head, Read, Rules, State, attend_rows, differentiate_rows, move
 from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
 from hf_sparse_attn.ops.simd import LANES
 from hf_sparse_attn.ops.workers import in_order
-from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_positions, static_positions
+from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 
 _UNBOUNDED = 2**40  # stands for no sliding window
 _MIN_CHUNK_PAGES = 4
@@ -233,7 +232,9 @@ class _Chunk:
         )
         flat, stride = _flat(output) if output is not None else (rows.reshape(-1), 0)
         summed = rows.sum(1)
-        drawn = _random_keys(config, rules, self.head, self.start, num_rows)
+        positions = torch.arange(self.start, self.start + num_rows)
+        static = torch.from_numpy(self.head.static)
+        drawn = random_keys(self.call.pattern, positions, static, rules.window, self.head.key_offset).int().numpy()
         low = 0
         while low < num_rows:
             position = self.start + low
@@ -295,18 +296,6 @@ def _filled(x: Tensor) -> Tensor:
     """Contiguous, without gradients, the last dimension filled up with zeros to a multiple of LANES."""
     missing = _padded(x.shape[-1]) - x.shape[-1]
     return F.pad(x.detach(), (0, missing)) if missing else x.detach().contiguous()
-
-
-def _random_keys(config: SparseAttentionConfig, rules: Rules, head: Head, start: int, num_rows: int) -> Array:
-    """Keys that the seeded random pattern adds to each row: [R, num_random_keys] indices, -1 where it adds none."""
-    if not config.num_random_keys:
-        return np.empty((num_rows, 0), np.int32)
-    position = torch.arange(start, start + num_rows)
-    drawn = random_positions(config, position).sort(-1).values
-    seen = (drawn > position[:, None] - rules.window) | (drawn < head.key_offset)
-    seen |= torch.isin(drawn, torch.from_numpy(head.static)) | (drawn <= position[:, None] - rules.sliding_window)
-    seen[:, 1:] |= drawn[:, 1:] == drawn[:, :-1]
-    return (drawn - head.key_offset).masked_fill_(seen, -1).int().numpy()
 
 
 document_attention = partial(attend_in_pieces, _pieces, dense_rows_too=True)

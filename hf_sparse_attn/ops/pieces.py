@@ -273,7 +273,7 @@ def _dense(call: Call, start: int, query: Tensor, key: Tensor, value: Tensor, si
     query, key, value = (x.to(precise) for x in (query, key, value))
     grouped = (query * call.scaling).unflatten(0, (len(key), -1))  # [num_key_value_heads, group, R, head_dim]
     scores = hide(cap(grouped @ key.unsqueeze(1).transpose(-1, -2), call.softcap), ~mask)
-    sinks = None if sinks is None else sinks.view(grouped.shape[:2]).to(precise)
+    sinks = None if sinks is None else sinks.view(grouped.shape[:2])
     weights = with_sinks(scores, sinks).softmax(-1)[..., : key.shape[1]]
     return (weights @ value.unsqueeze(1)).flatten(0, 1).to(dtype)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces, cap, hide, with_sinks
 from hf_sparse_attn.ops.workers import in_order
-from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, LayerPattern, random_positions, static_positions
+from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, LayerPattern, random_keys, static_positions
 
 _BLOCK = 64  # rows per banded matrix product
 
@@ -244,14 +244,11 @@ def _with_random(
     order: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Append the random keys that no fixed part of the pattern reads already; the buckets may not find them again."""
-    drawn = random_positions(pattern.config, position).sort(-1).values
-    seen = (drawn > position[:, None] - window) | torch.isin(drawn, static) | (drawn < key_offset)
-    if pattern.sliding_window is not None:
-        seen |= drawn <= position[:, None] - pattern.sliding_window
-    seen[:, 1:] |= drawn[:, 1:] == drawn[:, :-1]
+    drawn = random_keys(pattern, position, static, window, key_offset)
+    seen = drawn < 0
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
-    drawn = place[(drawn - key_offset).clamp_(min=0)]
+    drawn = place[drawn.clamp_(min=0)]
     if gathered is None:
         return drawn.int(), seen
     if unused is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_sparse_attn.ops import triton_kernels as attention_kernels
 from hf_sparse_attn.ops import triton_routing as routing_kernels
 from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
-from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_positions, static_positions
+from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 
 _UNBOUNDED = 2**30  # stands for no sliding window
 _CHUNK_ROWS = 2048
@@ -296,16 +296,8 @@ class _Chunk:
     def _draw(self) -> Tensor:
         """Random keys that nothing else in the fixed pattern reads: [local rows, num_random_keys], -1 where none."""
         index, pattern = self.index, self.index.call.pattern
-        if not pattern.config.num_random_keys:
-            return index.static
         position = torch.arange(self.base, self.base + self.num_local, device=index.key.device)
-        drawn = random_positions(pattern.config, position).sort(-1).values
-        seen = (drawn > position[:, None] - index.window) | (drawn < index.call.key_offset)
-        seen |= torch.isin(drawn, index.static)
-        if pattern.sliding_window is not None:
-            seen |= drawn <= position[:, None] - pattern.sliding_window
-        seen[:, 1:] |= drawn[:, 1:] == drawn[:, :-1]
-        return (drawn - index.call.key_offset).masked_fill_(seen, -1).int()
+        return random_keys(pattern, position, index.static, index.window, index.call.key_offset).int()
 
     def attend(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> None:
         """Fill output [H, R, D] for the chunk's query [H, R, D], all keys and values [Hkv, N, D] and sinks [H]."""

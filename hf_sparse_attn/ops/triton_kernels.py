@@ -16,21 +16,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_sparse_attn.ops.triton_routing import tile_rows
+
 
 @triton.jit
 def _pairs(
     tile, head, base, start, end, page_size, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, ROWS: tl.constexpr
 ):
-    """For each of the tile's M pairs: its row in the tile, its local row, its place in query [R] and its query head."""
+    """For each of the tile's M pairs: row in the tile, local row, position, query head, and whether it is computed."""
     m = tl.arange(0, ROWS * GROUP_PADDED)
     r = m // GROUP_PADDED
     member = m % GROUP_PADDED
-    per_page = tl.cdiv(page_size, ROWS)
-    row = (tile % per_page) * ROWS + r
-    local = (tile // per_page) * page_size + row
-    position = base + local
-    inside = (row < page_size) & (position >= start) & (position < end) & (member < GROUP)
-    return r, local, position, head * GROUP + member, inside
+    local, computed = tile_rows(tile, r, base, start, end, page_size, ROWS)
+    return r, local, base + local, head * GROUP + member, computed & (member < GROUP)
 
 
 @triton.jit
@@ -53,6 +51,23 @@ def _store_rows(x, head_stride, row_stride, head, row, inside, values, DIM: tl.c
 def _cap(scores, softcap: tl.constexpr):
     """softcap * tanh(scores / softcap)."""
     return softcap * (1 - 2 / (tl.exp(2 * scores / softcap) + 1))
+
+
+@triton.jit
+def _scores(
+    q,
+    k,
+    scaling: tl.constexpr,
+    softcap: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Scores [M, C] of queries [M, D] on keys k [D, C]."""
+    score = tl.dot(q, k, input_precision=PRECISION, out_dtype=ACC) * scaling
+    if SOFTCAP:
+        score = _cap(score, softcap)
+    return score
 
 
 @triton.jit
@@ -142,9 +157,7 @@ def attend(
             k = tl.load(
                 key + index.to(tl.int64)[None, :] * key_row + d[:, None], mask=(d < HEAD_DIM)[:, None], other=0.0
             )
-            score = tl.dot(q, k, input_precision=PRECISION, out_dtype=ACC) * scaling
-            if SOFTCAP:
-                score = _cap(score, softcap)
+            score = _scores(q, k, scaling, softcap, SOFTCAP, PRECISION, ACC)
             score = tl.where(valid, score, float("-inf"))
             higher = tl.maximum(largest, tl.max(score, 1))
             shift = tl.where(higher > float("-inf"), higher, 0.0)
@@ -162,9 +175,7 @@ def attend(
         v = tl.load(
             value + index.to(tl.int64)[:, None] * value_row + e[None, :], mask=(e < VALUE_DIM)[None, :], other=0.0
         )
-        score = tl.dot(q, k, input_precision=PRECISION, out_dtype=ACC) * scaling
-        if SOFTCAP:
-            score = _cap(score, softcap)
+        score = _scores(q, k, scaling, softcap, SOFTCAP, PRECISION, ACC)
         if DROP:
             valid = valid & ((c < num_fixed)[None, :] | (score >= least_row[:, None]))
             p = tl.where(valid, tl.exp(score - shift[:, None]), 0.0)
@@ -202,6 +213,16 @@ def attend(
 
 
 @triton.jit
+def _of_rows(logsumexp, least, delta, place, inside, DROP: tl.constexpr):
+    """What the forward left of each pair: [M] three times; the second has no meaning where nothing is dropped."""
+    lse = tl.load(logsumexp + place, mask=inside, other=0.0)
+    low_score = lse
+    if DROP:
+        low_score = tl.load(least + place, mask=inside, other=0.0)
+    return lse, low_score, tl.load(delta + place, mask=inside, other=0.0)
+
+
+@triton.jit
 def _weights(
     q,
     k,
@@ -217,10 +238,9 @@ def _weights(
     ACC: tl.constexpr,
 ):
     """Softmax weights [M, C] of queries [M, D] on keys k [D, C], and a score's derivative in its scaled product."""
-    score = tl.dot(q, k, input_precision=PRECISION, out_dtype=ACC) * scaling
+    score = _scores(q, k, scaling, softcap, SOFTCAP, PRECISION, ACC)
     slope = tl.full(score.shape, 1.0, ACC)
     if SOFTCAP:
-        score = _cap(score, softcap)
         slope = 1 - (score / softcap) * (score / softcap)
     if DROP:
         valid = valid & ((score >= least[:, None]) | (droppable == 0))
@@ -280,12 +300,7 @@ def differentiate_queries(
     row = position - start
     q = _load_rows(query, query_head, query_row, heads, row, inside, HEAD_DIM, BLOCK_DIM)
     g = _load_rows(upstream, upstream_head, upstream_row, heads, row, inside, VALUE_DIM, BLOCK_VALUE_DIM)
-    place = heads.to(tl.int64) * num_rows + row
-    lse = tl.load(logsumexp + place, mask=inside, other=0.0)
-    low_score = lse
-    if DROP:
-        low_score = tl.load(least + place, mask=inside, other=0.0)
-    product = tl.load(delta + place, mask=inside, other=0.0)
+    lse, low_score, product = _of_rows(logsumexp, least, delta, heads.to(tl.int64) * num_rows + row, inside, DROP)
     list_ = (head * num_tiles + tile).to(tl.int64)
     num_fixed = tl.load(fixed + list_)
     stop = tl.load(total + list_)
@@ -345,12 +360,7 @@ def _key_gradients(
     """Add a tile's part to the gradients [C, D] of keys k and values v, [C, D], where `valid` [M, C]."""
     q = _load_rows(query, query_head, query_row, heads, row, inside, HEAD_DIM, BLOCK_DIM)
     g = _load_rows(upstream, upstream_head, upstream_row, heads, row, inside, VALUE_DIM, BLOCK_VALUE_DIM)
-    place = heads.to(tl.int64) * num_rows + row
-    lse = tl.load(logsumexp + place, mask=inside, other=0.0)
-    low_score = lse
-    if DROP:
-        low_score = tl.load(least + place, mask=inside, other=0.0)
-    product = tl.load(delta + place, mask=inside, other=0.0)
+    lse, low_score, product = _of_rows(logsumexp, least, delta, heads.to(tl.int64) * num_rows + row, inside, DROP)
     p, slope = _weights(
         q, tl.trans(k), valid, droppable, lse, low_score, scaling, softcap, DROP, SOFTCAP, PRECISION, ACC
     )

@@ -210,10 +210,10 @@ def score_buckets(
 
 
 @triton.jit
-def tile_rows(tile, base, start, end, page_size, ROWS: tl.constexpr):
-    """Local row of each of a tile's rows [ROWS], and whether it is computed."""
+def tile_rows(tile, r, base, start, end, page_size, ROWS: tl.constexpr):
+    """Local row of a tile's row `r`, and whether it is computed."""
     per_page = tl.cdiv(page_size, ROWS)
-    row = (tile % per_page) * ROWS + tl.arange(0, ROWS)
+    row = (tile % per_page) * ROWS + r
     local = (tile // per_page) * page_size + row
     return local, (row < page_size) & (base + local >= start) & (base + local < end)
 
@@ -279,7 +279,7 @@ def choose_buckets(
     b = tl.arange(0, BLOCK)
     known = b < NUM_BUCKETS
     r = tl.arange(0, ROWS)
-    local, computed = tile_rows(tile, base, start, end, page_size, ROWS)
+    local, computed = tile_rows(tile, r, base, start, end, page_size, ROWS)
     oldest = base + tl.min(local) - key_offset  # index of the key at the first row
     run_first = tl.load(first + head * (NUM_BUCKETS + 1) + b, mask=known, other=0)
     run_stop = tl.load(first + head * (NUM_BUCKETS + 1) + b + 1, mask=known, other=0)
@@ -384,7 +384,7 @@ def list_keys(
     head = tl.program_id(1)
     order += head * num_keys
     place = (head * num_tiles + tile).to(tl.int64)
-    local, computed = tile_rows(tile, base, start, end, page_size, ROWS)
+    local, computed = tile_rows(tile, tl.arange(0, ROWS), base, start, end, page_size, ROWS)
     first = base + tl.min(local)
     # Rows lie along the second dimension.
     local, computed, r = local[None, :], computed[None, :], tl.arange(0, ROWS)[None, :]
@@ -495,10 +495,8 @@ def tiles_of_blocks(
     reads |= (tl.load(run_low + run, mask=first > 0, other=0) + length > low).to(tl.int32) * (first > 0).to(tl.int32)
     if NUM_RANDOM > 0:
         for r in range(ROWS):
-            per_page = tl.cdiv(page_size, ROWS)
-            row = (t % per_page) * ROWS + r
-            local = (t // per_page) * page_size + row
-            computed = (t < num_tiles) & (row < page_size) & (base + local >= start) & (base + local < end)
+            local, computed = tile_rows(t, r, base, start, end, page_size, ROWS)
+            computed = computed & (t < num_tiles)
             for i in range(NUM_RANDOM):
                 own = tl.load(drawn + local.to(tl.int64) * NUM_RANDOM + i, mask=computed, other=-1)
                 slot = tl.load(slot_of_key + head * num_keys + own, mask=own >= 0, other=-1)
