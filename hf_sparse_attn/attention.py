@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_sparse_attn import ops
 from hf_sparse_attn.custom_masks import read_custom_mask
+from hf_sparse_attn.indexes import INDEXES, KeyIndexes
 from hf_sparse_attn.masking import Document, document_starts, documents
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern
@@ -70,13 +71,19 @@ def attention(
     if mask is not None and mask.dtype != torch.int32 and mask.shape[2:] == (q_length, kv_length):
         mask = mask.expand(batch_size, -1, -1, -1)
         mask, position_ids, window = read_custom_mask(mask, position_ids, pattern.sliding_window)
-        pattern = dataclasses.replace(pattern, sliding_window=window)
+        if window != pattern.sliding_window:
+            pattern = dataclasses.replace(pattern, sliding_window=window)
     starts = document_starts(inputs.cu_seq_lens, inputs.seq_idx, q_length)
 
+    indexes: KeyIndexes | None = getattr(key, INDEXES, None)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        indexes = None
+
     def attend(document: Document) -> Tensor:
+        keys = key[document.batch][:, document.keys]
         heads_first = ops.document_attention(
             query[document.batch][:, document.queries],
-            key[document.batch][:, document.keys],
+            keys,
             value[document.batch][:, document.keys],
             pattern=pattern,
             query_offset=document.query_offset,
@@ -85,6 +92,7 @@ def attention(
             softcap=softcap,
             sinks=inputs.sinks,
             recorder=recorder,
+            index=None if indexes is None else indexes.of(document, pattern, keys),
         )
         return heads_first.transpose(0, 1).to(query.dtype)
 

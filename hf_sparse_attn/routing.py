@@ -80,9 +80,9 @@ def layer_pattern(
     return LayerPattern(config, layer_idx, budgets, min_weights, bucket_hash, sliding_window)
 
 
-def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device) -> Tensor:
-    """Sorted positions under `stop` that every later row reads: global, explicit and strided keys. int64."""
-    position = torch.arange(stop, device=device)
+def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0) -> Tensor:
+    """Sorted positions from `start` to `stop` - 1 that every later row reads: global, explicit, strided keys. int64."""
+    position = torch.arange(start, stop, device=device)
     chosen = position < config.num_global_tokens
     if config.stride:
         chosen |= position % config.stride == 0

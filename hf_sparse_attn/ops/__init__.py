@@ -7,6 +7,7 @@ from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
 from os import environ as _environ
 from typing import Any as _Any
+from typing import Protocol as _Protocol
 
 import torch as _torch
 from torch import Tensor
@@ -14,6 +15,24 @@ from torch import Tensor
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
+
+
+class Index(_Protocol):
+    """The keys of one cached document, by bucket. An implementation has its own, and appends to it as keys come."""
+
+    pattern: LayerPattern
+    key_offset: int
+    length: int
+
+    def crop(self, length: int) -> None:
+        """Forget the keys behind the first `length`."""
+
+    def copy(self) -> Index:
+        """Another one, of the same keys."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
 
 
 def sparse_attention(
@@ -95,14 +114,17 @@ def document_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     recorder: Recorder | None = None,
+    index: Index | None = None,
 ) -> Tensor:
     """Attention of one document through the implementation that the config names.
 
     See `ops.pieces.attend_in_pieces` for the arguments; any float dtypes are taken and the result is in the dtype
-    that was computed in: at least float32, except that "triton" keeps to the dtype of query and key.
+    that was computed in: at least float32, except that "triton" keeps to the dtype of query and key. `index` is that of
+    the cached keys, which the new ones are appended to, or None; no gradients flow where there is one.
     """
     implementation = _implementation(pattern.config.implementation, query.device)
     dtype, precise = _dtype(pattern.config, query, key), compute_dtype(query, key)
+    indexed = {} if index is None else {"index": index}
     with _torch.autocast(query.device.type, enabled=False):
         output: Tensor = implementation.document_attention(
             query.to(dtype),
@@ -115,8 +137,24 @@ def document_attention(
             softcap=softcap,
             sinks=None if sinks is None else sinks.to(precise),
             recorder=recorder,
+            **indexed,
         )
     return output
+
+
+def new_index(pattern: LayerPattern, key: Tensor, key_offset: int) -> Index | None:
+    """An empty index for the keys of one cached document, or None where the implementation has no such thing.
+
+    Args:
+        pattern: the layer's pattern.
+        key: [num_key_value_heads, N, head_dim].
+        key_offset: position of the first key.
+    """
+    implementation = _implementation(pattern.config.implementation, key.device)
+    if not hasattr(implementation, "Index") or pattern.dense_rows() is None:
+        return None
+    index: Index = implementation.Index(pattern, len(key), key_offset)
+    return index
 
 
 @_torch.no_grad()

@@ -7,6 +7,7 @@ values of a bucket stand side by side in memory, and each is loaded once for all
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,19 +18,112 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse_attn.ops.numba_kernels import STAGES as ROW_STAGES
-from hf_sparse_attn.ops.numba_kernels import Array, Head, Read, Rules, State, attend_rows, differentiate_rows, move
+from hf_sparse_attn.ops.numba_kernels import (
+    Array,
+    Head,
+    Read,
+    Rules,
+    State,
+    attend_heads,
+    attend_rows,
+    differentiate_rows,
+    link_keys,
+    move,
+    move_back,
+    unlink_keys,
+)
 from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
 from hf_sparse_attn.ops.simd import LANES
 from hf_sparse_attn.ops.workers import in_order
+from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 
 _UNBOUNDED = 2**40  # stands for no sliding window
 _MIN_CHUNK_PAGES = 4
 _MAX_CHUNKS = 8  # of a document's sparse rows
 _DENSE_ROWS = 256  # per chunk
+_KEYS_PER_LINKED_ROW = 256  # an index serves a call with fewer rows than its keys over this
+_NOTHING = np.zeros(0, np.int32)
 
 STAGES = ("hash", "tables", *ROW_STAGES)
 _FIRST_OF_ROWS = STAGES.index(ROW_STAGES[0])
+
+
+class Index:
+    """The keys of one document in a cache, by bucket: what a row needs to find its keys without looking at all of them.
+
+    Each bucket is a list that its newest key begins, so appending a key takes the same time however many there are.
+    Only `document_attention` of this module appends; it finds the new keys by itself.
+
+    Args:
+        pattern: the layer's pattern.
+        num_kv_heads: KV heads.
+        key_offset: position of the first key.
+    """
+
+    def __init__(self, pattern: LayerPattern, num_kv_heads: int, key_offset: int) -> None:
+        self.pattern, self.key_offset = pattern, key_offset
+        self.length = self.row = 0
+        num_buckets = pattern.bucket_hash.num_buckets
+        weight = pattern.bucket_hash.weight
+        head_dim, dtype = _padded(weight.shape[1]), weight.numpy().dtype
+        self.bucket, self.previous = np.zeros((2, num_kv_heads, 0), np.int32)
+        self.tail = np.full((num_kv_heads, num_buckets), -1, np.int32)
+        self.static = np.zeros(0, np.int64)
+        self.states = _empty_states(num_kv_heads, num_buckets, head_dim, dtype)
+
+    def append(self, key: Tensor) -> None:
+        """Take in the keys of [num_key_value_heads, N, head_dim] behind the first `length`."""
+        start, stop = self.length, key.shape[1]
+        if start == stop:
+            return
+        if stop > self.bucket.shape[1]:
+            room = stop + stop // 8 + 64 - start
+            self.bucket, self.previous = (
+                np.pad(x[:, :start], ((0, 0), (0, room))) for x in (self.bucket, self.previous)
+            )
+        bucket = self.pattern.bucket_hash.assign(key[:, start:]).numpy()
+        self.bucket[:, start:stop] = bucket
+        config, offset = self.pattern.config, self.key_offset
+        static = static_positions(config, offset + stop, key.device, offset + start).numpy()
+        if len(static):
+            self.bucket[:, static - offset] = self.tail.shape[1]
+            self.static = np.concatenate([self.static, static])
+        link_keys(self.bucket, self.previous, self.tail, start, stop)
+        self.length = stop
+
+    def crop(self, length: int) -> None:
+        """Forget the keys behind the first `length`."""
+        if length >= self.length:
+            return
+        row = length + self.key_offset
+        self.move_back(row)
+        unlink_keys(self.bucket, self.previous, self.tail, length, self.length)
+        self.static = self.static[: np.searchsorted(self.static, row)]
+        self.length = length
+
+    def move_back(self, row: int) -> None:
+        """Let rows from this position on be computed, again where they have been."""
+        if row < self.row:
+            config = self.pattern.config
+            window = min(config.window_size, self.pattern.sliding_window or _UNBOUNDED)
+            page = row // config.page_size * config.page_size
+            older, known = row - window + 1 - self.key_offset, page - MEANS_LAG + 1 - self.key_offset
+            move_back(self.bucket, self.previous, self.states, older, known)
+            self.row = row
+
+    def copy(self) -> Index:
+        """Another one, of the same keys."""
+        other = copy(self)
+        other.bucket, other.previous, other.tail = (x.copy() for x in (self.bucket, self.previous, self.tail))
+        other.states = State(*(x.copy() for x in self.states))
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        arrays = (self.bucket, self.previous, self.tail, self.static, *self.states)
+        return sum(x.nbytes for x in arrays)
 
 
 def _head(call: Call, kv_head: int, key: Tensor, value: Tensor, bucket: Tensor, static: Tensor) -> Head:
@@ -42,10 +136,10 @@ def _head(call: Call, kv_head: int, key: Tensor, value: Tensor, bucket: Tensor, 
     key, value = _filled(key), _filled(value)
     tables = key.index_select(0, order), value.index_select(0, order)
     arrays = (x.numpy() for x in (static, own, order.int(), first, *tables))
-    return Head(key.numpy(), value.numpy(), call.key_offset, *arrays)
+    return Head(key.numpy(), value.numpy(), call.key_offset, *arrays, _NOTHING)  # type: ignore[call-arg]
 
 
-def _rules(call: Call, kv_head: int, group: int, dtype: Any) -> Rules:
+def _rules(call: Call, budget: int, min_weights: Array) -> Rules:
     """All but the sinks, which a chunk is given with its rows."""
     pattern, config = call.pattern, call.pattern.config
     sliding_window = pattern.sliding_window or _UNBOUNDED
@@ -55,41 +149,49 @@ def _rules(call: Call, kv_head: int, group: int, dtype: Any) -> Rules:
         window=min(config.window_size, sliding_window),
         sliding_window=sliding_window,
         means_lag=MEANS_LAG,
-        budget=call.budget(kv_head),
-        min_weights=np.array(pattern.min_weights[kv_head * group : (kv_head + 1) * group], dtype),
+        budget=budget,
+        min_weights=min_weights,
         softcap=call.softcap or 0.0,
-        sinks=np.zeros(0, dtype),
+        sinks=np.zeros((*min_weights.shape[:-1], 0), min_weights.dtype),
     )
 
 
-def _empty_state(head: Head) -> State:
-    num_buckets = len(head.first)
+def _empty_states(num_kv_heads: int, num_buckets: int, head_dim: int, dtype: Any) -> State:
+    """Of all KV heads: each array has them first."""
     capacity = -(-max(num_buckets, 1) // (2 * LANES)) * 2 * LANES
-    head_dim, dtype = head.key.shape[1], head.key.dtype
-    counts, upper, lower = np.zeros((3, num_buckets), np.int32)
-    listed, ends, available = np.zeros((3, capacity), np.int32)
+    counts, upper, lower = np.zeros((3, num_kv_heads, num_buckets), np.int32)
+    newest, place = np.full((2, num_kv_heads, num_buckets), -1, np.int32)
+    listed, available = np.zeros((2, num_kv_heads, capacity), np.int32)
     return State(
-        sums=np.zeros((num_buckets, head_dim), dtype),
+        sums=np.zeros((num_kv_heads, num_buckets, head_dim), dtype),
         counts=counts,
         upper=upper,
+        newest=newest,
         lower=lower,
-        place=np.full(num_buckets, -1, np.int32),
+        place=place,
         listed=listed,
-        means=np.zeros((capacity // LANES, head_dim, LANES), dtype),
-        ends=ends,
+        means=np.zeros((num_kv_heads, capacity // LANES, head_dim, LANES), dtype),
         available=available,
-        reach=np.zeros(5, np.int64),
+        reach=np.zeros((num_kv_heads, 5), np.int64),
     )
 
 
-def _pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call) -> Iterator[Piece]:
+def _of_head(states: State, kv_head: int) -> State:
+    return State(*(x[kv_head] for x in states))
+
+
+def _pieces(
+    index: Index | None, query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call
+) -> Iterator[Piece]:
     # At once, while PyTorch has all threads.
-    bucket = call.pattern.bucket_hash.assign(key)
+    bucket = (
+        call.pattern.bucket_hash.assign(key) if index is None else torch.from_numpy(index.bucket[:, : index.length])
+    )
     # In the backward each chunk adds to the gradients of all keys: no more of them than keep the threads busy.
     num_chunks = -(-2 * torch.get_num_threads() // len(key)) if call.backward else _MAX_CHUNKS
     return (
         Piece(heads, rows, kv_heads, chunk.attend, chunk.differentiate)
-        for heads, rows, kv_heads, chunk in _chunks(query, key, value, bucket, start, end, call, num_chunks)
+        for heads, rows, kv_heads, chunk in _chunks(query, key, value, bucket, start, end, call, num_chunks, index)
     )
 
 
@@ -108,7 +210,7 @@ def run_stages(query: Tensor, key: Tensor, value: Tensor, pattern: LayerPattern,
         scaling: factor on query . key.
         last: the last stage that is computed.
     """
-    call = Call(_pieces, pattern, 0, 0, scaling, None, True, None)
+    call = Call(partial(_pieces, None), pattern, 0, 0, scaling, None, True, None)
     start, end = call.dense_end(key.shape[1]), key.shape[1]
     until = STAGES.index(last)
     if start == end:
@@ -130,17 +232,32 @@ def run_stages(query: Tensor, key: Tensor, value: Tensor, pattern: LayerPattern,
 
 
 def _chunks(
-    query: Tensor, key: Tensor, value: Tensor, bucket: Tensor, start: int, end: int, call: Call, num_chunks: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bucket: Tensor,
+    start: int,
+    end: int,
+    call: Call,
+    num_chunks: int,
+    index: Index | None = None,
 ) -> Iterator[tuple[slice, slice, slice, _Chunk]]:
-    """Rows at positions start .. end - 1, chunk after chunk of each KV head: heads, rows, KV heads and the chunk."""
+    """Rows at positions start .. end - 1, chunk after chunk of each KV head: heads, rows, KV heads and the chunk.
+
+    They go on from the states of `index`, and move these, where there is one.
+    """
     pattern, offset = call.pattern, call.query_offset
     group, page_size = len(query) // len(key), pattern.config.page_size
     chunk_rows = max(_MIN_CHUNK_PAGES, -(-(end - start) // (num_chunks * page_size))) * page_size
     static = static_positions(pattern.config, end, key.device)
     for kv_head in range(len(key)):
         head = _head(call, kv_head, key[kv_head], value[kv_head], bucket[kv_head], static)
-        state, rules = _empty_state(head), _rules(call, kv_head, group, head.key.dtype)
         heads, row = slice(kv_head * group, (kv_head + 1) * group), start
+        rules = _rules(call, call.budget(kv_head), np.array(pattern.min_weights[heads], head.key.dtype))
+        if index is None or not len(head.first):
+            state = _of_head(_empty_states(1, len(head.first), head.key.shape[1], head.key.dtype), 0)
+        else:
+            state = _of_head(index.states, kv_head)
         while row < end:
             stop = min(row // page_size * page_size + chunk_rows, end)
             known = state
@@ -180,7 +297,8 @@ class _Chunk:
         rows = _by_row(query * self.call.scaling)
         for page, read in self._read(rows, sinks, output, until, self.call.recorder is not None):
             if self.call.recorder is not None:
-                self._record(page, read)
+                positions = torch.arange(self.start + page.start, self.start + page.stop)
+                _record(self.call, self.kv_head, positions, read, self.head.order)
 
     def differentiate(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
@@ -225,9 +343,10 @@ class _Chunk:
         config, (num_rows, group, _) = self.call.pattern.config, rows.shape
         rules = self.rules if sinks is None else self.rules._replace(sinks=sinks.detach().numpy())
         kept_rows = config.page_size if keep else 1
+        width = _num_columns(rules, len(self.head.static), len(self.head.key), config.num_random_keys)
         read = Read(
-            np.empty((kept_rows, group, self._num_columns()), rows.dtype),
-            np.empty((kept_rows, self._num_columns()), np.int32),
+            np.empty((kept_rows, group, width), rows.dtype),
+            np.empty((kept_rows, width), np.int32),
             np.empty((kept_rows, 3), np.int32),
         )
         flat, stride = _flat(output) if output is not None else (rows.reshape(-1), 0)
@@ -257,23 +376,25 @@ class _Chunk:
             yield page, read
             low = high
 
-    def _num_columns(self) -> int:
-        longest = min(max(self.rules.window, self.rules.dense_rows), len(self.head.key))
-        fixed = len(self.head.static) + longest + self.call.pattern.config.num_random_keys
-        return _padded(fixed) + _padded(self.rules.budget) + LANES
 
-    def _record(self, page: slice, read: Read) -> None:
-        position = torch.arange(self.start + page.start, self.start + page.stop)
-        weights, slots, sizes = (x[: len(position)] for x in (read.weights, read.slots, read.sizes))
-        column = np.arange(slots.shape[1])
-        num_fixed, first_found, stop = (sizes[:, i, None] for i in range(3))
-        fixed, found = column < num_fixed, (column >= first_found) & (column < stop)
-        slots = np.where(found, self.head.order[np.where(found, slots, 0)], slots)
-        keys = torch.from_numpy(slots).long() + self.call.key_offset
-        for i in range(weights.shape[1]):
-            attended = torch.from_numpy(fixed | (found & (weights[:, i] != 0)))
-            head = self.kv_head * weights.shape[1] + i
-            self.call.record(head, position, attended, int(fixed.sum() + found.sum()), lambda: keys)
+def _num_columns(rules: Rules, num_static: int, num_keys: int, num_random: int) -> int:
+    fixed = num_static + min(max(rules.window, rules.dense_rows), num_keys) + num_random
+    return _padded(fixed) + _padded(rules.budget) + LANES
+
+
+def _record(call: Call, kv_head: int, position: Tensor, read: Read, order: Array | None) -> None:
+    """Tell the recorder what rows of a KV head read; found slots are places in `order`, if there is one."""
+    weights, slots, sizes = (x[: len(position)] for x in read)
+    column = np.arange(slots.shape[1])
+    num_fixed, first_found, stop = (sizes[:, i, None] for i in range(3))
+    fixed, found = column < num_fixed, (column >= first_found) & (column < stop)
+    if order is not None:
+        slots = np.where(found, order[np.where(found, slots, 0)], slots)
+    keys = torch.from_numpy(slots).long() + call.key_offset
+    for i in range(weights.shape[1]):
+        attended = torch.from_numpy(fixed | (found & (weights[:, i] != 0)))
+        head = kv_head * weights.shape[1] + i
+        call.record(head, position, attended, int(fixed.sum() + found.sum()), lambda: keys)
 
 
 def _padded(number: int) -> int:
@@ -283,6 +404,17 @@ def _padded(number: int) -> int:
 def _by_row(x: Tensor) -> Array:
     """[group, R, head_dim] -> [R, group, head_dim], filled up to a multiple of LANES."""
     return _filled(x.transpose(0, 1)).numpy()
+
+
+def _flat_heads(x: Tensor) -> tuple[Array, int]:
+    """The memory of [num_key_value_heads, N, head_dim] from its first element on, and the step from head to head.
+
+    No copy is made of what a cache keeps, unless head_dim is no multiple of LANES.
+    """
+    if x.shape[2] % LANES or x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+        x = _filled(x)
+    length = (len(x) - 1) * x.stride(0) + x.shape[1] * x.shape[2]
+    return x.detach().as_strided((length,), (1,)).numpy(), x.stride(0)
 
 
 def _flat(output: Tensor) -> tuple[Array, int]:
@@ -298,4 +430,88 @@ def _filled(x: Tensor) -> Tensor:
     return F.pad(x.detach(), (0, missing)) if missing else x.detach().contiguous()
 
 
-document_attention = partial(attend_in_pieces, _pieces, dense_rows_too=True)
+def document_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pattern: LayerPattern,
+    query_offset: int,
+    key_offset: int,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    recorder: Recorder | None,
+    index: Index | None = None,
+) -> Tensor:
+    """See `pieces.attend_in_pieces`; `index` is that of the keys' cache."""
+    if index is not None:
+        index.append(key)
+        index.move_back(query_offset)
+        index.row = query_offset + query.shape[1] - 1
+    pieces = partial(_pieces, index)
+    if index is not None and query.shape[1] * _KEYS_PER_LINKED_ROW < key.shape[1]:
+        call = Call(pieces, pattern, query_offset, key_offset, scaling, softcap, sinks is None, recorder)
+        if call.dense_end(query_offset + 1) == query_offset:
+            return _attend_linked(call, index, query, key, value, sinks)
+    return attend_in_pieces(
+        pieces,
+        query,
+        key,
+        value,
+        pattern=pattern,
+        query_offset=query_offset,
+        key_offset=key_offset,
+        scaling=scaling,
+        softcap=softcap,
+        sinks=sinks,
+        recorder=recorder,
+        dense_rows_too=True,
+    )
+
+
+def _attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+    """Few sparse rows: their keys are where the cache has them."""
+    num_kv_heads, num_rows, group = len(key), query.shape[1], len(query) // len(key)
+    rows = _filled((query * call.scaling).unflatten(0, (num_kv_heads, group)).transpose(1, 2)).numpy()
+    budgets = np.array([call.budget(h) for h in range(num_kv_heads)])
+    min_weights = np.array(call.pattern.min_weights, rows.dtype).reshape(num_kv_heads, group)
+    rules = _rules(call, int(budgets.max()), min_weights)
+    if sinks is not None:
+        rules = rules._replace(sinks=sinks.numpy().reshape(num_kv_heads, group))
+    positions = torch.arange(call.query_offset, call.query_offset + num_rows)
+    static = torch.from_numpy(index.static)
+    drawn = random_keys(call.pattern, positions, static, rules.window, call.key_offset).int().numpy()
+    keep = call.recorder is not None
+    width = _num_columns(rules, len(index.static), key.shape[1], call.pattern.config.num_random_keys)
+    kept_rows = num_rows if keep else 1
+    read = Read(
+        np.empty((num_kv_heads, kept_rows, group, width), rows.dtype),
+        np.empty((num_kv_heads, kept_rows, width), np.int32),
+        np.empty((num_kv_heads, kept_rows, 3), np.int32),
+    )
+    value_dim = _padded(value.shape[-1])
+    output = query.new_empty(num_rows, len(query), value_dim)
+    (flat_key, key_step), (flat_value, value_step) = _flat_heads(key), _flat_heads(value)
+    keys = (key.shape[1], flat_key, flat_value, key_step, value_step, value_dim)
+    attend_heads(
+        0,
+        num_kv_heads,
+        call.query_offset,
+        rows,
+        rows.sum(2),
+        keys,
+        call.key_offset,
+        index.static,
+        (index.bucket, index.previous, index.states),
+        rules,
+        budgets,
+        drawn,
+        output.view(-1).numpy(),
+        read,
+        keep,
+    )
+    if keep:
+        for h in range(num_kv_heads):
+            _record(call, h, positions, Read(*(x[h] for x in read)), None)
+    return output.transpose(0, 1)[..., : value.shape[-1]]

@@ -55,9 +55,10 @@ class Head(NamedTuple):
         key_offset: position of the first key.
         static: sorted positions of the static keys, int64.
         bucket: [N] int32; keys that are never routed have the number of buckets.
-        order: [N] int32, keys by bucket, oldest first.
+        order: [N] int32, keys by bucket, oldest first; empty where `previous` is given.
         first: [num_buckets] int32, where each bucket begins in `order`; empty if nothing is routed.
-        table_key, table_value: key[order], value[order].
+        table_key, table_value: key[order], value[order]; key and value themselves where `previous` is given.
+        previous: [N] int32, the key before each one in its bucket, -1 for the first; empty where `order` is given.
     """
 
     key: Array
@@ -69,6 +70,7 @@ class Head(NamedTuple):
     first: Array
     table_key: Array
     table_value: Array
+    previous: Array
 
 
 class State(NamedTuple):
@@ -77,11 +79,11 @@ class State(NamedTuple):
     Args:
         sums, counts: [num_buckets, head_dim] and [num_buckets]: sums and numbers of the keys before a row's page.
         upper: [num_buckets], keys that are older than a row's window.
+        newest: [num_buckets] int32, index of the last one that is counted in `upper`, or -1.
         lower: [num_buckets], of these, keys that are outside of the model's own window.
         place: [num_buckets], where each bucket stands in the list of those with a count, or -1.
         listed: [C] int32, the list; C is at least num_buckets.
         means: [C / LANES, head_dim, LANES], of the list's buckets; what follows behind the list is finite.
-        ends: [C] int32, where the keys that are counted in `upper` end in the tables.
         available: [C] int32, upper - lower, and 0 behind the list.
         reach: [5] int64: how many keys have been added to sums, taken away again, counted in upper, and in lower; and
             the length of the list.
@@ -90,11 +92,11 @@ class State(NamedTuple):
     sums: Array
     counts: Array
     upper: Array
+    newest: Array
     lower: Array
     place: Array
     listed: Array
     means: Array
-    ends: Array
     available: Array
     reach: Array
 
@@ -135,12 +137,12 @@ class Read(NamedTuple):
 
 
 @inlined
-def _forget_bucket(b, place, listed, means, ends, available, reach):
+def _forget_bucket(b, place, listed, means, available, reach):
     """Take a bucket off the list; the last one moves to its place."""
     reach[_LISTED] -= 1
     i, last = place[b], reach[_LISTED]
     moved = listed[last]
-    listed[i], ends[i], available[i] = moved, ends[last], available[last]
+    listed[i], available[i] = moved, available[last]
     for d in range(means.shape[1]):
         means[i // LANES, d, i % LANES] = means[last // LANES, d, last % LANES]
     place[moved] = i
@@ -151,8 +153,8 @@ def _forget_bucket(b, place, listed, means, ends, available, reach):
 @compiled
 def _add_keys(head, state, which, target, sign):
     """Add the keys before index `target` to their buckets (sign 1), or take them away (sign -1)."""
-    key, bucket, first = head.key, head.bucket, head.first
-    sums, counts, upper, lower, place, listed, means, ends, available, reach = state
+    key, bucket = head.key, head.bucket
+    sums, counts, upper, _, lower, place, listed, means, available, reach = state
     head_dim, number = key.shape[1], key.dtype.type
     factor = number(sign)
     for j in range(reach[which], min(target, len(bucket))):
@@ -167,13 +169,13 @@ def _add_keys(head, state, which, target, sign):
                 sums[b, d] = 0
         if counts[b] <= 0:  # less than 0 where keys leave a short window before their page knows them
             if place[b] >= 0:
-                _forget_bucket(b, place, listed, means, ends, available, reach)
+                _forget_bucket(b, place, listed, means, available, reach)
             continue
         if place[b] < 0:
             i = reach[_LISTED]
             reach[_LISTED] += 1
             place[b], listed[i] = i, b
-            ends[i], available[i] = first[b] + upper[b], upper[b] - lower[b]
+            available[i] = upper[b] - lower[b]
         scale = number(1) / number(counts[b])
         at = place[b] // LANES * head_dim * LANES + place[b] % LANES
         for d in range(head_dim):
@@ -182,27 +184,25 @@ def _add_keys(head, state, which, target, sign):
 
 
 @inlined
-def _count_keys(bucket, which, target, counts, place, ends, available, reach):
+def _count_keys(bucket, which, target, counts, newest, place, available, reach):
     """Count the keys before index `target` as older than the window or as outside of the model's own."""
     for j in range(reach[which], min(target, len(bucket))):
         b = bucket[j]
         if b == len(counts):
             continue
         counts[b] += 1
-        i = place[b]
-        if i >= 0 and which == _UPPER:
-            ends[i] += 1
-            available[i] += 1
-        elif i >= 0:
-            available[i] -= 1
+        if which == _UPPER:
+            newest[b] = j
+        if place[b] >= 0:
+            available[place[b]] += 1 if which == _UPPER else -1
     reach[which] = max(reach[which], min(target, len(bucket)))
 
 
 @compiled
 def move(head, state, rules, row):
     """Bring the state to the row at this position."""
-    bucket, upper, lower = head.bucket, state.upper, state.lower
-    place, ends, available, reach = state.place, state.ends, state.available, state.reach
+    bucket, upper, newest, lower = head.bucket, state.upper, state.newest, state.lower
+    place, available, reach = state.place, state.available, state.reach
     if len(place) == 0:
         return
     page = row // rules.page_size * rules.page_size - head.key_offset
@@ -210,8 +210,8 @@ def move(head, state, rules, row):
     _add_keys(head, state, _ADDED, page - rules.means_lag + 1, 1)
     _add_keys(head, state, _LEFT, page - own_lag + 1, -1)
     row -= head.key_offset
-    _count_keys(bucket, _UPPER, row - rules.window + 1, upper, place, ends, available, reach)
-    _count_keys(bucket, _LOWER, row - rules.sliding_window + 1, lower, place, ends, available, reach)
+    _count_keys(bucket, _UPPER, row - rules.window + 1, upper, newest, place, available, reach)
+    _count_keys(bucket, _LOWER, row - rules.sliding_window + 1, lower, newest, place, available, reach)
 
 
 @inlined
@@ -496,14 +496,37 @@ def _cut(scores, at, num_buckets, available, budget, few_scores, few_available):
 
 
 @inlined
-def _take(i, ends, available, slots, n, stop):
+def _take(i, listed, available, first, upper, previous, newest, slots, n, stop):
     """Append the newest keys of the list's bucket i, until there are `stop` slots; returns the new number."""
-    taken = min(available[i], stop - n)
-    return _fill(slots, n, ends[i] - taken, taken)
+    b, taken = listed[i], min(available[i], stop - n)
+    if len(previous) == 0:
+        return _fill(slots, n, first[b] + upper[b] - taken, taken)
+    j = newest[b]
+    for c in range(n + taken - 1, n - 1, -1):
+        slots[c] = j
+        j = previous[j]
+    return n + taken
 
 
 @inlined
-def _find(scores, at, num_buckets, place, listed, ends, available, budget, slots, n, few_scores, few_available, tied):
+def _find(
+    scores,
+    at,
+    num_buckets,
+    place,
+    listed,
+    available,
+    first,
+    upper,
+    previous,
+    newest,
+    budget,
+    slots,
+    n,
+    few_scores,
+    few_available,
+    tied,
+):
     """Append the keys of a row's best buckets to its slots, the newest of the last bucket; returns the new number.
 
     The row's scores of the list's buckets begin at flat index `at`. Of equal scores, the larger bucket's number wins.
@@ -515,7 +538,7 @@ def _find(scores, at, num_buckets, place, listed, ends, available, budget, slots
         while lanes:
             lane = highest_bit(lanes)
             lanes ^= 1 << lane
-            n = _take(c + lane, ends, available, slots, n, stop)
+            n = _take(c + lane, listed, available, first, upper, previous, newest, slots, n, stop)
         lanes = _lanes_between(scores, at + c, low, high)
         while lanes:
             lane = highest_bit(lanes)
@@ -526,7 +549,7 @@ def _find(scores, at, num_buckets, place, listed, ends, available, budget, slots
     if num_tied > 1:
         tied[:num_tied].sort()
     for i in range(num_tied - 1, -1, -1):
-        n = _take(place[tied[i]], ends, available, slots, n, stop)
+        n = _take(place[tied[i]], listed, available, first, upper, previous, newest, slots, n, stop)
     return n
 
 
@@ -544,13 +567,13 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
         last_stage: index in STAGES of the last that is computed.
     """
     num_rows, group, head_dim = query.shape
-    key, value, key_offset, static, bucket, order, _, table_key, table_value = head
-    _, _, upper, lower, place, listed, means, ends, available, reach = state
+    key, value, key_offset, static, bucket, order, first, table_key, table_value, previous = head
+    _, _, upper, newest, lower, place, listed, means, available, reach = state
     dense_rows, page_size, window, sliding_window, _, budget, min_weights, softcap, sinks = rules
     all_weights, all_slots, sizes = read
     width, value_dim = all_weights.shape[2], value.shape[1]
     num_buckets = first_of_page = oldest_static = newest_static = 0
-    scores = np.empty((page_size, len(available)), query.dtype)
+    scores = np.empty((min(page_size, num_rows), len(available)), query.dtype)
     few_scores, few_available = np.empty(2 * LANES, query.dtype), np.empty(2 * LANES, np.int32)
     tied = np.empty(len(listed), np.int32)
     picked = np.empty(_BLOCK, np.int32)
@@ -591,8 +614,9 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
             _score(query, at_query, key, slots, 0, num_fixed, all_weights, at)
         n = first_found = -(-n // LANES) * LANES
         if sparse and len(place):
-            _count_keys(bucket, _UPPER, p - key_offset - window + 1, upper, place, ends, available, reach)
-            _count_keys(bucket, _LOWER, p - key_offset - sliding_window + 1, lower, place, ends, available, reach)
+            own = p - key_offset
+            _count_keys(bucket, _UPPER, own - window + 1, upper, newest, place, available, reach)
+            _count_keys(bucket, _LOWER, own - sliding_window + 1, lower, newest, place, available, reach)
         if sparse and num_buckets:
             n = _find(
                 scores,
@@ -600,8 +624,11 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
                 num_buckets,
                 place,
                 listed,
-                ends,
                 available,
+                first,
+                upper,
+                previous,
+                newest,
                 budget,
                 slots,
                 n,
@@ -612,7 +639,7 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
         for i in range(drawn.shape[1]):  # what is a random key already does not count as found
             if sparse and drawn[r, i] >= 0:
                 for c in range(first_found, n):
-                    if order[slots[c]] == drawn[r, i]:
+                    if (slots[c] if len(previous) else order[slots[c]]) == drawn[r, i]:
                         n -= 1
                         slots[c] = slots[n]
                         break
@@ -733,3 +760,131 @@ def differentiate_rows(
         _add_outer(kept, near, m, n, upstream, at_output, table_value_grad)
         _sum_values(slopes, 0, 0, m, near, key, picked, query_grad, at_query)
         _sum_values(slopes, 0, m, n, near, table_key, picked, query_grad, at_query)
+
+
+@compiled
+def link_keys(bucket, previous, tail, start, stop):
+    """Append the keys start .. stop - 1 to the lists of their buckets, which `tail` [num_key_value_heads, num_buckets]
+    ends; `bucket` and `previous` are [num_key_value_heads, N]."""
+    for h in range(len(bucket)):
+        for j in range(start, stop):
+            b = bucket[h, j]
+            if b < tail.shape[1]:
+                previous[h, j] = tail[h, b]
+                tail[h, b] = j
+
+
+@compiled
+def unlink_keys(bucket, previous, tail, start, stop):
+    """Take the keys start .. stop - 1 off their lists again."""
+    for h in range(len(bucket)):
+        for j in range(stop - 1, start - 1, -1):
+            if bucket[h, j] < tail.shape[1]:
+                tail[h, bucket[h, j]] = previous[h, j]
+
+
+@compiled
+def move_back(bucket, previous, states, num_older, first_of_page):
+    """Bring the states of all KV heads back to a row behind whose window lie `num_older` keys.
+
+    A state whose means know keys from `first_of_page` on, which the row's may not, begins anew: sums cannot be taken
+    apart to the last bit.
+    """
+    num_buckets = states.upper.shape[1]
+    for h in range(len(bucket)):
+        reach = states.reach[h]
+        if reach[_ADDED] > max(first_of_page, 0) or reach[_LEFT] or reach[_LOWER]:
+            states.sums[h] = 0
+            states.counts[h] = states.upper[h] = states.lower[h] = states.available[h] = 0
+            states.newest[h] = states.place[h] = -1
+            reach[:] = 0
+            continue
+        while reach[_UPPER] > max(num_older, 0):
+            reach[_UPPER] -= 1
+            j = reach[_UPPER]
+            b = bucket[h, j]
+            if b < num_buckets:
+                states.upper[h, b] -= 1
+                states.newest[h, b] = previous[h, j]
+                if states.place[h, b] >= 0:
+                    states.available[h, states.place[h, b]] -= 1
+
+
+@compiled
+def attend_heads(
+    low, high, position, query, summed, keys, key_offset, static, index, rules, budgets, drawn, output, read, keep
+):
+    """`attend_rows` for the KV heads low .. high - 1 of a document whose keys are linked by bucket.
+
+    Args:
+        position: of the first row.
+        query: [num_key_value_heads, R, group, head_dim], scaled.
+        summed: [num_key_value_heads, R, head_dim].
+        keys: (N, flat keys, flat values, steps of both from one KV head to the next, size of a value).
+        key_offset, static: as of `Head`.
+        index: (bucket, previous, states): [num_key_value_heads, N or more] each, and a State of all KV heads.
+        rules: Rules with min_weights and sinks of all KV heads.
+        budgets: [num_key_value_heads].
+        drawn: as for `attend_rows`.
+        output: flat [R, num_key_value_heads, group, head_dim].
+        read: Read of all KV heads; room for R rows of each if `keep`, else for one.
+    """
+    num_heads, _, group, head_dim = query.shape
+    num_keys, flat_key, flat_value, key_step, value_step, value_dim = keys
+    bucket, previous, states = index
+    no_order = np.empty(0, np.int32)
+    for h in range(low, high):
+        num_buckets = states.upper.shape[1] if budgets[h] else 0
+        key = flat_key[h * key_step :][: num_keys * head_dim].reshape(num_keys, head_dim)
+        value = flat_value[h * value_step :][: num_keys * value_dim].reshape(num_keys, value_dim)
+        head = Head(
+            key,
+            value,
+            key_offset,
+            static,
+            bucket[h, :num_keys],
+            no_order,
+            no_order,
+            key,
+            value,
+            previous[h, :num_keys],
+        )
+        state = State(
+            states.sums[h],
+            states.counts[h],
+            states.upper[h],
+            states.newest[h],
+            states.lower[h],
+            states.place[h][:num_buckets],
+            states.listed[h],
+            states.means[h],
+            states.available[h],
+            states.reach[h],
+        )
+        own = Rules(
+            rules.dense_rows,
+            rules.page_size,
+            rules.window,
+            rules.sliding_window,
+            rules.means_lag,
+            budgets[h],
+            rules.min_weights[h],
+            rules.softcap,
+            rules.sinks[h],
+        )
+        own_read = Read(read.weights[h], read.slots[h], read.sizes[h])
+        flat = output[h * group * value_dim :]
+        attend_rows(
+            position,
+            query[h],
+            summed[h],
+            head,
+            state,
+            own,
+            drawn,
+            flat,
+            num_heads * group * value_dim,
+            own_read,
+            keep,
+            _ALL,
+        )

@@ -1,0 +1,70 @@
+"""The hash indexes of the documents in a cache layer: what lets a call go on where the last one stopped."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_sparse_attn import ops
+from hf_sparse_attn.masking import Document
+from hf_sparse_attn.routing import LayerPattern
+
+INDEXES = "_sparse_attention_indexes"  # attribute of a cache's key tensor
+
+
+class KeyIndexes:
+    """One index for each row of a batch, of the document that its last keys belong to.
+
+    The attention function finds it at the key tensor of a `SparseCache`. An index is started anew where anything does
+    not fit: another document, other padding, another configuration.
+    """
+
+    def __init__(self) -> None:
+        self._of_row: dict[tuple[int, int], tuple[slice, ops.Index]] = {}
+
+    def of(self, document: Document, pattern: LayerPattern, key: Tensor) -> ops.Index | None:
+        """The index of a document, or None where there can be none.
+
+        Args:
+            document: which slots of the layer are its keys; padding between them is too much.
+            pattern: the layer's pattern.
+            key: [num_key_value_heads, N, head_dim], the document's keys.
+        """
+        if not isinstance(document.keys, slice):
+            return None
+        place = document.batch, pattern.layer_idx
+        held = self._of_row.get(place)
+        if held is not None:
+            slots, index = held
+            known = slots.start == document.keys.start and index.key_offset == document.key_offset
+            if known and index.pattern is pattern and index.length <= key.shape[1]:
+                self._of_row[place] = document.keys, index
+                return index
+        started = ops.new_index(pattern, key, document.key_offset)
+        if started is not None:
+            self._of_row[place] = document.keys, started
+        return started
+
+    def crop(self, num_slots: int) -> None:
+        """Forget the keys behind the layer's first `num_slots`."""
+        for place, (slots, index) in list(self._of_row.items()):
+            if num_slots <= slots.start:
+                del self._of_row[place]
+            else:
+                index.crop(num_slots - slots.start)
+
+    def select(self, rows: list[int]) -> None:
+        """Row i becomes a copy of what row rows[i] was."""
+        self._of_row = {
+            (i, layer): (slots, index.copy())
+            for i, chosen in enumerate(rows)
+            for (row, layer), (slots, index) in self._of_row.items()
+            if row == chosen
+        }
+
+    def clear(self) -> None:
+        self._of_row.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all indexes."""
+        return sum(index.nbytes for _, index in self._of_row.values())
