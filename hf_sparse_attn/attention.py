@@ -16,6 +16,8 @@ from hf_sparse_attn.masking import Document, document_starts, documents
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern
 
+_DOCUMENTS = "_sparse_attention_documents"  # attribute of the mask that they were read from
+
 
 class Inputs(NamedTuple):
     """What Transformers passes to one call.
@@ -96,13 +98,33 @@ def attention(
         )
         return heads_first.transpose(0, 1).to(query.dtype)
 
-    every = documents(mask, position_ids, batch_size, q_length, kv_length, starts)
+    every = _documents(mask, position_ids, batch_size, q_length, kv_length, starts)
     if batch_size == 1 and len(every) == 1 and every[0].queries == slice(0, q_length):
         return attend(every[0]).unsqueeze(0)
     output = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])
     for document in every:
         output[document.batch, document.queries] = attend(document)
     return output
+
+
+def _documents(
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    starts: Tensor | None,
+) -> list[Document]:
+    """`masking.documents`, read once for all layers of a forward, which are given the same mask."""
+    given = position_ids, batch_size, q_length, kv_length
+    known = getattr(mask, _DOCUMENTS, None)
+    if known is not None and starts is None and known[0][0] is position_ids and known[0][1:] == given[1:]:
+        found: list[Document] = known[1]
+        return found
+    found = documents(mask, position_ids, batch_size, q_length, kv_length, starts)
+    if mask is not None and starts is None:
+        setattr(mask, _DOCUMENTS, (given, found))
+    return found
 
 
 def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -84,7 +86,7 @@ class SparseLayer(DynamicLayer):
             start = self.get_seq_length()
             old, grown = (self.keys, self.values), []
             for states, present in zip((key_states, value_states), old, strict=True):
-                whole = states.new_empty(*states.shape[:2], size, states.shape[3])
+                whole = _allocate(states, size)
                 if start and present is not None:
                     whole[:, :, :start] = present
                 grown.append(whole)
@@ -143,6 +145,19 @@ class SparseLayer(DynamicLayer):
     def _rows_changed(self, rows: list[int]) -> None:
         self._allocated = None
         self.indexes.select(rows)
+
+
+def _allocate(states: Tensor, num_tokens: int) -> Tensor:
+    """Room for that many tokens of [batch, num_key_value_heads, tokens, head_dim]; on a CPU in huge pages if it can.
+
+    Decoding reads keys from all over the memory, where small pages cost as much to look up as to read. NumPy asks the
+    system for huge ones, PyTorch does not.
+    """
+    shape = *states.shape[:2], num_tokens, states.shape[3]
+    if states.device.type != "cpu":
+        return states.new_empty(shape)
+    memory = np.empty(math.prod(shape) * states.element_size(), np.uint8)
+    return torch.from_numpy(memory).view(states.dtype).view(shape)
 
 
 def _can_hold(room: Tensor, states: Tensor, num_tokens: int) -> bool:

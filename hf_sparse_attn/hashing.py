@@ -45,10 +45,9 @@ class BucketHash:
         scores = torch.baddbmm(bias.flatten(1).unsqueeze(1), key, weight.flatten(2))
         scores = scores.unflatten(-1, (num_codebooks, codebook_size))
         # Of two, a comparison finds the larger one several times faster.
-        codes = (
-            (scores[..., 1] > scores[..., 0]).long() if codebook_size == 2 else scores.argmax(-1)
-        )  # [Hkv, N, codebooks]
-        return sum(codes[..., i] * codebook_size ** (num_codebooks - 1 - i) for i in range(num_codebooks))
+        codes = scores[..., 1] > scores[..., 0] if codebook_size == 2 else scores.argmax(-1)  # [Hkv, N, codebooks]
+        digit = codebook_size ** torch.arange(num_codebooks - 1, -1, -1, device=key.device)
+        return (codes.to(key.dtype) @ digit.to(key.dtype)).long()  # small whole numbers, exact in either precision
 
 
 def layer_hash(config: SparseAttentionConfig, layer_idx: int, num_kv_heads: int, head_dim: int) -> BucketHash:

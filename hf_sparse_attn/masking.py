@@ -182,6 +182,10 @@ def documents(
     for batch in range(batch_size):
         ids = None if position_ids is None else position_ids[batch % len(position_ids)]
         started = None if starts is None else starts[batch % len(starts)]
+        if attention_mask is None and started is None and q_length == 1:
+            begin = 0 if ids is None else max(kv_length - 1 - int(ids[0]), 0)
+            found.append(Document(batch, slice(0, 1), slice(begin, kv_length), kv_length - 1 - begin, 0))
+            continue
         if attention_mask is None:
             queries = torch.arange(q_length)
             keys = torch.arange(kv_length)

@@ -82,6 +82,8 @@ def layer_pattern(
 
 def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0) -> Tensor:
     """Sorted positions from `start` to `stop` - 1 that every later row reads: global, explicit, strided keys. int64."""
+    if not config.stride:
+        stop = min(stop, max(config.num_global_tokens, *(i + 1 for i in config.global_token_indices), start))
     position = torch.arange(start, stop, device=device)
     chosen = position < config.num_global_tokens
     if config.stride:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext as _nullcontext
 from functools import cache as _cache
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
@@ -125,7 +126,8 @@ def document_attention(
     implementation = _implementation(pattern.config.implementation, query.device)
     dtype, precise = _dtype(pattern.config, query, key), compute_dtype(query, key)
     indexed = {} if index is None else {"index": index}
-    with _torch.autocast(query.device.type, enabled=False):
+    autocast = _torch.is_autocast_enabled(query.device.type)
+    with _torch.autocast(query.device.type, enabled=False) if autocast else _nullcontext():
         output: Tensor = implementation.document_attention(
             query.to(dtype),
             key.to(dtype),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from hf_sparse_attn.ops.numba_kernels import (
 )
 from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
 from hf_sparse_attn.ops.simd import LANES
-from hf_sparse_attn.ops.workers import in_order
+from hf_sparse_attn.ops.workers import in_order, together
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 
@@ -43,6 +44,7 @@ _MIN_CHUNK_PAGES = 4
 _MAX_CHUNKS = 8  # of a document's sparse rows
 _DENSE_ROWS = 256  # per chunk
 _KEYS_PER_LINKED_ROW = 256  # an index serves a call with fewer rows than its keys over this
+_PARALLEL_ROWS = 8  # linked rows from which on threads pay
 _NOTHING = np.zeros(0, np.int32)
 
 STAGES = ("hash", "tables", *ROW_STAGES)
@@ -480,8 +482,7 @@ def _attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: 
     if sinks is not None:
         rules = rules._replace(sinks=sinks.numpy().reshape(num_kv_heads, group))
     positions = torch.arange(call.query_offset, call.query_offset + num_rows)
-    static = torch.from_numpy(index.static)
-    drawn = random_keys(call.pattern, positions, static, rules.window, call.key_offset).int().numpy()
+    drawn = random_keys(call.pattern, positions, torch.from_numpy(index.static), rules.window, call.key_offset)
     keep = call.recorder is not None
     width = _num_columns(rules, len(index.static), key.shape[1], call.pattern.config.num_random_keys)
     kept_rows = num_rows if keep else 1
@@ -494,23 +495,26 @@ def _attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: 
     output = query.new_empty(num_rows, len(query), value_dim)
     (flat_key, key_step), (flat_value, value_step) = _flat_heads(key), _flat_heads(value)
     keys = (key.shape[1], flat_key, flat_value, key_step, value_step, value_dim)
-    attend_heads(
-        0,
-        num_kv_heads,
-        call.query_offset,
-        rows,
-        rows.sum(2),
-        keys,
-        call.key_offset,
-        index.static,
-        (index.bucket, index.previous, index.states),
-        rules,
-        budgets,
-        drawn,
-        output.view(-1).numpy(),
-        read,
-        keep,
+    attend = partial(
+        attend_heads,
+        position=call.query_offset,
+        query=rows,
+        summed=rows.sum(2),
+        keys=keys,
+        key_offset=call.key_offset,
+        static=index.static,
+        index=(index.bucket, index.previous, index.states),
+        rules=rules,
+        budgets=budgets,
+        drawn=drawn.int().numpy(),
+        output=output.view(-1).numpy(),
+        read=read,
+        keep=keep,
     )
+    # The threads of PyTorch's last operation still wait for the next one, busily: for a few rows a core is not free.
+    num_workers = min(torch.get_num_threads(), num_kv_heads) if num_rows >= _PARALLEL_ROWS else 1
+    ends = [i * num_kv_heads // num_workers for i in range(num_workers + 1)]
+    together([partial(attend, low, high) for low, high in pairwise(ends)])
     if keep:
         for h in range(num_kv_heads):
             _record(call, h, positions, Read(*(x[h] for x in read)), None)

@@ -22,6 +22,7 @@ from hf_sparse_attn.ops.simd import (
     maximum,
     minimum,
     multiply_add,
+    prefetch,
     smallest,
     splat,
     store,
@@ -36,6 +37,7 @@ STAGES = ("bucket scores", "keys found", "key scores", "softmax", "values")  # o
 _FOUND, _SCORED, _WEIGHED, _ALL = range(1, len(STAGES))
 _ADDED, _LEFT, _UPPER, _LOWER, _LISTED = range(5)  # places in State.reach
 _BLOCK = 128  # columns whose values are read for one head after the other
+_TOGETHER = 16  # lists that are followed at a time
 _HIDDEN = -1e30  # score of a column that holds no key
 
 Array = NDArray[Any]
@@ -496,16 +498,49 @@ def _cut(scores, at, num_buckets, available, budget, few_scores, few_available):
 
 
 @inlined
-def _take(i, listed, available, first, upper, previous, newest, slots, n, stop):
-    """Append the newest keys of the list's bucket i, until there are `stop` slots; returns the new number."""
+def _take(i, listed, available, first, upper, previous, newest, slots, n, stop, chains, num_chains):
+    """Append the newest keys of the list's bucket i, until there are `stop` slots; returns the new number.
+
+    Linked keys are only noted: chains [3, C] get their newest key, their number and the last of their slots.
+    """
     b, taken = listed[i], min(available[i], stop - n)
     if len(previous) == 0:
         return _fill(slots, n, first[b] + upper[b] - taken, taken)
-    j = newest[b]
-    for c in range(n + taken - 1, n - 1, -1):
-        slots[c] = j
-        j = previous[j]
+    chains[0, num_chains], chains[1, num_chains], chains[2, num_chains] = newest[b], taken, n + taken - 1
     return n + taken
+
+
+@inlined
+def _bring(weights, at, low, high, slots, value):
+    """Prefetch the values of columns low .. high - 1 that any head reads, as they are all over the memory."""
+    group, width, value_dim, line = weights.shape[1], weights.shape[2], value.shape[1], 64 // value.itemsize
+    for c in range(low, high):
+        is_read = False
+        for g in range(group):
+            is_read |= weights.flat[at + g * width + c] != 0
+        if is_read:
+            for d in range(0, value_dim, line):
+                prefetch(value, slots[c] * value_dim + d)
+
+
+@inlined
+def _follow(chains, num_chains, previous, slots, key):
+    """Write the linked keys of the chains to their slots: several chains at a time, as each step waits for memory."""
+    head_dim, line = key.shape[1], 64 // key.itemsize
+    for low in range(0, num_chains, _TOGETHER):
+        high = min(low + _TOGETHER, num_chains)
+        going = True
+        while going:
+            going = False
+            for c in range(low, high):
+                if chains[1, c] > 0:
+                    j, going = chains[0, c], True
+                    slots[chains[2, c]] = j
+                    for d in range(0, head_dim, line):
+                        prefetch(key, j * head_dim + d)
+                    chains[0, c] = previous[j]
+                    chains[1, c] -= 1
+                    chains[2, c] -= 1
 
 
 @inlined
@@ -526,19 +561,22 @@ def _find(
     few_scores,
     few_available,
     tied,
+    key,
+    chains,
 ):
     """Append the keys of a row's best buckets to its slots, the newest of the last bucket; returns the new number.
 
     The row's scores of the list's buckets begin at flat index `at`. Of equal scores, the larger bucket's number wins.
     """
     low, high = _cut(scores, at, num_buckets, available, budget, few_scores, few_available)
-    num_tied, stop = 0, n + budget
+    num_tied, num_chains, stop = 0, 0, n + budget
     for c in range(0, num_buckets, LANES):
         lanes = lanes_at_least(load(scores, at + c), splat(high))
         while lanes:
             lane = highest_bit(lanes)
             lanes ^= 1 << lane
-            n = _take(c + lane, listed, available, first, upper, previous, newest, slots, n, stop)
+            n = _take(c + lane, listed, available, first, upper, previous, newest, slots, n, stop, chains, num_chains)
+            num_chains += 1
         lanes = _lanes_between(scores, at + c, low, high)
         while lanes:
             lane = highest_bit(lanes)
@@ -549,7 +587,10 @@ def _find(
     if num_tied > 1:
         tied[:num_tied].sort()
     for i in range(num_tied - 1, -1, -1):
-        n = _take(place[tied[i]], listed, available, first, upper, previous, newest, slots, n, stop)
+        n = _take(place[tied[i]], listed, available, first, upper, previous, newest, slots, n, stop, chains, num_chains)
+        num_chains += 1
+    if len(previous):
+        _follow(chains, num_chains, previous, slots, key)
     return n
 
 
@@ -576,6 +617,7 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
     scores = np.empty((min(page_size, num_rows), len(available)), query.dtype)
     few_scores, few_available = np.empty(2 * LANES, query.dtype), np.empty(2 * LANES, np.int32)
     tied = np.empty(len(listed), np.int32)
+    chains = np.empty((3, len(listed) if len(previous) else 0), np.int32)
     picked = np.empty(_BLOCK, np.int32)
     sums = np.empty(group, query.dtype)
     for r in range(num_rows):
@@ -635,6 +677,8 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
                 few_scores,
                 few_available,
                 tied,
+                key,
+                chains,
             )
         for i in range(drawn.shape[1]):  # what is a random key already does not count as found
             if sparse and drawn[r, i] >= 0:
@@ -657,6 +701,8 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
         if last_stage == _ALL:
             at_output = r * output_stride
             output[at_output : at_output + group * value_dim] = 0
+            if len(previous):
+                _bring(all_weights, at, first_found, n, slots, table_value)
             _sum_all_values(all_weights, at, 0, num_fixed, slots, value, picked, output, at_output)
             _sum_values(all_weights, at, first_found, n, slots, table_value, picked, output, at_output)
             for g in range(group):

@@ -67,6 +67,22 @@ def store(typing_context, array, index, vector):
 
 
 @intrinsic
+def prefetch(typing_context, array, index):
+    """Have the cache line with the element at flat index `index` brought near; nothing happens outside of the array."""
+
+    def generate(context, builder, signature, arguments):
+        address = _address(context, builder, signature.args[0], *arguments)
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, *[cgutils.int32_t] * 3])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for_reading, near, data = (cgutils.int32_t(number) for number in (0, 3, 1))
+        builder.call(function, [builder.bitcast(address, byte), for_reading, near, data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
 def splat(typing_context, scalar):
     """The scalar in every lane."""
 

@@ -58,6 +58,17 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers:
         torch.set_num_threads(num_threads)
 
 
+def together(works: list[Callable[[], None]]) -> None:
+    """Do several things at once that are no operations of PyTorch, each in a thread, the last one in this one."""
+    pending = [_pool(len(works) - 1).submit(work) for work in works[:-1]]
+    try:
+        works[-1]()
+    finally:
+        wait(pending)
+    for future in pending:
+        future.result()
+
+
 @cache
 def _pool(num_workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_workers, "hf_sparse_attn", torch.set_num_threads, (1,))
