@@ -126,12 +126,14 @@ def document_attention(
     implementation = _implementation(pattern.config.implementation, query.device)
     dtype, precise = _dtype(pattern.config, query, key), compute_dtype(query, key)
     indexed = {} if index is None else {"index": index}
+    halves = getattr(implementation, "HALF", ())
+    as_stored = index is not None and dtype == _torch.float32 and {key.dtype} == {value.dtype} <= set(halves)
     autocast = _torch.is_autocast_enabled(query.device.type)
     with _torch.autocast(query.device.type, enabled=False) if autocast else _nullcontext():
         output: Tensor = implementation.document_attention(
             query.to(dtype),
-            key.to(dtype),
-            value.to(dtype),
+            key if as_stored else key.to(dtype),
+            value if as_stored else value.to(dtype),
             pattern=pattern,
             query_offset=query_offset,
             key_offset=key_offset,

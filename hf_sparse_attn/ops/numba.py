@@ -45,6 +45,7 @@ _MAX_CHUNKS = 8  # of a document's sparse rows
 _DENSE_ROWS = 256  # per chunk
 _KEYS_PER_LINKED_ROW = 256  # an index serves a call with fewer rows than its keys over this
 _PARALLEL_ROWS = 8  # linked rows from which on threads pay
+HALF = {torch.bfloat16: np.uint16, torch.float16: np.int16}  # stored so, computed in float32
 _NOTHING = np.zeros(0, np.int32)
 
 STAGES = ("hash", "tables", *ROW_STAGES)
@@ -84,7 +85,8 @@ class Index:
             self.bucket, self.previous = (
                 np.pad(x[:, :start], ((0, 0), (0, room))) for x in (self.bucket, self.previous)
             )
-        bucket = self.pattern.bucket_hash.assign(key[:, start:]).numpy()
+        bucket_hash = self.pattern.bucket_hash
+        bucket = bucket_hash.assign(key[:, start:].to(bucket_hash.weight.dtype)).numpy()
         self.bucket[:, start:stop] = bucket
         config, offset = self.pattern.config, self.key_offset
         static = static_positions(config, offset + stop, key.device, offset + start).numpy()
@@ -416,7 +418,10 @@ def _flat_heads(x: Tensor) -> tuple[Array, int]:
     if x.shape[2] % LANES or x.stride(2) != 1 or x.stride(1) != x.shape[2]:
         x = _filled(x)
     length = (len(x) - 1) * x.stride(0) + x.shape[1] * x.shape[2]
-    return x.detach().as_strided((length,), (1,)).numpy(), x.stride(0)
+    flat = x.detach().as_strided((length,), (1,))
+    if x.dtype in HALF:
+        return flat.view(torch.int16).numpy().view(HALF[x.dtype]), x.stride(0)
+    return flat.numpy(), x.stride(0)
 
 
 def _flat(output: Tensor) -> tuple[Array, int]:
@@ -446,7 +451,7 @@ def document_attention(
     recorder: Recorder | None,
     index: Index | None = None,
 ) -> Tensor:
-    """See `pieces.attend_in_pieces`; `index` is that of the keys' cache."""
+    """See `pieces.attend_in_pieces`; with `index`, that of the keys' cache, keys and values may be of half precision."""
     if index is not None:
         index.append(key)
         index.move_back(query_offset)
@@ -459,8 +464,8 @@ def document_attention(
     return attend_in_pieces(
         pieces,
         query,
-        key,
-        value,
+        key.to(query.dtype),
+        value.to(query.dtype),
         pattern=pattern,
         query_offset=query_offset,
         key_offset=key_offset,

@@ -157,15 +157,17 @@ def _add_keys(head, state, which, target, sign):
     """Add the keys before index `target` to their buckets (sign 1), or take them away (sign -1)."""
     key, bucket = head.key, head.bucket
     sums, counts, upper, _, lower, place, listed, means, available, reach = state
-    head_dim, number = key.shape[1], key.dtype.type
-    factor = number(sign)
+    head_dim, number = key.shape[1], sums.dtype.type
+    factor = splat(number(sign))
     for j in range(reach[which], min(target, len(bucket))):
         b = bucket[j]
         if b == len(counts):
             continue
         counts[b] += sign
-        for d in range(head_dim):
-            sums[b, d] += factor * key[j, d]
+        for d in range(0, head_dim, LANES):
+            store(
+                sums, b * head_dim + d, multiply_add(factor, load(key, j * head_dim + d), load(sums, b * head_dim + d))
+            )
         if counts[b] == 0:
             for d in range(head_dim):
                 sums[b, d] = 0
@@ -866,7 +868,8 @@ def attend_heads(
         position: of the first row.
         query: [num_key_value_heads, R, group, head_dim], scaled.
         summed: [num_key_value_heads, R, head_dim].
-        keys: (N, flat keys, flat values, steps of both from one KV head to the next, size of a value).
+        keys: (N, flat keys, flat values, steps of both from one KV head to the next, size of a value); of half precision
+            the bits, as `simd.load` takes them.
         key_offset, static: as of `Head`.
         index: (bucket, previous, states): [num_key_value_heads, N or more] each, and a State of all KV heads.
         rules: Rules with min_weights and sinks of all KV heads.

@@ -45,13 +45,21 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
 
 @intrinsic
 def load(typing_context, array, index):
-    """The LANES elements from flat index `index` on."""
+    """The LANES elements from flat index `index` on, as float32 of uint16 (bits of bfloat16) and int16 (of float16)."""
+    half = array.dtype in (types.uint16, types.int16)
 
     def generate(context, builder, signature, arguments):
         address = _address(context, builder, signature.args[0], *arguments)
-        return builder.load(address, align=signature.args[0].dtype.bitwidth // 8)
+        vector = builder.load(address, align=signature.args[0].dtype.bitwidth // 8)
+        if array.dtype == types.int16:
+            return builder.fpext(builder.bitcast(vector, _lanes(ir.HalfType())), _lanes(ir.FloatType()))
+        if array.dtype == types.uint16:  # the upper half of a float32
+            upper = builder.zext(vector, _lanes(cgutils.int32_t))
+            shifted = builder.shl(upper, ir.Constant(upper.type, [16] * LANES))
+            return builder.bitcast(shifted, _lanes(ir.FloatType()))
+        return vector
 
-    return _VectorType(array.dtype)(array, types.intp), generate
+    return _VectorType(types.float32 if half else array.dtype)(array, types.intp), generate
 
 
 @intrinsic
