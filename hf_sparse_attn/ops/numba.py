@@ -43,7 +43,7 @@ _UNBOUNDED = 2**40  # stands for no sliding window
 _MIN_CHUNK_PAGES = 4
 _MAX_CHUNKS = 8  # of a document's sparse rows
 _DENSE_ROWS = 256  # per chunk
-_KEYS_PER_LINKED_ROW = 256  # an index serves a call with fewer rows than its keys over this
+_KEYS_PER_LINKED_ROW = 256  # at most one linked row for so many keys; with more, sorting the keys pays
 _PARALLEL_ROWS = 8  # linked rows from which on threads pay
 HALF = {torch.bfloat16: np.uint16, torch.float16: np.int16}  # stored so, computed in float32
 _NOTHING = np.zeros(0, np.int32)
@@ -451,13 +451,13 @@ def document_attention(
     recorder: Recorder | None,
     index: Index | None = None,
 ) -> Tensor:
-    """See `pieces.attend_in_pieces`; with `index`, that of the keys' cache, keys and values may be of half precision."""
+    """See `pieces.attend_in_pieces`; with the `index` of a cache, keys and values may be of half precision."""
     if index is not None:
         index.append(key)
         index.move_back(query_offset)
         index.row = query_offset + query.shape[1] - 1
     pieces = partial(_pieces, index)
-    if index is not None and query.shape[1] * _KEYS_PER_LINKED_ROW < key.shape[1]:
+    if index is not None and query.shape[1] <= max(key.shape[1] // _KEYS_PER_LINKED_ROW, 1):
         call = Call(pieces, pattern, query_offset, key_offset, scaling, softcap, sinks is None, recorder)
         if call.dense_end(query_offset + 1) == query_offset:
             return _attend_linked(call, index, query, key, value, sinks)

@@ -868,8 +868,8 @@ def attend_heads(
         position: of the first row.
         query: [num_key_value_heads, R, group, head_dim], scaled.
         summed: [num_key_value_heads, R, head_dim].
-        keys: (N, flat keys, flat values, steps of both from one KV head to the next, size of a value); of half precision
-            the bits, as `simd.load` takes them.
+        keys: (N, flat keys, flat values, steps of both from one KV head to the next, size of a value); as `simd.load`
+            takes them.
         key_offset, static: as of `Head`.
         index: (bucket, previous, states): [num_key_value_heads, N or more] each, and a State of all KV heads.
         rules: Rules with min_weights and sinks of all KV heads.
