@@ -1,5 +1,7 @@
 """Paths through caches: pieces, steps, slots, and caches that are cut, reordered or moved."""
 
+import itertools
+
 import torch
 from attention_checks import (
     FAMILIES,
@@ -12,6 +14,8 @@ from attention_checks import (
 )
 from transformers import DynamicCache, StaticCache
 
+from hf_sparse_attn import SparseCache
+
 
 def new_dynamic(config):
     """Layers slide where the model's own do."""
@@ -20,6 +24,11 @@ def new_dynamic(config):
 
 def new_keeping_everything(config):
     return DynamicCache()
+
+
+def new_sparse(config):
+    """The indexes of the keys stay with them; layers slide where the model's own do."""
+    return SparseCache(config)
 
 
 def new_static(config):
@@ -39,6 +48,13 @@ def cache_of_every_key(family):
         check_chunks(family, sizes, new_cache=new_keeping_everything)
 
 
+def sparse_cache(family):
+    """The same with `SparseCache`, growing or with all its room from the start."""
+    for sizes in ((7, 13), (1,), (39, 1), (3, 16, 4)):
+        check_chunks(family, sizes, new_cache=new_sparse)
+    check_chunks(family, (31, 1), new_cache=lambda config: SparseCache(config, max_cache_len=64))
+
+
 def static_cache(family):
     """Prefill in one piece or several, then token by token, with `StaticCache`, up to its last slot."""
     for sizes in ((40,), (31, 1), (7, 13)):
@@ -48,7 +64,7 @@ def static_cache(family):
 
 def left_padded_cache(family):
     """A batch padded on the left, prefilled and then fed token by token, in each kind of cache."""
-    for new_cache in (new_dynamic, new_keeping_everything, new_static):
+    for new_cache in (new_dynamic, new_keeping_everything, new_static, new_sparse):
         check_padded_cache(family, "left", new_cache)
 
 
@@ -59,6 +75,7 @@ def right_padded_cache(family):
     if not FAMILIES[family][2].get("sliding_window"):
         check_padded_cache(family, "right", new_dynamic)
         check_padded_cache(family, "right", new_static)
+        check_padded_cache(family, "right", new_sparse)
 
 
 def check_padded_cache(family, side, new_cache):
@@ -89,7 +106,7 @@ def check_padded_cache(family, side, new_cache):
 def packed_cache(family):
     """Documents are packed into a prefill and the last one is continued."""
     rows, position_ids = packed_documents()
-    for new_cache in (new_dynamic, new_keeping_everything, new_static):
+    for new_cache in (new_dynamic, new_keeping_everything, new_static, new_sparse):
         model = tiny_model(family)
         cache = new_cache(model.config)
         ids, cut = torch.cat(rows)[None], 55
@@ -104,7 +121,7 @@ def packed_cache(family):
 def cropped_cache(family):
     """Tokens are taken back with `cache.crop` and others follow, as in assisted generation."""
     ids, other = tokens(40), tokens(40, seed=1)
-    for new_cache in (new_dynamic, new_keeping_everything):
+    for new_cache in (new_dynamic, new_keeping_everything, new_sparse):
         model = tiny_model(family)
         cache = new_cache(model.config)
         cache.activate_past_recording()
@@ -112,8 +129,9 @@ def cropped_cache(family):
             for start, kept, stop in ((0, 9, 12), (9, 25, 30)):
                 model(torch.cat([ids[:, start:kept], other[:, kept:stop]], 1), past_key_values=cache, use_cache=True)
                 cache.crop(kept - stop)
-            resumed = model(ids[:, 25:], past_key_values=cache, use_cache=True).logits
-        assert_specified(resumed[0], family, ids[0])
+            pieces = [model(ids[:, 25:30], past_key_values=cache, use_cache=True).logits]
+            pieces += [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(30, 40)]
+        assert_specified(torch.cat(pieces, 1)[0], family, ids[0])
 
 
 def rows_of_a_cache(family):
@@ -124,21 +142,23 @@ def rows_of_a_cache(family):
         (2, 1): lambda cache: cache.batch_select_indices(torch.tensor([2, 1])),
         (0, 0, 1, 1, 2, 2): lambda cache: cache.batch_repeat_interleave(2),
     }
-    for rows, change in changes.items():
+    for (rows, change), new_cache in itertools.product(changes.items(), (new_dynamic, new_sparse)):
         model = tiny_model(family)
-        cache = new_dynamic(model.config)
+        cache = new_cache(model.config)
         with torch.no_grad():
             model(ids[:, :prompt], past_key_values=cache, use_cache=True)
             change(cache)
             chosen = ids[list(rows)]
-            found = model(chosen[:, prompt:], past_key_values=cache, use_cache=True).logits
-        for part, row in zip(found, chosen, strict=True):
+            steps = (slice(prompt, prompt + 1), slice(prompt + 1, None))
+            found = [model(chosen[:, step], past_key_values=cache, use_cache=True).logits for step in steps]
+        for part, row in zip(torch.cat(found, 1), chosen, strict=True):
             assert_specified(part, family, row)
 
 
 PATHS = {
     "dynamic cache": dynamic_cache,
     "cache of every key": cache_of_every_key,
+    "sparse cache": sparse_cache,
     "static cache": static_cache,
     "left-padded batch in a cache": left_padded_cache,
     "right-padded batch in a cache": right_padded_cache,

@@ -3,13 +3,18 @@
 import torch
 from attention_checks import padded_batch, specified, tiny_model, tokens
 
+from hf_sparse_attn import SparseCache
+
 STEPS = 9
 
 
-def check_greedy(family, rows, **options):
+def check_greedy(family, rows, sparse_cache=False, **options):
     """Rows of one batch, padded on the left where they differ in length."""
     ids, mask, _ = padded_batch(rows, "left", 0)
-    output = generate(tiny_model(family), ids, mask, **options)
+    model = tiny_model(family)
+    if sparse_cache:
+        options["past_key_values"] = SparseCache(model.config)
+    output = generate(model, ids, mask, **options)
     assert_specified_steps(output, family, rows)
     for row_steps, sequence in zip(torch.stack(output.logits, 1), output.sequences, strict=True):
         assert torch.equal(row_steps.argmax(-1), sequence[ids.shape[1] :])
@@ -66,12 +71,15 @@ def sampling(family):
 def beams(family):
     """Beam search finds the beams, and their scores, that it finds with the specification and without a cache."""
     ids = tokens(21)
+    model = tiny_model(family)
     options = {"num_beams": 3, "max_new_tokens": 5, "num_return_sequences": 3, "output_scores": True}
     oracle = tiny_model(family)
     oracle.config.sparse_attention["implementation"] = "reference"
-    found, expected = generate(tiny_model(family), ids, **options), generate(oracle, ids, use_cache=False, **options)
-    assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, rtol=1e-5, atol=1e-5)
+    expected = generate(oracle, ids, use_cache=False, **options)
+    for cache in ({}, {"past_key_values": SparseCache(model.config)}):
+        found = generate(model, ids, **options, **cache)
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, rtol=1e-5, atol=1e-5)
 
 
 def prompt_lookup(family):
@@ -85,10 +93,22 @@ def assisted(family):
     check_greedy(family, list(tokens(21)), assistant_model=assistant)
 
 
+def greedy_sparse(family):
+    """Greedy search with `SparseCache`: prompts of one length and of several, in chunks, and with tokens of the prompt
+    or of an assistant verified."""
+    check_greedy(family, list(tokens(21, 2)), sparse_cache=True)
+    check_greedy(family, [tokens(length, seed=length)[0] for length in (23, 13, 2)], sparse_cache=True)
+    check_greedy(family, list(tokens(21, 2)), sparse_cache=True, prefill_chunk_size=8)
+    check_greedy(family, list(tokens(5).repeat(1, 5)), sparse_cache=True, prompt_lookup_num_tokens=3)
+    assistant = tiny_model(family, window_size=2, key_budget=1)
+    check_greedy(family, list(tokens(21)), sparse_cache=True, assistant_model=assistant)
+
+
 PATHS = {
     "greedy": greedy,
     "greedy, static cache": greedy_static,
     "greedy, left padding": greedy_padded,
+    "greedy, sparse cache": greedy_sparse,
     "prefill_chunk_size": prefill_in_chunks,
     "sampling": sampling,
     "beam search": beams,

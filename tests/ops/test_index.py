@@ -1,0 +1,242 @@
+"""The index of a cached document: rows that go on where the last call stopped read what they read in one shot."""
+
+import numpy as np
+import pytest
+import torch
+from attention_checks import KeyMask, attend
+from cases import DIM, FEATURES, KV_HEADS, LENGTH, inputs, pattern_of, sinks_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_sparse_attn.hashing import BucketHash
+from hf_sparse_attn.ops import numba as numba_ops
+
+SIZES = (60, 1, 1, 5, 1, 17, 1)  # the last one is repeated
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def go_on(pattern, query, key, value, index, start, stop, **others):
+    """Rows start .. stop - 1 over the keys before `stop`."""
+    return attend(query[:, start:stop], key[:, :stop], value[:, :stop], pattern, "numba", index=index, **others)
+
+
+def in_steps(pattern, tensors, sizes=SIZES, **others):
+    index, pieces, start = numba_ops.Index(pattern, len(tensors[1]), 0), [], 0
+    length = tensors[1].shape[1]
+    for size in (*sizes, *[sizes[-1]] * length):
+        stop = min(start + size, length)
+        if stop > start:
+            pieces.append(go_on(pattern, *tensors, index, start, stop, **others))
+        start = stop
+    return torch.cat(pieces, 1)
+
+
+def check_steps(name="everything at once", sizes=SIZES, **others):
+    """Output and the keys that are read."""
+    pattern, tensors = pattern_of(FEATURES[name]), inputs()
+    ours, expected = (KeyMask(4, LENGTH, LENGTH) for _ in range(2))
+    output = in_steps(pattern, tensors, sizes, recorder=ours, **others)
+    specified = attend(*tensors, pattern, "reference", recorder=expected, **others)
+    torch.testing.assert_close(output, specified, **EXACT)
+    assert torch.equal(ours.mask, expected.mask)
+
+
+def check_taken_back(start=70, wrong=7, name="defaults of this file"):
+    """Tokens are appended, taken back, and others follow, as in assisted generation: over the start of a page too."""
+    pattern, tensors, others = pattern_of(FEATURES[name]), inputs(), inputs(seed=1)
+    expected = attend(*tensors, pattern, "reference")
+    index = numba_ops.Index(pattern, KV_HEADS, 0)
+    go_on(pattern, *tensors, index, 0, start)
+    for row in range(start, start + 20):
+        tried = [torch.cat([x[:, :row], y[:, : wrong + 1]], 1) for x, y in zip(tensors, others, strict=True)]
+        middle = row + wrong // 2
+        go_on(pattern, *tried, index, row, middle + 1)
+        for later in range(middle + 1, row + wrong + 1):
+            go_on(pattern, *tried, index, later, later + 1)
+        index.crop(row)
+        output = go_on(pattern, *tensors, index, row, row + 1)
+        torch.testing.assert_close(output, expected[:, row : row + 1], **EXACT)
+
+
+def check_same_rows_again():
+    """A row is computed twice, without a word to the index."""
+    pattern, tensors = pattern_of({}), inputs()
+    index = numba_ops.Index(pattern, KV_HEADS, 0)
+    go_on(pattern, *tensors, index, 0, LENGTH)
+    for start in (LENGTH - 1, LENGTH - 9, LENGTH - 1, LENGTH - 40):
+        output = go_on(pattern, *tensors, index, start, LENGTH)
+        torch.testing.assert_close(output, attend(*tensors, pattern, "reference")[:, start:], **EXACT)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_steps(name):
+    check_steps(name)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_linked_rows_alone(name, monkeypatch):
+    monkeypatch.setattr(numba_ops, "_KEYS_PER_LINKED_ROW", 1)
+    check_steps(name, (3, 30, 1, 2, 12))
+
+
+def test_softcap_and_sinks():
+    check_steps(softcap=2.0, sinks=sinks_of())
+
+
+@pytest.mark.parametrize("name", ["defaults of this file", "page of 1", "stride", "model's window wider than ours"])
+@pytest.mark.parametrize("wrong", [1, 2, 9])
+def test_taken_back(name, wrong):
+    check_taken_back(wrong=wrong, name=name)
+
+
+def test_the_same_rows_again():
+    check_same_rows_again()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=12), st.sampled_from(sorted(FEATURES)))
+def test_any_steps(steps, name):
+    """(tokens appended, tokens taken back) in any order."""
+    pattern, tensors = pattern_of(FEATURES[name]), inputs()
+    expected = attend(*tensors, pattern, "reference")
+    index, length = numba_ops.Index(pattern, KV_HEADS, 0), 0
+    for appended, removed in [*steps, (LENGTH, 0)]:
+        stop = min(length + appended, LENGTH)
+        if stop > length:
+            output = go_on(pattern, *tensors, index, length, stop)
+            torch.testing.assert_close(output, expected[:, length:stop], **EXACT)
+        length = max(stop - removed, 0)
+        index.crop(length)
+        assert index.length == length
+
+
+def test_keys_dropped_in_front():
+    pattern, tensors = pattern_of({"sliding_window": 41}), inputs()
+    expected = attend(*tensors, pattern, "reference")
+    index = numba_ops.Index(pattern, KV_HEADS, 60)
+    query, key, value = (x[:, 60:] for x in tensors)
+    for start, stop in ((41, 60), *((i, i + 1) for i in range(60, 90))):
+        output = go_on(pattern, query, key, value, index, start, stop, key_offset=60)
+        torch.testing.assert_close(output, expected[:, 60 + start : 60 + stop], **EXACT)
+
+
+def test_no_key_is_hashed_twice(monkeypatch):
+    hashed, assign = [], BucketHash.assign
+    monkeypatch.setattr(BucketHash, "assign", lambda self, key: hashed.append(key.shape[1]) or assign(self, key))
+    in_steps(pattern_of({}), inputs())
+    assert sum(hashed) == LENGTH
+    assert hashed.count(1) > 60
+
+
+def test_a_copy_goes_its_own_way():
+    pattern, tensors, others = pattern_of({}), inputs(), inputs(seed=1)
+    others = [torch.cat([x[:, :100], y[:, 100:]], 1) for x, y in zip(tensors, others, strict=True)]
+    first = numba_ops.Index(pattern, KV_HEADS, 0)
+    go_on(pattern, *tensors, first, 0, 100)
+    second = first.copy()
+    for i in range(100, LENGTH):
+        for index, tried in ((first, tensors), (second, others)):
+            output = go_on(pattern, *tried, index, i, i + 1)
+            expected = attend(*(x[:, : i + 1] for x in tried), pattern, "reference")[:, i:]
+            torch.testing.assert_close(output, expected, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [DIM, 16, 48])
+def test_half_precision_is_read_as_it_is_stored(dtype, dim):
+    """Bit for bit what the same numbers give in float32."""
+    pattern = pattern_of({}, dtype=torch.float32, dim=dim)
+    tensors = [x.to(dtype) for x in inputs(dim=dim)]
+    stored, widened = in_steps(pattern, tensors), in_steps(pattern, [x.float() for x in tensors])
+    assert torch.equal(stored, widened)
+
+
+def test_memory_is_counted():
+    pattern, tensors = pattern_of({}), inputs()
+    index = numba_ops.Index(pattern, KV_HEADS, 0)
+    before = index.nbytes
+    index.append(tensors[1])
+    assert index.nbytes - before >= 2 * 4 * KV_HEADS * LENGTH  # a bucket and a link for each key
+
+
+def links_of_the_oldest_key(monkeypatch):
+    def mutant(bucket, previous, tail, start, stop):
+        link(bucket, previous, tail, start, stop)
+        previous[previous >= 0] = np.maximum(previous[previous >= 0] - 1, 0)
+
+    link = numba_ops.link_keys
+    monkeypatch.setattr(numba_ops, "link_keys", mutant)
+
+
+def nothing_is_unlinked(monkeypatch):
+    monkeypatch.setattr(numba_ops, "unlink_keys", lambda *args: None)
+
+
+def states_never_move_back(monkeypatch):
+    monkeypatch.setattr(numba_ops, "move_back", lambda *args: None)
+
+
+def states_keep_the_means_of_later_pages(monkeypatch):
+    move_back = numba_ops.move_back
+
+    def mutant(bucket, previous, states, num_older, first_of_page):
+        move_back(bucket, previous, states, num_older, 10**9)
+
+    monkeypatch.setattr(numba_ops, "move_back", mutant)
+
+
+def one_key_too_many_behind_the_window(monkeypatch):
+    move_back = numba_ops.move_back
+
+    def mutant(bucket, previous, states, num_older, first_of_page):
+        move_back(bucket, previous, states, num_older + 1, first_of_page)
+
+    monkeypatch.setattr(numba_ops, "move_back", mutant)
+
+
+def copies_share_their_states(monkeypatch):
+    def mutant(self):
+        other = numba_ops.Index(self.pattern, len(self.bucket), self.key_offset)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    monkeypatch.setattr(numba_ops.Index, "copy", mutant)
+
+
+def static_keys_are_routed_too(monkeypatch):
+    positions = numba_ops.static_positions
+
+    def mutant(config, stop, device, start=0):
+        return positions(config, stop, device, start) if start == 0 else torch.zeros(0, dtype=torch.int64)
+
+    monkeypatch.setattr(numba_ops, "static_positions", mutant)
+
+
+def budget_of_the_first_head(monkeypatch):
+    attend_heads = numba_ops.attend_heads
+
+    def mutant(*args, budgets, **kwargs):
+        attend_heads(*args, budgets=np.full_like(budgets, budgets[0]), **kwargs)
+
+    monkeypatch.setattr(numba_ops, "attend_heads", mutant)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "check"),
+    [
+        (links_of_the_oldest_key, check_steps),
+        (nothing_is_unlinked, check_taken_back),
+        (states_never_move_back, check_taken_back),
+        (states_never_move_back, check_same_rows_again),
+        (states_keep_the_means_of_later_pages, check_taken_back),
+        (one_key_too_many_behind_the_window, check_taken_back),
+        (copies_share_their_states, test_a_copy_goes_its_own_way),
+        (static_keys_are_routed_too, check_steps),
+        (budget_of_the_first_head, check_steps),
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_broken_variants_are_caught(mutate, check, monkeypatch):
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError):
+        check()
