@@ -3,6 +3,7 @@
 python scripts/benchmark.py --model demo --seq-lens 2048 8192 32768 --output benchmark.json --picture benchmark.png
 python scripts/benchmark.py --model converted --seq-lens 8192 --pass prefill
 python scripts/benchmark.py --model demo --seq-lens 8192 --pass stages
+python scripts/benchmark.py --model demo --seq-lens 8192 32768 65536 --pass decode
 python scripts/benchmark.py --seq-lens 4096 8192 --pass forward_backward --num-heads 32 --num-kv-heads 8 --head-dim 128
 
 With --model, the attention gets the queries, keys and values of one of its layers when it reads the demo text; without,
@@ -25,7 +26,8 @@ from hf_sparse_attn.command_line import (
     write_json,
 )
 
-PASSES = ("forward", "forward_backward", "stages", "prefill", "training_step")
+PASSES = ("forward", "forward_backward", "stages", "decode", "prefill", "training_step", "generation")
+OF_A_MODEL = PASSES[4:]
 SHAPE = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
 BACKENDS = ("flash", "cudnn", "efficient", "flex")
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -39,8 +41,8 @@ def parse_arguments() -> Any:
         dest="passes",
         default="forward",
         choices=PASSES,
-        help="of the attention: forward, forward_backward, stages (where the time goes, with Numba on a CPU); "
-        "of the whole --model: prefill, training_step",
+        help="of the attention: forward, forward_backward, stages (where the time goes, with Numba on a CPU), decode "
+        "(one step over a full cache); of the whole --model: prefill, training_step, generation (one token)",
     )
     parser.add_argument("--model", help="Hub id, directory, or demo, for real inputs; it brings shape and budgets")
     parser.add_argument("--layer", type=int, help="layer whose inputs are taken (default: the middle one)")
@@ -87,7 +89,7 @@ def main() -> None:
     with argument("--num-kv-heads"):
         if shape["num_heads"] % shape["num_kv_heads"]:
             raise ValueError(f"{shape['num_kv_heads']} does not divide --num-heads {shape['num_heads']}")
-    if not arguments.model and arguments.passes in PASSES[3:]:
+    if not arguments.model and arguments.passes in OF_A_MODEL:
         raise UserError(f"argument --pass: {arguments.passes} is of a whole model; give --model")
     if arguments.backends and arguments.passes not in PASSES[:2]:
         raise UserError(f"argument --backends: only for --pass {' and '.join(PASSES[:2])}")
@@ -119,7 +121,9 @@ def main() -> None:
     else:
         source = {"inputs": "random", **shape}
         rows = [
-            measure_attention(arguments, make_inputs(seq_len, *shape.values(), dtype, device), config)
+            measure_attention(
+                arguments, make_inputs(seq_len + tokens_behind(arguments), *shape.values(), dtype, device), config
+            )
             for seq_len in progress()
         ]
     if arguments.output:
@@ -130,9 +134,19 @@ def main() -> None:
     print_rows(rows)
 
 
+def tokens_behind(arguments: Any) -> int:
+    """How many tokens are needed behind each of --seq-lens."""
+    from hf_sparse_attn.evaluation.decoding import decoded_tokens
+
+    return decoded_tokens(arguments.repeats) if arguments.passes == "decode" else 0
+
+
 def measure_attention(arguments: Any, inputs: Any, config: Any, layer: int = 0) -> dict[str, Any]:
+    from hf_sparse_attn.evaluation.decoding import compare_decoding
     from hf_sparse_attn.evaluation.speed import compare_speed, measure_stages
 
+    if arguments.passes == "decode":
+        return compare_decoding(inputs, config=config, layer_idx=layer, repeats=arguments.repeats)
     if arguments.passes == "stages":
         with argument("--seq-lens"):
             return measure_stages(inputs, config=config, layer_idx=layer, repeats=arguments.repeats)
@@ -154,7 +168,8 @@ def measure_model(
 
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
-    from hf_sparse_attn.evaluation.speed import MODEL_PASSES, compare_model_speed, layer_inputs
+    from hf_sparse_attn.evaluation.decoding import compare_generation
+    from hf_sparse_attn.evaluation.speed import compare_model_speed, layer_inputs
     from hf_sparse_attn.loading import load_sparse_model
 
     path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
@@ -166,22 +181,25 @@ def measure_model(
             raise ValueError(f"must be from 0 to {num_layers - 1}, got {layer}")
     text = "\n\n".join(load_documents("demo", "validation")["text"])
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device=device)
+    behind = tokens_behind(arguments)
     with argument("--seq-lens"):
-        if max(arguments.seq_lens) > len(tokens):
-            raise ValueError(f"the text has {len(tokens)} tokens, not {max(arguments.seq_lens)}")
+        if max(arguments.seq_lens) + behind > len(tokens):
+            raise ValueError(f"the text has {len(tokens)} tokens, not {max(arguments.seq_lens) + behind}")
     with argument(f"--model {arguments.model}"):
         model = load_sparse_model(path, arguments.sparse_attention, dtype=dtype).to(device).eval()
     rows = []
     for seq_len in progress():
-        ids = tokens[None, :seq_len]
-        if arguments.passes not in MODEL_PASSES:
+        ids = tokens[None, : seq_len + behind]
+        if arguments.passes == "generation":
+            row = compare_generation(model, ids, arguments.repeats)
+        elif arguments.passes not in OF_A_MODEL:
             inputs = tuple(x.to(dtype) for x in layer_inputs(model, ids, layer))
             row = measure_attention(arguments, inputs, config, layer)
         else:
             row = compare_model_speed(model, ids, arguments.passes, arguments.repeats)
         rows.append(row)
     source = {"inputs": "demo text", "model": arguments.model}
-    return source | ({"layer": layer} if arguments.passes not in MODEL_PASSES else {}), config, rows
+    return source | ({"layer": layer} if arguments.passes not in OF_A_MODEL else {}), config, rows
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
@@ -190,13 +208,16 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
             print_stages(row)
         return
     parts = [part for part in ("dense", *BACKENDS, "sparse", "routing", "floor") if f"{part}_ms" in rows[0]]
+    digits = 2 if rows[0]["pass"] == "decode" else 1
+    memory = "cache" if rows[0]["pass"] in ("decode", "generation") else "peak"
+    sides = (f"{side} {memory} MB" for side in ("dense", "sparse"))
     print_table(
         f"{rows[0]['pass']}: medians",
-        ["tokens", *(f"{part} ms" for part in parts), "speedup", "density", "dense peak MB", "sparse peak MB"],
+        ["tokens", *(f"{part} ms" for part in parts), "speedup", "density", *sides],
         [
             [
                 str(row["seq_len"]),
-                *("-" if row[f"{part}_ms"] is None else f"{row[f'{part}_ms']:.1f}" for part in parts),
+                *("-" if row[f"{part}_ms"] is None else f"{row[f'{part}_ms']:.{digits}f}" for part in parts),
                 f"{row['speedup']:.2f}",
                 f"{row['density']:.3f}",
                 f"{row['dense_peak_bytes'] / 1e6:.0f}",

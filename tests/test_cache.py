@@ -271,14 +271,19 @@ def test_key_tensors_carry_their_indexes():
     assert getattr(keys, INDEXES) is layer.indexes
 
 
-def test_caches_are_copied():
+def test_caches_are_copied(monkeypatch):
     """As a cached prefix is used again and again: copied before each use."""
     model, ids = tiny_model(), tokens(40)
     prefix = SparseCache(model.config)
     with torch.no_grad():
         model(ids[:, :20], past_key_values=prefix, use_cache=True)
-    for _ in range(2):
-        assert_continues(model, copy.deepcopy(prefix), ids)
+    copies = [copy.deepcopy(prefix) for _ in range(2)]
+    hashed, assign = [], BucketHash.assign
+    monkeypatch.setattr(BucketHash, "assign", lambda self, key: hashed.append(key.shape[1]) or assign(self, key))
+    for cache in copies:
+        assert_continues(model, cache, ids)
+    assert sum(hashed) == 2 * NUM_LAYERS * 20  # nothing of the prefix
+    assert prefix.get_seq_length() == 20
 
 
 def assert_continues(model, cache, ids):

@@ -5,7 +5,8 @@ import torch
 from attention_checks import tiny_model, tokens
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.evaluation import speed
+from hf_sparse_attn.evaluation import decoding, speed
+from hf_sparse_attn.evaluation.decoding import compare_decoding, compare_generation
 from hf_sparse_attn.evaluation.speed import (
     compare_model_speed,
     compare_speed,
@@ -54,6 +55,33 @@ def test_other_backends_of_sdpa(run_script, tmp_path):
         assert row["speedup"] == pytest.approx(row["dense_ms"] / row["sparse_ms"])
 
 
+def test_decode(run_script, tmp_path):
+    output = tmp_path / "benchmark.json"
+    finished = run_script(SCRIPT, *SMALL, "--pass", "decode", "--sparse-attention", FIELDS, "--output", output)
+    assert finished.status == 0, finished.stderr
+    for row, length in zip(json.loads(output.read_text())["rows"], (64, 96), strict=True):
+        assert (row["pass"], row["seq_len"]) == ("decode", length)
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["sparse_ms"])
+        assert 0 < row["density"] < 1
+        assert row["dense_peak_bytes"] == 2 * 2 * length * 16 * 4 < row["sparse_peak_bytes"]
+    assert "cache MB" in finished.stdout
+
+
+def test_a_wrong_decoding_step_is_not_timed(monkeypatch):
+    config = SparseAttentionConfig(window_size=8, key_budget=8, dense_below=16)
+    inputs = make_inputs(300, 4, 2, 16, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(decoding, "_BYTES", 1)
+    compare_decoding(inputs, config=config, repeats=1)
+    attend = decoding.attention
+
+    def too_large_in_steps(inputs, *args):
+        return attend(inputs, *args) * (1.2 if inputs.query.shape[2] == 1 else 1.0)
+
+    monkeypatch.setattr(decoding, "attention", too_large_in_steps)
+    with pytest.raises(RuntimeError, match="wrong"):
+        compare_decoding(inputs, config=config, repeats=1)
+
+
 @pytest.mark.parametrize("passes", ["forward", "forward_backward"])
 def test_a_wrong_output_is_not_timed(monkeypatch, passes):
     config = SparseAttentionConfig(window_size=8, key_budget=8, dense_below=16)
@@ -61,7 +89,7 @@ def test_a_wrong_output_is_not_timed(monkeypatch, passes):
     compare_speed(inputs, config=config, passes=passes, repeats=1)
     attend = numba_ops.document_attention
     monkeypatch.setattr(numba_ops, "document_attention", lambda *args, **kwargs: 1.1 * attend(*args, **kwargs))
-    with pytest.raises(RuntimeError, match="100% of its last rows are over 5% off"):
+    with pytest.raises(RuntimeError, match="100% of its rows are over 5% off"):
         compare_speed(inputs, config=config, passes=passes, repeats=1)
 
 
@@ -81,6 +109,26 @@ def test_of_a_model(run_script, tmp_path, tiny_model_path, passes):
         assert row["density"] == pytest.approx(read / (length * (length + 1) / 2))
         assert ("floor_ms" in row) == (not whole_model)
     assert (tmp_path / "benchmark.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("passes", ["decode", "generation"])
+def test_decoding_of_a_model(run_script, tmp_path, tiny_model_path, passes):
+    output = tmp_path / "benchmark.json"
+    options = ["--pass", passes, "--repeats", 1, "--output", output]
+    finished = run_script(SCRIPT, "--model", tiny_model_path, "--seq-lens", 96, 64, *options)
+    assert finished.status == 0, finished.stderr
+    for row, length in zip(json.loads(output.read_text())["rows"], (96, 64), strict=True):
+        assert (row["pass"], row["seq_len"]) == (passes, length)
+        assert row["speedup"] == pytest.approx(row["dense_ms"] / row["sparse_ms"])
+        assert 0 < row["density"] < 1
+
+
+def test_generation_leaves_a_model_sparse():
+    model = tiny_model(dtype=torch.float32)
+    row = compare_generation(model, tokens(40), repeats=1)
+    assert model.config._attn_implementation == "sparse"
+    keys_and_values = 2 * 2 * 2 * 41 * 8 * 4  # after one token that is not timed
+    assert row["dense_peak_bytes"] == keys_and_values < row["sparse_peak_bytes"]
 
 
 @pytest.mark.parametrize("layer", [0, 1])

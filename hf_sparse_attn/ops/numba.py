@@ -123,6 +123,9 @@ class Index:
         other.states = State(*(x.copy() for x in self.states))
         return other
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Index:
+        return self.copy()
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""

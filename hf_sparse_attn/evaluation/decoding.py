@@ -1,0 +1,161 @@
+"""Time of decoding, dense (SDPA) against sparse over the same `SparseCache`: one attention, or a whole model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_sparse_attn.attention import Inputs, attention
+from hf_sparse_attn.cache import SparseCache, SparseLayer
+from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.evaluation.speed import check_rows, synchronize
+from hf_sparse_attn.integration import record_density
+from hf_sparse_attn.ops import compute_dtype
+from hf_sparse_attn.recording import DensityRecorder
+from hf_sparse_attn.routing import layer_pattern
+
+WARM_STEPS = 2
+_BYTES = 2**28  # of the caches that steps go through in turn: more than a processor keeps near
+_MOST_LAYERS = 32
+_CHECKED_STEPS = 16
+
+
+def decoded_tokens(repeats: int) -> int:
+    """How many tokens behind the context `compare_decoding` needs."""
+    return WARM_STEPS + max(8 * repeats, _CHECKED_STEPS)
+
+
+@torch.no_grad()
+def compare_decoding(
+    inputs: tuple[Tensor, Tensor, Tensor], *, config: SparseAttentionConfig, layer_idx: int = 0, repeats: int = 5
+) -> dict[str, Any]:
+    """Time of one decoding step of one attention, batch 1, over a full cache: medians over alternating steps.
+
+    As in a model, steps go from layer to layer: as many copies of the cache as no processor keeps near. A step appends
+    a token's key and value and attends to them all; the sparse side also appends to its index. Before anything is
+    timed, the sparse side's outputs are compared with the "torch" implementation's over a plain cache.
+
+    Args:
+        inputs: query [1, num_heads, T, head_dim], key and value [1, num_key_value_heads, T, head_dim]; all but the last
+            `decoded_tokens(repeats)` tokens are the context.
+        config, layer_idx: as of `speed.compare_speed`.
+        repeats: eight steps each.
+
+    Returns:
+        "pass" ("decode"), "seq_len" (tokens of context), "dense_ms", "sparse_ms", "speedup", "density" (of the steps),
+        and "dense_peak_bytes" and "sparse_peak_bytes": keys and values of the context, and the same with the index and
+        the room for more.
+
+    Raises:
+        RuntimeError: if the sparse side's output is wrong.
+    """
+    query, key, value = inputs
+    context = query.shape[2] - decoded_tokens(repeats)
+    heads = query.shape[1], key.shape[1], query.shape[-1]
+    dtype, scaling = compute_dtype(query, key), query.shape[-1] ** -0.5
+    pattern = layer_pattern(config, layer_idx, *heads, query.device, dtype)
+    context_bytes = key[:, :, :context].nbytes + value[:, :, :context].nbytes
+    layers = [SparseLayer() for _ in range(min(-(-_BYTES // context_bytes), _MOST_LAYERS))]
+    for layer in layers:
+        layer.update(key[:, :, :context], value[:, :, :context])
+
+    def dense(token: slice, keys: Tensor, values: Tensor) -> Tensor:
+        output = F.scaled_dot_product_attention(query[:, :, token], keys, values, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2).contiguous()
+
+    def sparse(token: slice, keys: Tensor, values: Tensor, recorder: DensityRecorder | None = None) -> Tensor:
+        return attention(Inputs(query[:, :, token], keys, values), pattern, scaling, None, recorder)
+
+    outputs, recorder = [], DensityRecorder()
+    for step in range(_CHECKED_STEPS):
+        token = slice(context + step, context + step + 1)
+        outputs.append(sparse(token, *layers[0].update(key[:, :, token], value[:, :, token]), recorder))
+    checked = slice(context, context + _CHECKED_STEPS)
+    plain = layer_pattern(config.replace(implementation="torch"), layer_idx, *heads, query.device, dtype)
+    seen = key[:, :, : checked.stop], value[:, :, : checked.stop]
+    check_rows(torch.cat(outputs, 1), attention(Inputs(query[:, :, checked], *seen), plain, scaling, None))
+    layers[0].crop(-_CHECKED_STEPS)
+    sparse_bytes = layers[0].nbytes
+
+    spent: dict[Callable[..., Tensor], list[float]] = {dense: [], sparse: []}
+    for step in range(WARM_STEPS + 8 * repeats):
+        token = slice(context + step, context + step + 1)
+        append = 0.0
+        for side in (sparse, dense):
+            synchronize(query.device)
+            start = time.perf_counter()
+            if side is sparse:
+                for layer in layers:
+                    layer.update(key[:, :, token], value[:, :, token])
+                synchronize(query.device)
+                append = time.perf_counter() - start
+                start += append
+            for layer in layers:
+                assert layer.keys is not None
+                assert layer.values is not None
+                side(token, layer.keys, layer.values)
+            synchronize(query.device)
+            spent[side].append((time.perf_counter() - start + append) / len(layers))
+    medians = {side: 1e3 * statistics.median(seconds[WARM_STEPS:]) for side, seconds in spent.items()}
+    return {
+        "pass": "decode",
+        "seq_len": context,
+        "dense_ms": medians[dense],
+        "sparse_ms": medians[sparse],
+        "speedup": medians[dense] / medians[sparse],
+        "density": recorder.density,
+        "dense_peak_bytes": context_bytes,
+        "sparse_peak_bytes": sparse_bytes,
+    }
+
+
+@torch.no_grad()
+def compare_generation(model: PreTrainedModel, input_ids: Tensor, repeats: int = 3) -> dict[str, Any]:
+    """Time of one generated token of a whole model: medians over steps that alternate between dense and sparse.
+
+    One sparse prefill fills one `SparseCache`, in which both sides go on; each appends its tokens in place.
+
+    Args:
+        model: with attn_implementation="sparse"; left so.
+        input_ids: [1, N] int64, the context.
+        repeats: eight timed tokens of each side.
+
+    Returns:
+        As `compare_decoding`, with "pass" "generation"; the bytes are of all layers.
+    """
+    cache = SparseCache(model.config)
+    logits = model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1).logits
+    spent: dict[str, list[float]] = {"sparse": [], "sdpa": []}
+    try:
+        with record_density(model) as counted:
+            logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
+        held = cache.nbytes
+        dense_bytes = sum(keys.nbytes + values.nbytes for keys, values, _ in cache)
+        for _ in range(WARM_STEPS + 8 * repeats):
+            for implementation, seconds in spent.items():
+                model.set_attn_implementation(implementation)
+                synchronize(input_ids.device)
+                start = time.perf_counter()
+                logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
+                synchronize(input_ids.device)
+                seconds.append(time.perf_counter() - start)
+    finally:
+        model.set_attn_implementation("sparse")
+    sparse_ms, dense_ms = (1e3 * statistics.median(seconds[WARM_STEPS:]) for seconds in spent.values())
+    return {
+        "pass": "generation",
+        "seq_len": input_ids.shape[1],
+        "dense_ms": dense_ms,
+        "sparse_ms": sparse_ms,
+        "speedup": dense_ms / sparse_ms,
+        "density": counted.density,
+        "dense_peak_bytes": dense_bytes,
+        "sparse_peak_bytes": held,
+    }
