@@ -7,12 +7,15 @@ import weakref
 import pytest
 import torch
 from attention_checks import assert_specified, cached_logits, padded_batch, tiny_model, tokens
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
-from hf_sparse_attn import SparseCache, configure
+from hf_sparse_attn import SparseCache, configure, record_density
 from hf_sparse_attn.cache import SparseLayer
+from hf_sparse_attn.data import load_documents
+from hf_sparse_attn.demo import demo_model_directory
 from hf_sparse_attn.hashing import BucketHash
 from hf_sparse_attn.indexes import INDEXES
+from hf_sparse_attn.loading import load_sparse_model
 
 NUM_LAYERS = 2
 
@@ -290,3 +293,34 @@ def assert_continues(model, cache, ids):
     with torch.no_grad():
         pieces = [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(20, 40)]
     assert_specified(torch.cat(pieces, 1)[0], "llama", ids[0])
+
+
+@pytest.mark.real_weights
+def test_a_long_generation_is_the_one_shot_computation():
+    """512 tokens, greedy, of a left-padded batch: each is the best one of one forward over all of the document."""
+    num_tokens, path = 512, demo_model_directory()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    fields = {"dense_below": 512, "window_size": 64, "key_budget": 128}
+    model = load_sparse_model(path, fields).eval()
+    documents = load_documents("demo", "validation")["text"]
+    prompts = [
+        torch.tensor(tokenizer(text, verbose=False)["input_ids"][:length])
+        for text, length in zip(documents, (1500, 1100), strict=False)
+    ]
+    ids, mask, _ = padded_batch(prompts, "left", 0)
+    with record_density(model) as density:
+        sequences = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=SparseCache(model.config),
+            do_sample=False,
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
+        )
+    assert density.density < 0.75
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        generated = sequence[-num_tokens:]
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, generated])[None, :-1], use_cache=False).logits[0, -num_tokens:]
+        logits[:, model.generation_config.eos_token_id] = -torch.inf  # min_new_tokens forbids the end
+        assert torch.equal(logits.argmax(-1), generated)
