@@ -85,7 +85,7 @@ class SparseCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append new keys and values [batch, num_key_value_heads, new tokens, head_dim] of a layer."""
         found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._memory.report(layer_idx, _bytes_of(self.layers[layer_idx]))
+        self._memory.report(layer_idx, layer_bytes(self.layers[layer_idx]))
         return found
 
     def reset(self) -> None:
@@ -97,7 +97,7 @@ class SparseCache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes of all that the layers hold (keys, values, indexes, positions and weights of policies), room ahead
         included."""
-        return sum(map(_bytes_of, self.layers))
+        return sum(map(layer_bytes, self.layers))
 
     @property
     def peak_nbytes(self) -> int:
@@ -310,7 +310,8 @@ def _can_hold(room: Tensor, states: Tensor, num_tokens: int) -> bool:
     return writable and same and room.shape[2] >= num_tokens
 
 
-def _bytes_of(layer: Any) -> int:
+def layer_bytes(layer: Any) -> int:
+    """Bytes that a cache layer of any kind holds."""
     if isinstance(layer, (SparseLayer, EvictingLayer)):
         return layer.nbytes
     return sum(x.nbytes for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None)
