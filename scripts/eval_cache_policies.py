@@ -69,6 +69,7 @@ def main() -> None:
         with argument("--output"):
             check_output_file(arguments.output)
 
+    import torch
     from tqdm import tqdm
 
     from hf_sparse_attn.config import SparseAttentionConfig
@@ -89,7 +90,7 @@ def main() -> None:
         dtype = parse_dtype(arguments.dtype)
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
-    path, _, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
+    path, config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     with argument("--dataset"):
         documents = long_documents(texts, tokenizer, arguments.context_length, arguments.max_documents)
     depths, lengths = sorted(set(arguments.depths)), list(dict.fromkeys(arguments.needle_context_lengths))
@@ -113,10 +114,12 @@ def main() -> None:
                 needles_per_depth=arguments.needles_per_depth,
                 seed=arguments.seed,
             )
+    with argument("--budget"):
+        keys = config.get_text_config(decoder=True).dtype or torch.float32 if dtype == "auto" else dtype
+        every_length = [arguments.context_length, *lengths]
+        check_budgets(config, keys, names, arguments.budget, every_length, arguments.chunk_size)
     with argument(f"--model {arguments.model}"):
         model = load_sparse_model(path, arguments.sparse_attention, dtype=dtype).to(device).eval()
-    with argument("--budget"):
-        check_budgets(model, names, arguments.budget, [arguments.context_length, *lengths], arguments.chunk_size)
     with argument(f"--model {arguments.model}"):
         progress = partial(tqdm, desc="evaluating", unit="document")
         result = compare_policies(
@@ -136,24 +139,22 @@ def main() -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    columns = ["cache", "tokens", "peak bytes", "perplexity", "/ dense", "/ sparse", "seconds"]
-    needles = "needle" in result["rows"][0]
+    rows = result["rows"]
+    needles = "needle" in rows[0]
     print_table(
-        f"{result['model']}: {len(result['documents'])} documents of {result['context_length']} tokens; peak bytes "
-        "over those of all keys",
-        columns + needles * ["needles", "margin"],
+        f"{result['model']}: {len(result['documents'])} documents of {result['context_length']} tokens, of which "
+        f"policies keep {rows[-1]['tokens']}; peak: bytes over those of all keys",
+        ["cache", "peak", "perplexity", "/dense", "/sparse"] + needles * ["needles"],
         [
             [
                 row["name"],
-                str(row["tokens"]),
                 f"{row['peak_share']:.4f}",
                 f"{row['perplexity']:.4f}",
                 f"{row['ratio_to_dense']:.4f}",
                 f"{row['ratio_to_sparse']:.4f}",
-                f"{row['seconds']:.1f}",
             ]
-            + ([f"{row['needle']['accuracy']:.3f}", f"{row['needle']['margin']:+.2f}"] if needles else [])
-            for row in result["rows"]
+            + ([f"{row['needle']['accuracy']:.3f}"] if needles else [])
+            for row in rows
         ],
     )
 

@@ -18,6 +18,7 @@ from hf_sparse_attn.evaluation.needle import retrieve
 from hf_sparse_attn.evaluation.perplexity import paired_difference
 from hf_sparse_attn.eviction import (
     AdaptiveBudget,
+    Composition,
     HeavyHitters,
     KeyNorm,
     Policy,
@@ -63,24 +64,43 @@ POLICIES = {
 }
 
 
-def budget_tokens(model: PreTrainedModel, share: float, context_length: int, chunk_size: int) -> int:
+def budget_tokens(config: Any, dtype: torch.dtype, share: float, context_length: int, chunk_size: int) -> int:
     """Tokens of a budget that is a share of a context.
 
     Beside what is kept there are the tokens of one chunk, and for each key a position and a weight. All of it together
     stays within `PEAK_OVER_BUDGET` of the share.
 
+    Args:
+        config: the model's.
+        dtype: of its keys.
+
     Raises:
         ValueError: nothing could be kept.
     """
-    config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    key_bytes = 2 * head_dim * model.dtype.itemsize
+    text_config = config.get_text_config(decoder=True)
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    key_bytes = 2 * head_dim * dtype.itemsize
     most = int(PEAK_OVER_BUDGET * share * context_length * key_bytes / (key_bytes + 8)) - chunk_size
     tokens = min(int(share * context_length), most)
     if tokens < 1:
         raise ValueError(
             f"{share:g} of {context_length} tokens has no room for chunks of {chunk_size}; take smaller chunks"
         )
+    return tokens
+
+
+def check_budgets(
+    config: Any, dtype: torch.dtype, names: Sequence[str], share: float, lengths: Sequence[int], chunk_size: int
+) -> dict[int, int]:
+    """The tokens of the budget for each context length, once it is sure that every policy can do with them.
+
+    Raises:
+        ValueError: as `budget_tokens` and `SparseCache`.
+    """
+    tokens = {length: budget_tokens(config, dtype, share, length, chunk_size) for length in lengths}
+    for name in names:
+        for count in tokens.values():
+            UniformBudget.of(count, Composition.of(POLICIES[name].make(count)))
     return tokens
 
 
@@ -97,21 +117,6 @@ def make_cache(model: PreTrainedModel, name: str, tokens: int, chunk_size: int) 
     named = POLICIES[name]
     budget = named.budget(tokens, slack=chunk_size)
     return SparseCache(model.config, policy=named.make(tokens), budget=budget)
-
-
-def check_budgets(
-    model: PreTrainedModel, names: Sequence[str], share: float, lengths: Sequence[int], chunk_size: int
-) -> dict[int, int]:
-    """The tokens of the budget for each context length, once it is sure that every policy can do with them.
-
-    Raises:
-        ValueError: as `budget_tokens` and `SparseCache`.
-    """
-    tokens = {length: budget_tokens(model, share, length, chunk_size) for length in lengths}
-    for name in names:
-        for count in tokens.values():
-            make_cache(model, name, count, chunk_size)
-    return tokens
 
 
 @torch.no_grad()
@@ -166,7 +171,7 @@ def compare_policies(
     """
     context_length = len(documents[0]["input_ids"])
     lengths = [context_length, *(context.context_length for context in contexts)]
-    tokens = check_budgets(model, names, share, lengths, chunk_size)
+    tokens = check_budgets(model.config, model.dtype, names, share, lengths, chunk_size)
     sides = [DENSE, SPARSE, *names]
     nll: dict[str, list[Tensor]] = {name: [] for name in sides}
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
