@@ -85,7 +85,8 @@ class SparseCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append new keys and values [batch, num_key_value_heads, new tokens, head_dim] of a layer."""
         found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._memory.report(layer_idx, layer_bytes(self.layers[layer_idx]))
+        if not isinstance(self.layers[layer_idx], EvictingLayer):  # those report by themselves
+            self._memory.report(layer_idx, layer_bytes(self.layers[layer_idx]))
         return found
 
     def reset(self) -> None:
@@ -296,7 +297,8 @@ class EvictingLayer(DynamicLayer):
 
     def prefetch(self) -> None:
         """Move keys and values back to the layer's device."""
-        self.kept.move(self.device)
+        if self.is_initialized:
+            self.kept.move(self.device)
 
 
 def _cropped_length(length: int, tokens_to_remove: int) -> int:

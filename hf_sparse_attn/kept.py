@@ -112,16 +112,15 @@ class KeptKeys:
         """
         num_new, heads_each = query.shape[1], len(query) // len(key)
         position = torch.arange(self.num_seen[row], self.num_seen[row] + num_new, dtype=torch.int32, device=key.device)
-        full_size = 0 if self.has_evicted else self.budget.tokens + self.budget.slack
-        self.num_seen[row] += num_new
-        outputs = []
+        has_grown, outputs = False, []
         for group in self.rows[row]:
             heads = slice(group.heads.start * heads_each, group.heads.stop * heads_each)
             own_sinks, start = None if sinks is None else sinks[heads], group.length
             new = [key[group.heads], value[group.heads], position.expand(len(key[group.heads]), -1)]
             if self.policy.ranker.reads_weights:
                 new.append(torch.zeros(new[2].shape, dtype=torch.float32, device=key.device))
-            group.append(new, full_size)
+            complete = start == self.num_seen[row]  # room for a budget is made while nothing was evicted
+            has_grown |= group.append(new, self.budget.tokens + self.budget.slack if complete else 0)
             # No index of the keys by bucket: it takes as much memory as the keys themselves.
             output = ops.document_attention(
                 query[heads],
@@ -138,7 +137,9 @@ class KeptKeys:
             outputs.append(output)
             if group.weights is not None:
                 group.weights.add_(received_weights(query[heads], group.keys, scaling, softcap, own_sinks))
-        self.report(self.nbytes)
+        self.num_seen[row] += num_new
+        if has_grown:
+            self.report(self.nbytes)
         self._evict(row, num_new)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -158,7 +159,7 @@ class KeptKeys:
         self.report(self.nbytes)
 
     def crop(self, num_removed: int) -> None:
-        """Remove the last tokens of every row.
+        """Remove the last tokens of every row; the weights that they gave to others stay.
 
         Raises:
             ValueError: something was evicted, which would have to come back.
@@ -225,15 +226,21 @@ class HeadGroup:
         """[heads, length] float32: attention that each key got so far; None where no policy reads it."""
         return self.tensors[3][:, : self.length] if len(self.tensors) > 3 else None
 
-    def append(self, new: list[Tensor], full_size: int) -> None:
-        """Put tokens behind those held; buffers that are too small grow ahead, but not beyond `full_size` for that."""
+    def append(self, new: list[Tensor], full_size: int) -> bool:
+        """Put tokens behind those held; buffers that are too small grow ahead, but not beyond `full_size` for that.
+
+        Returns:
+            Whether they have grown.
+        """
         start, stop = self.length, self.length + new[0].shape[1]
-        if not self.tensors or self.tensors[0].shape[1] < stop or not _writable(self.tensors[0]):
+        grows = not self.tensors or self.tensors[0].shape[1] < stop or not _writable(self.tensors[0])
+        if grows:
             ahead = stop + max(int(stop * _ROOM), _LEAST_ROOM)
             self._resize(new, start, max(stop, min(ahead, full_size)))
         for whole, states in zip(self.tensors, new, strict=True):
             whole[:, start:stop] = states
         self.length = stop
+        return grows
 
     def keep(self, index: Tensor, size: int) -> None:
         """Keep the keys at index [heads, count] of each head, in buffers of `size`, at least count."""
