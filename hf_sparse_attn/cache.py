@@ -189,6 +189,8 @@ class SparseLayer(DynamicLayer):
         """Forget all tokens; the memory stays only if `max_cache_len` was given."""
         if self.max_cache_len is None:
             self._allocated = None
+        self.keys = self.values = None
+        self.is_initialized = False  # or older releases of Transformers keep the tokens as zeros
         super().reset()
         self.indexes.clear()
 
@@ -275,7 +277,7 @@ class EvictingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        super().reset()
+        self.is_initialized = False
         self.kept.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

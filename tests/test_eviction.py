@@ -478,7 +478,7 @@ class TestRows:
 
     def test_prompt_lookup_crops(self):
         model, ids = tiny_model(), tokens(10).repeat(1, 2)
-        options = {"do_sample": False, "max_new_tokens": 9, "attention_mask": torch.ones_like(ids)}
+        options = {"do_sample": False, "max_new_tokens": 9, "attention_mask": torch.ones_like(ids), "eos_token_id": 0}
         expected = model.generate(ids, **options)
         cache = SparseCache(model.config, policy=HeavyHitters(), budget=64)
         assert torch.equal(model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=3, **options), expected)
