@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_sparse_attn import ops
 from hf_sparse_attn.custom_masks import read_custom_mask
 from hf_sparse_attn.indexes import INDEXES, KeyIndexes
+from hf_sparse_attn.kept import KEPT, KeptKeys
 from hf_sparse_attn.masking import Document, document_starts, documents
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern
@@ -24,7 +25,7 @@ class Inputs(NamedTuple):
 
     Args:
         query: [batch, num_heads, Q, head_dim].
-        key, value: [batch, num_key_value_heads, KV, head_dim].
+        key, value: [batch, num_key_value_heads, KV, head_dim]; the new ones alone where a cache evicts keys.
         attention_mask: what `masking.signed_positions` made, a caller's own 4D mask, or None.
         position_ids: [1 or batch, Q], or None.
         cu_seq_lens: [documents + 1], or None.
@@ -60,8 +61,9 @@ def attention(
     """
     query, key, value = inputs.query, inputs.key, inputs.value
     batch_size, num_heads, q_length, _ = query.shape
-    kv_length = key.shape[2]
-    if _is_dense(inputs, pattern) and softcap is None:
+    kept: KeptKeys | None = getattr(key, KEPT, None)
+    kv_length = key.shape[2] if kept is None else kept.num_slots
+    if kept is None and _is_dense(inputs, pattern) and softcap is None:
         output = F.scaled_dot_product_attention(
             query, key, value, is_causal=q_length > 1, scale=scaling, enable_gqa=True
         )
@@ -77,28 +79,43 @@ def attention(
             pattern = dataclasses.replace(pattern, sliding_window=window)
     starts = document_starts(inputs.cu_seq_lens, inputs.seq_idx, q_length)
 
+    every = _documents(mask, position_ids, batch_size, q_length, kv_length, starts)
     indexes: KeyIndexes | None = getattr(key, INDEXES, None)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        if kept is not None:
+            raise ValueError("a SparseCache with a policy carries no gradients; use torch.no_grad()")
         indexes = None
+    if kept is not None:
+        if pattern.sliding_window is not None:
+            raise ValueError("a SparseCache with a policy cannot hold keys of a layer with a sliding window")
+        kept.begin(every, batch_size, key.shape[1])
+
+    given: dict[str, Any] = {
+        "pattern": pattern,
+        "scaling": scaling,
+        "softcap": softcap,
+        "sinks": inputs.sinks,
+        "recorder": recorder,
+    }
 
     def attend(document: Document) -> Tensor:
-        keys = key[document.batch][:, document.keys]
-        heads_first = ops.document_attention(
-            query[document.batch][:, document.queries],
-            keys,
-            value[document.batch][:, document.keys],
-            pattern=pattern,
-            query_offset=document.query_offset,
-            key_offset=document.key_offset,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=inputs.sinks,
-            recorder=recorder,
-            index=None if indexes is None else indexes.of(document, pattern, keys),
-        )
+        slots = document.keys if kept is None else document.queries
+        rows = query[document.batch][:, document.queries]
+        keys, values = key[document.batch][:, slots], value[document.batch][:, slots]
+        if kept is not None:
+            heads_first = kept.attend(document.batch, rows, keys, values, **given)
+        else:
+            heads_first = ops.document_attention(
+                rows,
+                keys,
+                values,
+                query_offset=document.query_offset,
+                key_offset=document.key_offset,
+                index=None if indexes is None else indexes.of(document, pattern, keys),
+                **given,
+            )
         return heads_first.transpose(0, 1).to(query.dtype)
 
-    every = _documents(mask, position_ids, batch_size, q_length, kv_length, starts)
     if batch_size == 1 and len(every) == 1 and every[0].queries == slice(0, q_length):
         return attend(every[0]).unsqueeze(0)
     output = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])

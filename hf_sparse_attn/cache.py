@@ -1,8 +1,9 @@
-"""The KV cache that makes decoding sparse: its layers carry the hash index of their keys."""
+"""The KV cache that makes decoding sparse: its layers carry the hash index of their keys, or keep few of them."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from hf_sparse_attn.eviction import Composition, Policy, UniformBudget
 from hf_sparse_attn.indexes import INDEXES, KeyIndexes
+from hf_sparse_attn.kept import KEPT, KeptKeys
 
 _ROOM = 1 / 8  # of its length that a layer allocates ahead when it grows
 _LEAST_ROOM = 64  # tokens
@@ -24,26 +27,102 @@ class SparseCache(DynamicCache):
     other cache; only the time differs. Layers with a sliding window of the model's own are Transformers' own, whose
     keys are few.
 
+    With a policy the cache stays small: `SparseCache(model.config, policy=Sinks(4) + Recency(), budget=1024)`. Each KV
+    head of each row keeps the keys that the policy chooses, and the answers are those of attention to these. A call
+    attends to all of its own tokens before any are evicted, so a long prompt is best given in pieces
+    (`generate(..., prefill_chunk_size=128)`): no more than the budget and one piece are then held at any time.
+
     Args:
         config: the model's config.
         max_cache_len: tokens that every layer allocates at once; it grows beyond. None: it grows with the tokens.
+        policy: which keys are kept, see `hf_sparse_attn.eviction`; None: all.
+        budget: how many keys each KV head keeps, or a budget of `hf_sparse_attn.eviction`; goes with a policy.
 
     Raises:
-        ValueError: for a max_cache_len that is no positive integer.
+        ValueError: for a max_cache_len that is no positive integer or comes with a policy, a policy or budget that is
+            none or comes alone, and a policy for a model whose attn_implementation is not "sparse".
     """
 
-    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_cache_len: int | None = None,
+        policy: Policy | None = None,
+        budget: int | UniformBudget | None = None,
+    ) -> None:
         if max_cache_len is not None and (
             isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1
         ):
             raise ValueError(f"max_cache_len must be a positive integer or None, got {max_cache_len!r}")
+        self._memory = _Memory()
+        if policy is None and budget is None:
+            super().__init__(config=config)
+            self.layers = [
+                SparseLayer(max_cache_len) if type(layer) is DynamicLayer else layer for layer in self.layers
+            ]
+            return
+        for name, value, other in (("policy", policy, "budget"), ("budget", budget, "policy")):
+            if value is None:
+                raise ValueError(f"{name} is missing: {other}={policy if other == 'policy' else budget!r} needs one")
+        if max_cache_len is not None:
+            raise ValueError(f"max_cache_len={max_cache_len} cannot go with a policy: its budget is the length")
+        parts = Composition.of(policy)
+        whole = UniformBudget.of(budget, parts)
+        implementation = config.get_text_config(decoder=True)._attn_implementation
+        if implementation != "sparse":
+            raise ValueError(
+                'policy needs a model with attn_implementation="sparse", as other attention would see new keys only; '
+                f"this one's is {implementation!r}"
+            )
         super().__init__(config=config)
-        self.layers = [SparseLayer(max_cache_len) if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [
+            EvictingLayer(KeptKeys(parts, whole, partial(self._memory.report, index)))
+            if type(layer) is DynamicLayer
+            else layer
+            for index, layer in enumerate(self.layers)
+        ]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new keys and values [batch, num_key_value_heads, new tokens, head_dim] of a layer."""
+        found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if not isinstance(self.layers[layer_idx], EvictingLayer):  # those report by themselves
+            self._memory.report(layer_idx, layer_bytes(self.layers[layer_idx]))
+        return found
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self._memory.forget()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys, values and indexes, those allocated ahead included."""
-        return sum(layer.nbytes if isinstance(layer, SparseLayer) else _bytes_of(layer) for layer in self.layers)
+        """Bytes of all that the layers hold (keys, values, indexes, positions and weights of policies), room ahead
+        included."""
+        return sum(map(layer_bytes, self.layers))
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most that `nbytes` ever was, the tokens of a call included before any of them are evicted."""
+        return max(self._memory.peak, self.nbytes)
+
+
+class _Memory:
+    """Bytes that the layers of a cache hold, as they report them, and the most they ever held together."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, int] = {}
+        self.total = self.peak = 0
+
+    def report(self, layer_idx: int, nbytes: int) -> None:
+        self.total += nbytes - self.held.get(layer_idx, 0)
+        self.held[layer_idx] = nbytes
+        self.peak = max(self.peak, self.total)
+
+    def forget(self) -> None:
+        self.held.clear()
+        self.total = 0
 
 
 class SparseLayer(DynamicLayer):
@@ -103,7 +182,7 @@ class SparseLayer(DynamicLayer):
         """Remove the last `-tokens_to_remove` tokens (a positive number: keep so many, as older releases of
         Transformers ask for)."""
         length = self.get_seq_length()
-        kept = min(tokens_to_remove, length) if tokens_to_remove > 0 else max(length + tokens_to_remove, 0)
+        kept = _cropped_length(length, tokens_to_remove)
         if kept < length and self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
             self.indexes.crop(kept)
@@ -112,6 +191,8 @@ class SparseLayer(DynamicLayer):
         """Forget all tokens; the memory stays only if `max_cache_len` was given."""
         if self.max_cache_len is None:
             self._allocated = None
+        self.keys = self.values = None
+        self.is_initialized = False  # or older releases of Transformers keep the tokens as zeros
         super().reset()
         self.indexes.clear()
 
@@ -160,11 +241,96 @@ def _allocate(states: Tensor, num_tokens: int) -> Tensor:
     return torch.from_numpy(memory).view(states.dtype).view(shape)
 
 
+class EvictingLayer(DynamicLayer):
+    """A layer that keeps the keys that a policy chooses; the attention function takes in the new ones and evicts.
+
+    `update` returns the new keys and values alone.
+
+    Args:
+        kept: empty; holds the keys of all rows.
+    """
+
+    def __init__(self, kept: KeptKeys) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the device and dtype of new keys."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Announce new keys and values [batch, num_key_value_heads, new tokens, head_dim]; returns them."""
+        if torch.compiler.is_compiling():
+            raise ValueError("a SparseCache with a policy does not work under torch.compile")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.kept.expect(key_states.shape[-2])
+        setattr(key_states, KEPT, self.kept)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, evicted ones included."""
+        return self.kept.num_slots
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether nothing was evicted yet."""
+        return not self.kept.has_evicted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values, positions and weights, those allocated ahead included."""
+        return self.kept.nbytes
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `SparseLayer.crop`, before anything was evicted; a ValueError afterwards."""
+        length = self.get_seq_length()
+        removed = length - _cropped_length(length, tokens_to_remove)
+        if removed:
+            self.kept.crop(removed)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.is_initialized = False
+        self.kept.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        if self.kept.rows:
+            self.kept.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.kept.select([row for row in range(len(self.kept.rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.kept.select(torch.arange(len(self.kept.rows))[indices.cpu()].tolist())
+
+    def offload(self) -> None:
+        """Move keys and values to the CPU."""
+        self.kept.move("cpu")
+
+    def prefetch(self) -> None:
+        """Move keys and values back to the layer's device."""
+        if self.is_initialized:
+            self.kept.move(self.device)
+
+
+def _cropped_length(length: int, tokens_to_remove: int) -> int:
+    """Tokens that are left of `length`: `tokens_to_remove` is negative, or how many to keep as older releases say."""
+    return min(tokens_to_remove, length) if tokens_to_remove > 0 else max(length + tokens_to_remove, 0)
+
+
 def _can_hold(room: Tensor, states: Tensor, num_tokens: int) -> bool:
     writable = not room.is_inference() or torch.is_inference_mode_enabled()
     same = (room.dtype, room.device, room.shape[:2]) == (states.dtype, states.device, states.shape[:2])
     return writable and same and room.shape[2] >= num_tokens
 
 
-def _bytes_of(layer: Any) -> int:
-    return sum(x.nbytes for x in (layer.keys, layer.values) if x is not None)
+def layer_bytes(layer: Any) -> int:
+    """Bytes that a cache layer of any kind holds."""
+    if isinstance(layer, (SparseLayer, EvictingLayer)):
+        return layer.nbytes
+    return sum(x.nbytes for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None)

@@ -80,6 +80,17 @@ def positive_int(text: str) -> int:
     return value
 
 
+def fraction(text: str) -> float:
+    """The type of a share on the command line: a number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction in [0, 1], got {text!r}")
+    return value
+
+
 def json_object(text: str) -> dict[str, Any]:
     """The type of a JSON object on the command line, such as '{"window_size": 512}'."""
     try:

@@ -10,7 +10,6 @@ Every sample is a document with --needles-per-depth facts at each depth, asked f
 depth 1 the last one outside the window of the question.
 """
 
-import argparse
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from hf_sparse_attn.command_line import (
     OneLineErrors,
     argument,
     check_output_file,
+    fraction,
     json_object,
     positive_int,
     print_table,
@@ -27,17 +27,6 @@ from hf_sparse_attn.command_line import (
 )
 
 SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def fraction(text: str) -> float:
-    """The type of a depth: a number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a fraction in [0, 1], got {text!r}")
-    return value
 
 
 def count(text: str) -> int:

@@ -313,13 +313,13 @@ def no_gradient_through_found_keys(monkeypatch):
 
 
 def found_keys_are_not_recorded(monkeypatch):
-    record = numba_ops._Chunk._record
+    record = numba_ops._record
 
-    def mutant(self, page, read):
+    def mutant(call, kv_head, position, read, order):
         read.sizes[:, 2] = read.sizes[:, 1]
-        record(self, page, read)
+        record(call, kv_head, position, read, order)
 
-    monkeypatch.setattr(numba_ops._Chunk, "_record", mutant)
+    monkeypatch.setattr(numba_ops, "_record", mutant)
 
 
 # Of the compiled implementation; the others are of the one in torch operations or of what both share.

@@ -91,8 +91,14 @@ def compare_retrieval(
 
 
 @torch.no_grad()
-def retrieve(model: PreTrainedModel, context: Context) -> list[dict[str, Any]]:
+def retrieve(
+    model: PreTrainedModel, context: Context, cache: DynamicCache | None = None, chunk_size: int | None = None
+) -> list[dict[str, Any]]:
     """Ask for every needle of a context, with one prefill for all of them.
+
+    Args:
+        cache: an empty one to be filled with the context; None: a new `DynamicCache`.
+        chunk_size: tokens of the context in one forward; None: all of them.
 
     Returns:
         Per needle "margin" (log-likelihood of the right answer minus that of the likeliest wrong one, nats), "right"
@@ -101,9 +107,10 @@ def retrieve(model: PreTrainedModel, context: Context) -> list[dict[str, Any]]:
     Raises:
         ValueError: a likelihood is not finite.
     """
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if cache is None else cache
     input_ids = torch.tensor([context.input_ids], device=model.device)
-    model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)  # without the head: no logits needed
+    for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
+        model.base_model(input_ids=chunk, past_key_values=cache, use_cache=True)  # without the head: no logits needed
     found = []
     for needle in context.needles:
         likelihoods, generated = _answer_likelihoods(model, cache, needle)
