@@ -83,7 +83,9 @@ def layer_pattern(
 def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0) -> Tensor:
     """Sorted positions from `start` to `stop` - 1 that every later row reads: global, explicit, strided keys. int64."""
     if not config.stride:
-        stop = min(stop, max(config.num_global_tokens, *(i + 1 for i in config.global_token_indices), start))
+        stop = max(start, min(stop, max(config.num_global_tokens, *(i + 1 for i in config.global_token_indices), 0)))
+        if start == stop:
+            return torch.empty(0, dtype=torch.int64, device=device)
     position = torch.arange(start, stop, device=device)
     chosen = position < config.num_global_tokens
     if config.stride:

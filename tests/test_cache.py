@@ -7,13 +7,13 @@ import weakref
 import pytest
 import torch
 from attention_checks import assert_specified, cached_logits, padded_batch, tiny_model, tokens
+from ops.test_index import count_hashed_keys
 from transformers import AutoTokenizer, DynamicCache
 
 from hf_sparse_attn import SparseCache, configure, record_density
 from hf_sparse_attn.cache import SparseLayer
 from hf_sparse_attn.data import load_documents
 from hf_sparse_attn.demo import demo_model_directory
-from hf_sparse_attn.hashing import BucketHash
 from hf_sparse_attn.indexes import INDEXES
 from hf_sparse_attn.loading import load_sparse_model
 
@@ -132,8 +132,7 @@ def test_gradients_flow_through_it():
 
 
 def test_no_key_is_hashed_twice(monkeypatch):
-    hashed, assign = [], BucketHash.assign
-    monkeypatch.setattr(BucketHash, "assign", lambda self, key: hashed.append(key.shape[1]) or assign(self, key))
+    hashed = count_hashed_keys(monkeypatch)
     model, ids = tiny_model(), tokens(40)
     cached_logits(model, ids, (20, 1, 3, 1), SparseCache(model.config))
     assert sum(hashed) == NUM_LAYERS * 40
@@ -281,8 +280,7 @@ def test_caches_are_copied(monkeypatch):
     with torch.no_grad():
         model(ids[:, :20], past_key_values=prefix, use_cache=True)
     copies = [copy.deepcopy(prefix) for _ in range(2)]
-    hashed, assign = [], BucketHash.assign
-    monkeypatch.setattr(BucketHash, "assign", lambda self, key: hashed.append(key.shape[1]) or assign(self, key))
+    hashed = count_hashed_keys(monkeypatch)
     for cache in copies:
         assert_continues(model, cache, ids)
     assert sum(hashed) == 2 * NUM_LAYERS * 20  # nothing of the prefix

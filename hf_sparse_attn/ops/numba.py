@@ -28,6 +28,7 @@ from hf_sparse_attn.ops.numba_kernels import (
     attend_heads,
     attend_rows,
     differentiate_rows,
+    hash_keys,
     link_keys,
     move,
     move_back,
@@ -44,7 +45,7 @@ _MIN_CHUNK_PAGES = 4
 _MAX_CHUNKS = 8  # of a document's sparse rows
 _DENSE_ROWS = 256  # per chunk
 _KEYS_PER_LINKED_ROW = 100  # at most one linked row for so many keys; with more, sorting the keys pays
-_PARALLEL_ROWS = 8  # linked rows from which on threads pay
+_FEW = 8  # rows or keys from which on libraries and threads pay
 HALF = {torch.bfloat16: np.uint16, torch.float16: np.int16}  # stored so, computed in float32
 _NOTHING = np.zeros(0, np.int32)
 
@@ -68,8 +69,9 @@ class Index:
         self.pattern, self.key_offset = pattern, key_offset
         self.length = self.row = 0
         num_buckets = pattern.bucket_hash.num_buckets
-        weight = pattern.bucket_hash.weight
-        head_dim, dtype = _padded(weight.shape[1]), weight.numpy().dtype
+        weight, bias = pattern.bucket_hash.weight, pattern.bucket_hash.bias
+        self._hash = weight.flatten(2).numpy(), bias.flatten(1).numpy(), bias.shape[2]
+        head_dim, dtype = _padded(weight.shape[1]), self._hash[0].dtype
         self.bucket, self.previous = np.zeros((2, num_kv_heads, 0), np.int32)
         self.tail = np.full((num_kv_heads, num_buckets), -1, np.int32)
         self.static = np.zeros(0, np.int64)
@@ -86,13 +88,16 @@ class Index:
                 np.pad(x[:, :start], ((0, 0), (0, room))) for x in (self.bucket, self.previous)
             )
         bucket_hash = self.pattern.bucket_hash
-        bucket = bucket_hash.assign(key[:, start:].to(bucket_hash.weight.dtype)).numpy()
-        self.bucket[:, start:stop] = bucket
+        new = key[:, start:].to(bucket_hash.weight.dtype)
+        if stop - start <= _FEW:
+            hash_keys(new.numpy(), *self._hash, self.bucket, start)
+        else:
+            self.bucket[:, start:stop] = bucket_hash.assign(new).numpy()
         config, offset = self.pattern.config, self.key_offset
-        static = static_positions(config, offset + stop, key.device, offset + start).numpy()
+        static = static_positions(config, offset + stop, key.device, offset + start)
         if len(static):
-            self.bucket[:, static - offset] = self.tail.shape[1]
-            self.static = np.concatenate([self.static, static])
+            self.bucket[:, static.numpy() - offset] = self.tail.shape[1]
+            self.static = np.concatenate([self.static, static.numpy()])
         link_keys(self.bucket, self.previous, self.tail, start, stop)
         self.length = stop
 
@@ -490,7 +495,8 @@ def _attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: 
     if sinks is not None:
         rules = rules._replace(sinks=sinks.numpy().reshape(num_kv_heads, group))
     positions = torch.arange(call.query_offset, call.query_offset + num_rows)
-    drawn = random_keys(call.pattern, positions, torch.from_numpy(index.static), rules.window, call.key_offset)
+    static = torch.from_numpy(index.static)
+    drawn = random_keys(call.pattern, positions, static, rules.window, call.key_offset).int().numpy()
     keep = call.recorder is not None
     width = _num_columns(rules, len(index.static), key.shape[1], call.pattern.config.num_random_keys)
     kept_rows = num_rows if keep else 1
@@ -514,13 +520,13 @@ def _attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: 
         index=(index.bucket, index.previous, index.states),
         rules=rules,
         budgets=budgets,
-        drawn=drawn.int().numpy(),
+        drawn=drawn,
         output=output.view(-1).numpy(),
         read=read,
         keep=keep,
     )
     # The threads of PyTorch's last operation still wait for the next one, busily: for a few rows a core is not free.
-    num_workers = min(torch.get_num_threads(), num_kv_heads) if num_rows >= _PARALLEL_ROWS else 1
+    num_workers = min(torch.get_num_threads(), num_kv_heads) if num_rows >= _FEW else 1
     ends = [i * num_kv_heads // num_workers for i in range(num_workers + 1)]
     together([partial(attend, low, high) for low, high in pairwise(ends)])
     if keep:

@@ -811,6 +811,28 @@ def differentiate_rows(
 
 
 @compiled
+def hash_keys(key, weight, bias, codebook_size, bucket, start):
+    """`BucketHash.assign` of a few keys [num_key_value_heads, n, head_dim] into bucket[:, start : start + n].
+
+    weight: [num_key_value_heads, head_dim, num_codebooks * codebook_size]; bias: the same without head_dim.
+    """
+    for h in range(len(key)):
+        for i in range(key.shape[1]):
+            scores = bias[h].copy()
+            for d in range(key.shape[2]):
+                for c in range(len(scores)):
+                    scores[c] += key[h, i, d] * weight[h, d, c]
+            number = 0
+            for first in range(0, len(scores), codebook_size):
+                best = first
+                for c in range(first + 1, first + codebook_size):
+                    if scores[c] > scores[best]:
+                        best = c
+                number = number * codebook_size + best - first
+            bucket[h, start + i] = number
+
+
+@compiled
 def link_keys(bucket, previous, tail, start, stop):
     """Append the keys start .. stop - 1 to the lists of their buckets, which `tail` [num_key_value_heads, num_buckets]
     ends; `bucket` and `previous` are [num_key_value_heads, N]."""

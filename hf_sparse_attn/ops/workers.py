@@ -64,7 +64,8 @@ def together(works: list[Callable[[], None]]) -> None:
     try:
         works[-1]()
     finally:
-        wait(pending)
+        if pending:
+            wait(pending)
     for future in pending:
         future.result()
 

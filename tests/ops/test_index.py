@@ -120,9 +120,27 @@ def test_keys_dropped_in_front():
         torch.testing.assert_close(output, expected[:, 60 + start : 60 + stop], **EXACT)
 
 
+def count_hashed_keys(monkeypatch):
+    """A list of how many keys are hashed each time, many at once or few."""
+    hashed, many, few = [], BucketHash.assign, numba_ops.hash_keys
+    monkeypatch.setattr(BucketHash, "assign", lambda self, key: hashed.append(key.shape[1]) or many(self, key))
+    monkeypatch.setattr(numba_ops, "hash_keys", lambda key, *args: hashed.append(key.shape[1]) or few(key, *args))
+    return hashed
+
+
+def test_few_keys_fall_into_the_same_buckets():
+    for name in ("defaults of this file", "calibrated"):
+        pattern, (_, key, _) = pattern_of(FEATURES[name]), inputs()
+        index = numba_ops.Index(pattern, KV_HEADS, 0)
+        for stop in range(1, LENGTH + 1):
+            index.append(key[:, :stop])
+        expected = pattern.bucket_hash.assign(key).numpy()
+        expected[:, :3] = pattern.bucket_hash.num_buckets  # static
+        assert np.array_equal(index.bucket[:, :LENGTH], expected)
+
+
 def test_no_key_is_hashed_twice(monkeypatch):
-    hashed, assign = [], BucketHash.assign
-    monkeypatch.setattr(BucketHash, "assign", lambda self, key: hashed.append(key.shape[1]) or assign(self, key))
+    hashed = count_hashed_keys(monkeypatch)
     in_steps(pattern_of({}), inputs())
     assert sum(hashed) == LENGTH
     assert hashed.count(1) > 60
