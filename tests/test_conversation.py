@@ -1,0 +1,71 @@
+import copy
+
+import pytest
+import torch
+from attention_checks import tiny_model
+
+from hf_sparse_attn.conversation import Conversation
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+DOCUMENT = "The lamp is in the attic. " * 4
+
+
+@pytest.fixture
+def chat_tokenizer(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def model():
+    model = tiny_model(dense_below=20)
+    model.resize_token_embeddings(256)
+    return model
+
+
+def plain_answer(model, tokenizer, messages, num_tokens):
+    """Without any cache."""
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    length = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
+
+
+def test_each_turn_is_answered_as_if_all_were_read_anew(model, chat_tokenizer):
+    conversation, messages = Conversation(model, chat_tokenizer, DOCUMENT, max_new_tokens=12), []
+    for question in ("Where is the lamp?", "Who put it there?", "When?"):
+        text = f"{DOCUMENT}\n\n{question}" if not messages else question
+        messages.append({"role": "user", "content": text})
+        answer = conversation.ask(question)
+        assert answer.text == plain_answer(model, chat_tokenizer, messages, 12)
+        messages.append({"role": "assistant", "content": answer.text})
+        assert answer.generated == 12
+        assert answer.reading_seconds > 0
+        assert answer.ms_per_token > 0
+
+
+def test_the_document_is_read_once(model, chat_tokenizer):
+    conversation = Conversation(model, chat_tokenizer, DOCUMENT, max_new_tokens=4)
+    first, second = (conversation.ask(question) for question in ("Where is the lamp?", "Who put it there?"))
+    assert first.read > len(DOCUMENT)
+    assert second.read < 60
+    assert second.context > first.context
+
+
+def test_without_a_document(model, chat_tokenizer):
+    answer = Conversation(model, chat_tokenizer, max_new_tokens=1).ask("Why?")
+    assert answer.read == len("[user]Why?[assistant]")
+    assert answer.generated == 1
+    assert answer.ms_per_token != answer.ms_per_token  # of one token there is no pace
+
+
+def test_a_tokenizer_without_a_template(model, tiny_tokenizer):
+    with pytest.raises(ValueError, match="no chat template"):
+        Conversation(model, tiny_tokenizer)
