@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from hf_sparse_attn import SparseAttentionConfig, ops, record_density
-from hf_sparse_attn.hashing import encode_calibrated_hash
+from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.integration import observe
+from hf_sparse_attn.ops import numba as numba_ops
 from hf_sparse_attn.ops import reference
 from hf_sparse_attn.routing import layer_pattern
 
@@ -358,6 +359,14 @@ class KeyMask:
     def mask(self):
         assert self.count.max() <= 1, "a row reads a key twice"
         return self.count.bool()
+
+
+def count_hashed_keys(monkeypatch):
+    """A list of how many keys are hashed each time, many at once or few."""
+    hashed, many, few = [], BucketHash.assign, numba_ops.hash_keys
+    monkeypatch.setattr(BucketHash, "assign", lambda self, key: hashed.append(key.shape[1]) or many(self, key))
+    monkeypatch.setattr(numba_ops, "hash_keys", lambda key, *args: hashed.append(key.shape[1]) or few(key, *args))
+    return hashed
 
 
 class LargestTensor(TorchDispatchMode):

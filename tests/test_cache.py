@@ -6,8 +6,7 @@ import weakref
 
 import pytest
 import torch
-from attention_checks import assert_specified, cached_logits, padded_batch, tiny_model, tokens
-from ops.test_index import count_hashed_keys
+from attention_checks import assert_specified, cached_logits, count_hashed_keys, padded_batch, tiny_model, tokens
 from transformers import AutoTokenizer, DynamicCache
 
 from hf_sparse_attn import SparseCache, configure, record_density
@@ -139,6 +138,22 @@ def test_no_key_is_hashed_twice(monkeypatch):
     hashed.clear()
     cached_logits(model, ids, (20, 1, 3, 1), DynamicCache(config=model.config))
     assert sum(hashed) > NUM_LAYERS * 40 * 5
+
+
+def test_nothing_is_hashed_while_all_rows_are_dense(monkeypatch):
+    hashed = count_hashed_keys(monkeypatch)
+    model = tiny_model(dense_below=30)
+    rows = [tokens(length, seed=length)[0] for length in (25, 20)]
+    ids, mask, position_ids = padded_batch(rows, "left", 0)
+    cache, inputs = SparseCache(model.config), {"attention_mask": mask, "position_ids": position_ids}
+    with torch.no_grad():
+        model(ids, **inputs, past_key_values=cache, use_cache=True)
+        assert hashed == []
+        for _ in range(8):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            inputs = {"attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1}
+            model(ids[:, :1], **inputs, past_key_values=cache, use_cache=True)
+    assert sum(hashed) == NUM_LAYERS * 33  # of the longer row alone, all at once and then one by one
 
 
 def test_another_configuration_starts_the_indexes_anew():

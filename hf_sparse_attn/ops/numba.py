@@ -460,14 +460,17 @@ def document_attention(
     index: Index | None = None,
 ) -> Tensor:
     """See `pieces.attend_in_pieces`; with the `index` of a cache, keys and values may be of half precision."""
+    end, dense_rows = query_offset + query.shape[1], pattern.dense_rows()
+    if dense_rows is None or end <= dense_rows:
+        index = None  # it takes in all keys when the first row asks for them
+    pieces = partial(_pieces, index)
     if index is not None:
         index.append(key)
         index.move_back(query_offset)
-        index.row = query_offset + query.shape[1] - 1
-    pieces = partial(_pieces, index)
-    if index is not None and query.shape[1] <= max(key.shape[1] // _KEYS_PER_LINKED_ROW, 1):
-        call = Call(pieces, pattern, query_offset, key_offset, scaling, softcap, sinks is None, recorder)
-        if call.dense_end(query_offset + 1) == query_offset:
+        index.row = end - 1
+        few = query.shape[1] <= max(key.shape[1] // _KEYS_PER_LINKED_ROW, 1)
+        if few and query_offset >= (dense_rows or 0):
+            call = Call(pieces, pattern, query_offset, key_offset, scaling, softcap, sinks is None, recorder)
             return _attend_linked(call, index, query, key, value, sinks)
     return attend_in_pieces(
         pieces,

@@ -15,6 +15,7 @@ from attention_checks import (
 from transformers import DynamicCache, StaticCache
 
 from hf_sparse_attn import SparseCache
+from hf_sparse_attn.eviction import HeavyHitters, Sinks
 
 
 def new_dynamic(config):
@@ -29,6 +30,10 @@ def new_keeping_everything(config):
 def new_sparse(config):
     """The indexes of the keys stay with them; layers slide where the model's own do."""
     return SparseCache(config)
+
+
+def new_with_a_policy(config):
+    return SparseCache(config, policy=Sinks(2) + HeavyHitters(), budget=64)
 
 
 def new_static(config):
@@ -53,6 +58,14 @@ def sparse_cache(family):
     for sizes in ((7, 13), (1,), (39, 1), (3, 16, 4)):
         check_chunks(family, sizes, new_cache=new_sparse)
     check_chunks(family, (31, 1), new_cache=lambda config: SparseCache(config, max_cache_len=64))
+
+
+def policy_cache(family):
+    """`SparseCache` with a policy that has room for every key, prompts padded on the left included; what is evicted
+    where it has not is tested by `tests/test_eviction.py`."""
+    for sizes in ((7, 13), (31, 1)):
+        check_chunks(family, sizes, new_cache=new_with_a_policy)
+    check_padded_cache(family, "left", new_with_a_policy)
 
 
 def static_cache(family):
@@ -159,6 +172,7 @@ PATHS = {
     "dynamic cache": dynamic_cache,
     "cache of every key": cache_of_every_key,
     "sparse cache": sparse_cache,
+    "cache with a policy": policy_cache,
     "static cache": static_cache,
     "left-padded batch in a cache": left_padded_cache,
     "right-padded batch in a cache": right_padded_cache,
