@@ -87,7 +87,8 @@ class SparseCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append new keys and values [batch, num_key_value_heads, new tokens, head_dim] of a layer."""
         found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if not isinstance(self.layers[layer_idx], EvictingLayer):  # those report by themselves
+        by_itself = isinstance(self.layers[layer_idx], EvictingLayer)
+        if not by_itself and not torch.compiler.is_compiling():
             self._memory.report(layer_idx, layer_bytes(self.layers[layer_idx]))
         return found
 

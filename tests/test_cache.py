@@ -337,3 +337,16 @@ def test_a_long_generation_is_the_one_shot_computation():
             logits = model(torch.cat([prompt, generated])[None, :-1], use_cache=False).logits[0, -num_tokens:]
         logits[:, model.generation_config.eos_token_id] = -torch.inf  # min_new_tokens forbids the end
         assert torch.equal(logits.argmax(-1), generated)
+
+
+def test_compiled_steps_and_back():
+    """A graph of a step leaves the index alone, which catches up afterwards."""
+    model, ids = tiny_model(), tokens(40)
+    cache = SparseCache(model.config)
+    torch.compiler.reset()
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        pieces = [model(ids[:, :30], past_key_values=cache, use_cache=True).logits]
+        pieces += [step(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(30, 33)]
+        pieces += [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(33, 40)]
+    assert_specified(torch.cat(pieces, 1)[0], "llama", ids[0])

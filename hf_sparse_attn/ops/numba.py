@@ -535,4 +535,4 @@ def _attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: 
     if keep:
         for h in range(num_kv_heads):
             _record(call, h, positions, Read(*(x[h] for x in read)), None)
-    return output.transpose(0, 1)[..., : value.shape[-1]]
+    return output[..., : value.shape[-1]].contiguous().transpose(0, 1)
