@@ -6,10 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_sparse_attn.demo import demo_model_directory
 from hf_sparse_attn.integration import check_model, merge_sparse_attention
+
+# Shapes of known models, for measurements that need no weights of theirs.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2**18,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "mistral-7b": {
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2**18,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+}
 
 
 def resolve_model(model: str) -> str:
@@ -88,3 +112,21 @@ def load_sparse_model(path: str, overrides: dict[str, Any] | None = None, **kwar
     )
     check_model(model)
     return model
+
+
+def random_sparse_model(
+    shape: str, overrides: dict[str, Any] | None, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """A LLaMA model of one of SHAPES with seeded random weights and `attn_implementation="sparse"`.
+
+    Raises:
+        ValueError: an unknown shape, or an override that `SparseAttentionConfig` refuses.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"{shape!r} is no known shape; expected {' or '.join(SHAPES)}")
+    config = LlamaConfig(**SHAPES[shape])
+    config.sparse_attention = merge_sparse_attention(config, overrides)
+    torch.manual_seed(0)
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sparse", dtype=dtype)
+    return model.eval()

@@ -45,6 +45,9 @@ def parse_arguments() -> Any:
         "(one step over a full cache); of the whole --model: prefill, training_step, generation (one token)",
     )
     parser.add_argument("--model", help="Hub id, directory, or demo, for real inputs; it brings shape and budgets")
+    parser.add_argument(
+        "--random-model", help="instead of --model, for whole models: llama-3-8b or mistral-7b, untrained"
+    )
     parser.add_argument("--layer", type=int, help="layer whose inputs are taken (default: the middle one)")
     for name, value in SHAPE.items():
         flag = "--" + name.replace("_", "-")
@@ -89,8 +92,10 @@ def main() -> None:
     with argument("--num-kv-heads"):
         if shape["num_heads"] % shape["num_kv_heads"]:
             raise ValueError(f"{shape['num_kv_heads']} does not divide --num-heads {shape['num_heads']}")
-    if not arguments.model and arguments.passes in OF_A_MODEL:
+    if not (arguments.model or arguments.random_model) and arguments.passes in OF_A_MODEL:
         raise UserError(f"argument --pass: {arguments.passes} is of a whole model; give --model")
+    if arguments.random_model and (arguments.model or arguments.passes not in OF_A_MODEL):
+        raise UserError(f"argument --random-model: for {', '.join(OF_A_MODEL)} alone, and without --model")
     if arguments.backends and arguments.passes not in PASSES[:2]:
         raise UserError(f"argument --backends: only for --pass {' and '.join(PASSES[:2])}")
     if not arguments.model and arguments.layer is not None:
@@ -116,7 +121,7 @@ def main() -> None:
         check_implementation(config.implementation, device)
 
     progress = partial(tqdm, arguments.seq_lens, desc="benchmarking", unit="length")
-    if arguments.model:
+    if arguments.model or arguments.random_model:
         source, config, rows = measure_model(arguments, device, dtype, progress)
     else:
         source = {"inputs": "random", **shape}
@@ -168,10 +173,16 @@ def measure_model(
 
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
-    from hf_sparse_attn.evaluation.decoding import compare_generation
-    from hf_sparse_attn.evaluation.speed import compare_model_speed, layer_inputs
-    from hf_sparse_attn.loading import load_sparse_model
+    from hf_sparse_attn.evaluation.speed import layer_inputs
+    from hf_sparse_attn.loading import load_sparse_model, random_sparse_model
 
+    if arguments.random_model:
+        with argument("--random-model"):
+            model = random_sparse_model(arguments.random_model, arguments.sparse_attention, dtype, device)
+        config = SparseAttentionConfig.from_dict(model.config.sparse_attention)
+        tokens = torch.randint(model.config.vocab_size, (1, max(arguments.seq_lens)), device=device)
+        rows = [measure_whole(arguments, model, tokens[:, :seq_len]) for seq_len in progress()]
+        return {"inputs": "random tokens", "model": f"{arguments.random_model}, random weights"}, config, rows
     path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     config = SparseAttentionConfig.from_dict(sparse_attention)
     num_layers = model_config.get_text_config().num_hidden_layers
@@ -190,16 +201,22 @@ def measure_model(
     rows = []
     for seq_len in progress():
         ids = tokens[None, : seq_len + behind]
-        if arguments.passes == "generation":
-            row = compare_generation(model, ids, arguments.repeats)
-        elif arguments.passes not in OF_A_MODEL:
-            inputs = tuple(x.to(dtype) for x in layer_inputs(model, ids, layer))
-            row = measure_attention(arguments, inputs, config, layer)
+        if arguments.passes in OF_A_MODEL:
+            rows.append(measure_whole(arguments, model, ids))
         else:
-            row = compare_model_speed(model, ids, arguments.passes, arguments.repeats)
-        rows.append(row)
+            inputs = tuple(x.to(dtype) for x in layer_inputs(model, ids, layer))
+            rows.append(measure_attention(arguments, inputs, config, layer))
     source = {"inputs": "demo text", "model": arguments.model}
     return source | ({"layer": layer} if arguments.passes not in OF_A_MODEL else {}), config, rows
+
+
+def measure_whole(arguments: Any, model: Any, ids: Any) -> dict[str, Any]:
+    from hf_sparse_attn.evaluation.decoding import compare_generation
+    from hf_sparse_attn.evaluation.speed import compare_model_speed
+
+    if arguments.passes == "generation":
+        return compare_generation(model, ids, arguments.repeats)
+    return compare_model_speed(model, ids, arguments.passes, arguments.repeats)
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:

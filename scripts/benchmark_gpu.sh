@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: test the Triton kernels there, then measure them against SDPA with each of its backends and
-# FlexAttention, forward and backward, Llama-3-8B's and Mistral-7B's attention (32 query heads over 8 KV heads of 128).
+# FlexAttention, forward and backward, Llama-3-8B's and Mistral-7B's attention (32 query heads over 8 KV heads of 128),
+# and whole models of that shape.
 #   scripts/benchmark_gpu.sh [DIRECTORY]    where the results go (default: benchmarks)
 # Python with this package, torch and triton must be active; tests need pytest and hypothesis.
 set -euo pipefail
@@ -17,3 +18,11 @@ measure() {
 }
 measure --seq-lens 4096 8192 16384 32768 65536 131072 262144 --output "$OUTPUT/gpu_forward.json"
 measure --seq-lens 4096 8192 16384 32768 65536 131072 --pass forward_backward --output "$OUTPUT/gpu_forward_backward.json"
+
+# Whole models of Llama-3-8B's shape; random weights give random queries and keys, the sparse side's worst case.
+measure_model() {
+    "$PYTHON" scripts/benchmark.py --device cuda --dtype bfloat16 --random-model llama-3-8b --repeats 2 \
+        --sparse-attention '{"implementation": "triton"}' "$@"
+}
+measure_model --seq-lens 16384 32768 65536 131072 --pass prefill --output "$OUTPUT/gpu_prefill.json"
+measure_model --seq-lens 8192 --pass training_step --output "$OUTPUT/gpu_training_step.json"

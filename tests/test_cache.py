@@ -344,7 +344,7 @@ def test_compiled_steps_and_back():
     model, ids = tiny_model(), tokens(40)
     cache = SparseCache(model.config)
     torch.compiler.reset()
-    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager", dynamic=True)
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         pieces = [model(ids[:, :30], past_key_values=cache, use_cache=True).logits]
         pieces += [step(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(30, 33)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_checks import tiny_model, tokens
 
-from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn import SparseAttentionConfig, loading
 from hf_sparse_attn.evaluation import decoding, speed
 from hf_sparse_attn.evaluation.decoding import compare_decoding, compare_generation
 from hf_sparse_attn.evaluation.speed import (
@@ -123,6 +123,20 @@ def test_decoding_of_a_model(run_script, tmp_path, tiny_model_path, passes):
         assert 0 < row["density"] < 1
 
 
+@pytest.mark.parametrize("passes", ["prefill", "training_step", "generation"])
+def test_of_a_random_model(run_script, tmp_path, monkeypatch, passes, tiny_llama_config):
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    monkeypatch.setitem(loading.SHAPES, "mistral-7b", {name: getattr(tiny_llama_config, name) for name in fields})
+    output = tmp_path / "benchmark.json"
+    options = ["--pass", passes, "--repeats", 1, "--sparse-attention", FIELDS, "--output", output]
+    finished = run_script(SCRIPT, "--random-model", "mistral-7b", "--seq-lens", 64, *options)
+    assert finished.status == 0, finished.stderr
+    result = json.loads(output.read_text())
+    assert (result["rows"][0]["pass"], result["rows"][0]["seq_len"]) == (passes, 64)
+    assert result["source"]["model"] == "mistral-7b, random weights"
+    assert result["sparse_attention"]["window_size"] == 8
+
+
 def test_generation_leaves_a_model_sparse():
     model = tiny_model(dtype=torch.float32)
     row = compare_generation(model, tokens(40), repeats=1)
@@ -236,6 +250,8 @@ def test_dense_below_is_where_the_lines_cross(monkeypatch):
         (["--pass", "sideways"], ["--pass", "sideways"]),
         (["--dtype", "auto"], ["--dtype"]),
         (["--pass", "prefill"], ["--pass", "--model"]),
+        (["--pass", "prefill", "--random-model", "llama-4"], ["--random-model", "llama-4", "llama-3-8b"]),
+        (["--random-model", "llama-3-8b"], ["--random-model", "prefill"]),
         (["--layer", 1], ["--layer", "--model"]),
         (["--model", "demo", "--head-dim", 64], ["--head-dim", "--model"]),
         (["--picture", "times.txt"], ["--picture", ".png"]),
