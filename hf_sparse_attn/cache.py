@@ -138,12 +138,18 @@ class SparseLayer(DynamicLayer):
         self.max_cache_len = max_cache_len
         self.indexes = KeyIndexes()
         self._allocated: tuple[Tensor, Tensor] | None = None  # `keys` and `values` are their first tokens
+        self._known: Tensor | None = None  # `keys` as they were left
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values [batch, num_key_value_heads, new tokens, head_dim]; returns all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        carries_gradients = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+            self._known = self.keys
+        if self.keys is not self._known and not torch.compiler.is_compiling():  # someone put other keys there
+            self._allocated = None
+            self.indexes.clear()
+        parts = (key_states, value_states, self.keys, self.values)
+        carries_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parts)
         if carries_gradients or torch.compiler.is_compiling():
             self._allocated = None
             keys, values = super().update(key_states, value_states)
@@ -154,6 +160,7 @@ class SparseLayer(DynamicLayer):
                 whole[:, :, start:stop] = new
             keys, values = self.keys, self.values = room[0][:, :, :stop], room[1][:, :, :stop]
         setattr(keys, INDEXES, self.indexes)  # which hold no keys
+        self._known = self.keys
         return keys, values
 
     def _with_room(self, key_states: Tensor, value_states: Tensor, stop: int) -> tuple[Tensor, Tensor]:
@@ -187,6 +194,7 @@ class SparseLayer(DynamicLayer):
         if kept < length and self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
             self.indexes.crop(kept)
+            self._known = self.keys
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays only if `max_cache_len` was given."""
@@ -196,37 +204,44 @@ class SparseLayer(DynamicLayer):
         self.is_initialized = False  # or older releases of Transformers keep the tokens as zeros
         super().reset()
         self.indexes.clear()
+        self._known = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was."""
-        self._rows_changed(beam_idx.tolist())
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._rows_changed(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
-        if self.keys is not None:
-            self._rows_changed([row for row in range(len(self.keys)) for _ in range(repeats)])
         super().batch_repeat_interleave(repeats)
+        if self.keys is not None:
+            self._rows_changed([row // repeats for row in range(len(self.keys))])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
-        if self.keys is not None:
-            self._rows_changed(torch.arange(len(self.keys))[indices.cpu()].tolist())
+        num_rows = 0 if self.keys is None else len(self.keys)
         super().batch_select_indices(indices)
+        if num_rows:
+            self._rows_changed(torch.arange(num_rows)[indices.cpu()].tolist())
 
     def offload(self) -> None:
         """Move keys and values to the CPU."""
-        self._allocated = None
         super().offload()
+        self._moved()
 
     def prefetch(self) -> None:
         """Move keys and values back to the layer's device."""
-        self._allocated = None
         super().prefetch()
+        self._moved()
 
     def _rows_changed(self, rows: list[int]) -> None:
-        self._allocated = None
         self.indexes.select(rows)
+        self._moved()
+
+    def _moved(self) -> None:
+        """`keys` and `values` are other tensors now."""
+        if self.keys is not self._known:
+            self._allocated, self._known = None, self.keys
 
 
 def _allocate(states: Tensor, num_tokens: int) -> Tensor:

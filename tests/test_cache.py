@@ -108,6 +108,21 @@ def test_what_was_given_out_stays_as_it_was():
     assert torch.equal(layer.keys[:, :, :10], kept)
 
 
+def test_keys_that_someone_else_put_there():
+    """As tools do that change caches by hand: nothing of the old ones is used."""
+    ids, other = tokens(40), tokens(40, seed=1)
+    model = tiny_model()
+    cache, wrong = SparseCache(model.config), SparseCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :30], past_key_values=cache, use_cache=True)
+        model(other[:, :30], past_key_values=wrong, use_cache=True)
+        model(other[:, 30:31], past_key_values=wrong, use_cache=True)
+        for layer, source in zip(wrong.layers, cache.layers, strict=True):
+            layer.keys, layer.values = source.keys.clone(), source.values.clone()
+        pieces = [model(ids[:, i : i + 1], past_key_values=wrong, use_cache=True).logits for i in range(30, 40)]
+    assert_specified(torch.cat(pieces, 1)[0], "llama", ids[0])
+
+
 def test_inference_mode_and_back():
     model, ids = tiny_model(), tokens(40)
     cache = SparseCache(model.config)
