@@ -145,9 +145,7 @@ class SparseLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._known = self.keys
-        if self.keys is not self._known and not torch.compiler.is_compiling():  # someone put other keys there
-            self._allocated = None
-            self.indexes.clear()
+        self._notice_other_keys()
         parts = (key_states, value_states, self.keys, self.values)
         carries_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parts)
         if carries_gradients or torch.compiler.is_compiling():
@@ -187,14 +185,11 @@ class SparseLayer(DynamicLayer):
         return sum(x.nbytes for x in held if x is not None) + self.indexes.nbytes
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens (a positive number: keep so many, as older releases of
-        Transformers ask for)."""
-        length = self.get_seq_length()
-        kept = _cropped_length(length, tokens_to_remove)
-        if kept < length and self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
-            self.indexes.crop(kept)
-            self._known = self.keys
+        """Remove the last `-tokens_to_remove` tokens, or what else Transformers' release means by the number."""
+        self._notice_other_keys()
+        super().crop(tokens_to_remove)
+        self.indexes.crop(self.get_seq_length())
+        self._known = self.keys
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays only if `max_cache_len` was given."""
@@ -233,6 +228,12 @@ class SparseLayer(DynamicLayer):
         """Move keys and values back to the layer's device."""
         super().prefetch()
         self._moved()
+
+    def _notice_other_keys(self) -> None:
+        """Where someone put other keys into the layer, the index and the room are not theirs."""
+        if self.keys is not self._known and not torch.compiler.is_compiling():
+            self._allocated = None
+            self.indexes.clear()
 
     def _rows_changed(self, rows: list[int]) -> None:
         self.indexes.select(rows)

@@ -137,7 +137,7 @@ def compare_generation(model: PreTrainedModel, input_ids: Tensor, repeats: int =
         with record_density(model) as counted:
             logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
         held = cache.nbytes
-        dense_bytes = sum(keys.nbytes + values.nbytes for keys, values, _ in cache)
+        dense_bytes = sum(x.nbytes for layer in cache for x in layer[:2] if x is not None)
         for _ in range(WARM_STEPS + 8 * repeats):
             for implementation, seconds in spent.items():
                 model.set_attn_implementation(implementation)
