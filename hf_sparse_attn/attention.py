@@ -81,7 +81,7 @@ def attention(
 
     every = _documents(mask, position_ids, batch_size, q_length, kv_length, starts)
     indexes: KeyIndexes | None = getattr(key, INDEXES, None)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, inputs.sinks)):
         if kept is not None:
             raise ValueError("a SparseCache with a policy carries no gradients; use torch.no_grad()")
         indexes = None
