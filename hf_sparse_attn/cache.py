@@ -14,10 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_sparse_attn.eviction import Composition, Policy, UniformBudget
 from hf_sparse_attn.indexes import INDEXES, KeyIndexes
-from hf_sparse_attn.kept import KEPT, KeptKeys
-
-_ROOM = 1 / 8  # of its length that a layer allocates ahead when it grows
-_LEAST_ROOM = 64  # tokens
+from hf_sparse_attn.kept import KEPT, KeptKeys, is_writable, size_ahead
 
 
 class SparseCache(DynamicCache):
@@ -167,7 +164,7 @@ class SparseLayer(DynamicLayer):
         if room is None or not _can_hold(room[0], key_states, stop):
             size = max(self.max_cache_len or 0, stop)
             if size == stop:
-                size += max(int(stop * _ROOM), _LEAST_ROOM)
+                size = size_ahead(stop)
             start = self.get_seq_length()
             old, grown = (self.keys, self.values), []
             for states, present in zip((key_states, value_states), old, strict=True):
@@ -341,9 +338,8 @@ def _cropped_length(length: int, tokens_to_remove: int) -> int:
 
 
 def _can_hold(room: Tensor, states: Tensor, num_tokens: int) -> bool:
-    writable = not room.is_inference() or torch.is_inference_mode_enabled()
     same = (room.dtype, room.device, room.shape[:2]) == (states.dtype, states.device, states.shape[:2])
-    return writable and same and room.shape[2] >= num_tokens
+    return is_writable(room) and same and room.shape[2] >= num_tokens
 
 
 def layer_bytes(layer: Any) -> int:

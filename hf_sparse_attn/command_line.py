@@ -49,6 +49,11 @@ def read_checkpoint(model: str, overrides: dict[str, Any]) -> tuple[str, Any, An
     return path, config, tokenizer, sparse_attention
 
 
+def written_fields(sparse_attention: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a report repeats: all but the calibrated hash itself, which is megabytes of text."""
+    return {name: value for name, value in sparse_attention.items() if name != "calibrated_hash"}
+
+
 class OneLineErrors(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage; also a mixin for other parsers."""
 

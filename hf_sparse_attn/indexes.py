@@ -19,7 +19,8 @@ class KeyIndexes:
     """
 
     def __init__(self) -> None:
-        self._of_row: dict[tuple[int, int], tuple[slice, ops.Index]] = {}
+        # By batch row and layer: the layer's slot of the document's first key, and the index.
+        self._of_row: dict[tuple[int, int], tuple[int, ops.Index]] = {}
 
     def of(self, document: Document, pattern: LayerPattern, key: Tensor) -> ops.Index | None:
         """The index of a document, or None where there can be none.
@@ -31,33 +32,32 @@ class KeyIndexes:
         """
         if not isinstance(document.keys, slice):
             return None
-        place = document.batch, pattern.layer_idx
+        place, first = (document.batch, pattern.layer_idx), document.keys.start
         held = self._of_row.get(place)
         if held is not None:
-            slots, index = held
-            known = slots.start == document.keys.start and index.key_offset == document.key_offset
+            start, index = held
+            known = start == first and index.key_offset == document.key_offset
             if known and index.pattern is pattern and index.length <= key.shape[1]:
-                self._of_row[place] = document.keys, index
                 return index
         started = ops.new_index(pattern, key, document.key_offset)
         if started is not None:
-            self._of_row[place] = document.keys, started
+            self._of_row[place] = first, started
         return started
 
     def crop(self, num_slots: int) -> None:
         """Forget the keys behind the layer's first `num_slots`."""
-        for place, (slots, index) in list(self._of_row.items()):
-            if num_slots <= slots.start:
+        for place, (start, index) in list(self._of_row.items()):
+            if num_slots <= start:
                 del self._of_row[place]
             else:
-                index.crop(num_slots - slots.start)
+                index.crop(num_slots - start)
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes a copy of what row rows[i] was."""
         self._of_row = {
-            (i, layer): (slots, index.copy())
+            (i, layer): (start, index.copy())
             for i, chosen in enumerate(rows)
-            for (row, layer), (slots, index) in self._of_row.items()
+            for (row, layer), (start, index) in self._of_row.items()
             if row == chosen
         }
 

@@ -233,10 +233,9 @@ class HeadGroup:
             Whether they have grown.
         """
         start, stop = self.length, self.length + new[0].shape[1]
-        grows = not self.tensors or self.tensors[0].shape[1] < stop or not _writable(self.tensors[0])
+        grows = not self.tensors or self.tensors[0].shape[1] < stop or not is_writable(self.tensors[0])
         if grows:
-            ahead = stop + max(int(stop * _ROOM), _LEAST_ROOM)
-            self._resize(new, start, max(stop, min(ahead, full_size)))
+            self._resize(new, start, max(stop, min(size_ahead(stop), full_size)))
         for whole, states in zip(self.tensors, new, strict=True):
             whole[:, start:stop] = states
         self.length = stop
@@ -247,7 +246,7 @@ class HeadGroup:
         self.length = index.shape[1]
         for i, whole in enumerate(self.tensors):
             found = whole.gather(1, index.view(*index.shape, *[1] * (whole.ndim - 2)).expand(-1, -1, *whole.shape[2:]))
-            if whole.shape[1] != size or not _writable(whole):
+            if whole.shape[1] != size or not is_writable(whole):
                 whole = self.tensors[i] = whole.new_empty(len(whole), size, *whole.shape[2:])
             whole[:, : self.length] = found
 
@@ -313,5 +312,11 @@ def _of_heads(pattern: LayerPattern, kv_heads: slice, heads: slice) -> LayerPatt
     )
 
 
-def _writable(tensor: Tensor) -> bool:
+def size_ahead(num_tokens: int) -> int:
+    """Tokens to allocate where a buffer must grow to so many."""
+    return num_tokens + max(int(num_tokens * _ROOM), _LEAST_ROOM)
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether it may be changed in place: one made in inference mode may not outside of it."""
     return not tensor.is_inference() or torch.is_inference_mode_enabled()

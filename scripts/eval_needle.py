@@ -24,6 +24,7 @@ from hf_sparse_attn.command_line import (
     read_checkpoint,
     run,
     write_json,
+    written_fields,
 )
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -126,8 +127,7 @@ def main() -> None:
         "model": arguments.model,
         "dataset": arguments.dataset,
         "seed": arguments.seed,
-        # The calibrated hash itself is megabytes of text.
-        "sparse_attention": {name: value for name, value in sparse_attention.items() if name != "calibrated_hash"},
+        "sparse_attention": written_fields(sparse_attention),
         "environment": describe_environment(device),
     }
     if arguments.output:

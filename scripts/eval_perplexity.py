@@ -21,6 +21,7 @@ from hf_sparse_attn.command_line import (
     read_checkpoint,
     run,
     write_json,
+    written_fields,
 )
 
 
@@ -71,8 +72,7 @@ def main() -> None:
     result |= {
         "model": arguments.model,
         "dataset": arguments.dataset,
-        # The calibrated hash itself is megabytes of text.
-        "sparse_attention": {name: value for name, value in sparse_attention.items() if name != "calibrated_hash"},
+        "sparse_attention": written_fields(sparse_attention),
         "environment": describe_environment(device),
     }
     if arguments.output:

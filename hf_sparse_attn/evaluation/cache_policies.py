@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse_attn.cache import SparseCache, layer_bytes
 from hf_sparse_attn.evaluation.haystack import Context
-from hf_sparse_attn.evaluation.needle import retrieve
+from hf_sparse_attn.evaluation.needle import mean_answers, retrieve
 from hf_sparse_attn.evaluation.perplexity import paired_difference
 from hf_sparse_attn.eviction import (
     AdaptiveBudget,
@@ -242,15 +242,7 @@ def _peak_bytes(cache: DynamicCache) -> int:
 
 
 def _needle_summary(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def mean(name: str) -> float:
-        return sum(answer[name] for answer in answers) / len(answers)
-
-    return {
-        "samples": len(answers),
-        "accuracy": mean("right"),
-        "generation_accuracy": mean("generated"),
-        "margin": mean("margin"),
-    }
+    return {"samples": len(answers), **mean_answers(answers)}
 
 
 def _cells(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -244,20 +244,16 @@ def _grouped(asked: Sequence[dict[str, Any]], *names: str) -> list[dict[str, Any
     return [dict(zip(names, key, strict=True)) | _summary(groups[key]) for key in sorted(groups)]
 
 
-def _summary(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def mean(side: str, name: str) -> float:
-        return sum(entry[side][name] for entry in asked) / len(asked)
+def mean_answers(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """ "accuracy", "generation_accuracy" and "margin" (see `compare_retrieval`) of what `retrieve` returned."""
+    measures = {"accuracy": "right", "generation_accuracy": "generated", "margin": "margin"}
+    return {name: sum(answer[part] for answer in answers) / len(answers) for name, part in measures.items()}
 
+
+def _summary(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "samples": len(asked),
-        **{
-            side: {
-                "accuracy": mean(side, "right"),
-                "generation_accuracy": mean(side, "generated"),
-                "margin": mean(side, "margin"),
-            }
-            for side in ("dense", "sparse")
-        },
+        **{side: mean_answers([entry[side] for entry in asked]) for side in ("dense", "sparse")},
         "only_dense": sum(entry["dense"]["right"] and not entry["sparse"]["right"] for entry in asked),
         "only_sparse": sum(entry["sparse"]["right"] and not entry["dense"]["right"] for entry in asked),
     }

@@ -96,7 +96,7 @@ class Index:
         config, offset = self.pattern.config, self.key_offset
         static = static_positions(config, offset + stop, key.device, offset + start)
         if len(static):
-            self.bucket[:, static.numpy() - offset] = self.tail.shape[1]
+            _never_route(self.bucket, static.numpy() - offset, self.tail.shape[1])
             self.static = np.concatenate([self.static, static.numpy()])
         link_keys(self.bucket, self.previous, self.tail, start, stop)
         self.length = stop
@@ -138,16 +138,19 @@ class Index:
         return sum(x.nbytes for x in arrays)
 
 
+def _never_route(bucket: Any, static: Any, num_buckets: int) -> None:
+    """Put the static keys at these indices, of which some may not be held, behind all buckets [..., N]."""
+    bucket[:, static[(static >= 0) & (static < bucket.shape[1])]] = num_buckets
+
+
 def _head(call: Call, kv_head: int, key: Tensor, value: Tensor, bucket: Tensor, static: Tensor) -> Head:
-    """Of one KV head's keys and values [N, head_dim] with their buckets [N]."""
+    """Of one KV head's keys and values [N, head_dim] with their buckets [N] int32, those of static keys set."""
     num_buckets = call.pattern.bucket_hash.num_buckets if call.budget(kv_head) else 0
-    own, held = bucket.int(), static - call.key_offset
-    own[held[(held >= 0) & (held < len(own))]] = num_buckets
-    sorted_bucket, order = torch.sort(own, stable=True)
+    sorted_bucket, order = torch.sort(bucket, stable=True)
     first = torch.searchsorted(sorted_bucket, torch.arange(num_buckets, dtype=torch.int32)).int()
     key, value = _filled(key), _filled(value)
     tables = key.index_select(0, order), value.index_select(0, order)
-    arrays = (x.numpy() for x in (static, own, order.int(), first, *tables))
+    arrays = (x.numpy() for x in (static, bucket, order.int(), first, *tables))
     return Head(key.numpy(), value.numpy(), call.key_offset, *arrays, _NOTHING)  # type: ignore[call-arg]
 
 
@@ -262,6 +265,9 @@ def _chunks(
     group, page_size = len(query) // len(key), pattern.config.page_size
     chunk_rows = max(_MIN_CHUNK_PAGES, -(-(end - start) // (num_chunks * page_size))) * page_size
     static = static_positions(pattern.config, end, key.device)
+    if index is None:  # an index has done this to its own
+        bucket = bucket.int()
+        _never_route(bucket, static - call.key_offset, pattern.bucket_hash.num_buckets)
     for kv_head in range(len(key)):
         head = _head(call, kv_head, key[kv_head], value[kv_head], bucket[kv_head], static)
         heads, row = slice(kv_head * group, (kv_head + 1) * group), start
