@@ -24,6 +24,7 @@ class Index(_Protocol):
     pattern: LayerPattern
     key_offset: int
     length: int
+    knows_sliding_windows: bool
 
     def crop(self, length: int) -> None:
         """Forget the keys behind the first `length`."""
@@ -156,6 +157,8 @@ def new_index(pattern: LayerPattern, key: Tensor, key_offset: int) -> Index | No
     """
     implementation = _implementation(pattern.config.implementation, key.device)
     if not hasattr(implementation, "Index") or pattern.dense_rows() is None:
+        return None
+    if pattern.sliding_window is not None and not implementation.Index.knows_sliding_windows:
         return None
     index: Index = implementation.Index(pattern, len(key), key_offset)
     return index

@@ -65,6 +65,8 @@ class Index:
         key_offset: position of the first key.
     """
 
+    knows_sliding_windows = True
+
     def __init__(self, pattern: LayerPattern, num_kv_heads: int, key_offset: int) -> None:
         self.pattern, self.key_offset = pattern, key_offset
         self.length = self.row = 0

@@ -7,20 +7,21 @@ inputs and output does not grow with the document, but for a few integers per ke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from hf_sparse_attn.ops import triton_kernels as attention_kernels
+from hf_sparse_attn.ops import triton_launch
 from hf_sparse_attn.ops import triton_routing as routing_kernels
 from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
+from hf_sparse_attn.ops.triton_index import FEW, Index, hash_keys, log_min_weights
+from hf_sparse_attn.ops.triton_launch import TL, block_dim, precision, rows_contiguous, with_strides
+from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 
 _UNBOUNDED = 2**30  # stands for no sliding window
@@ -29,17 +30,21 @@ _CHUNK_PAGES = 64
 _PAIRS = 64  # (row, query head) pairs per tile, where the tile has up to 16 rows
 
 
-def _pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call) -> Iterator[Piece]:
-    query, key, value = _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value)
+def _pieces(
+    cached: Index | None, query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call
+) -> Iterator[Piece]:
+    query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
     everything = slice(None)
-    for chunk in _chunks(query, key, start, end, call):
+    for chunk in _chunks(query, key, start, end, call, cached):
         rows = slice(chunk.start - call.query_offset, chunk.end - call.query_offset)
         yield Piece(everything, rows, everything, chunk.attend, chunk.differentiate)
 
 
-def _chunks(query: Tensor, key: Tensor, start: int, end: int, call: Call) -> Iterator[_Chunk]:
+def _chunks(
+    query: Tensor, key: Tensor, start: int, end: int, call: Call, cached: Index | None = None
+) -> Iterator[_Chunk]:
     """Rows at positions start .. end - 1, chunk after chunk, their keys found; each is used up before the next."""
-    index = _Index(query, key, start, end, call)
+    index = _Groups(query, key, start, end, call, cached)
     page_size = call.pattern.config.page_size
     pages = max(min(_CHUNK_ROWS // page_size, _CHUNK_PAGES), 1)
     low = start
@@ -57,36 +62,40 @@ def _chunks(query: Tensor, key: Tensor, start: int, end: int, call: Call) -> Ite
 
 def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     """See `ops.find_keys`."""
-    call = Call(_pieces, pattern, 0, 0, 1.0, None, True, None)
+    call = Call(partial(_pieces, None), pattern, 0, 0, 1.0, None, True, None)
     start, end = call.dense_end(key.shape[1]), key.shape[1]
     if start < end:
-        for _ in _chunks(_rows_contiguous(query), _rows_contiguous(key), start, end, call):
+        for _ in _chunks(rows_contiguous(query), rows_contiguous(key), start, end, call):
             pass
 
 
-class _Index:
+class _Groups:
     """A document's keys grouped by bucket, and the bucket means as the next chunk's first page may know them."""
 
-    def __init__(self, query: Tensor, key: Tensor, start: int, end: int, call: Call) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, start: int, end: int, call: Call, cached: Index | None = None
+    ) -> None:
         pattern, config = call.pattern, call.pattern.config
         num_kv_heads, num_keys, head_dim = key.shape
         self.call, self.key = call, key
-        self.acc = torch.float64 if query.dtype == torch.float64 else torch.float32
-        self.precision = "tf32x3" if query.dtype == torch.float32 else "ieee"
+        self.acc = pattern.bucket_hash.weight.dtype
+        self.precision = precision(query.dtype)
         self.group = len(query) // num_kv_heads
         self.group_padded = triton.next_power_of_2(self.group)
         self.rows = min(max(_PAIRS // self.group_padded, 1), 16)
         self.window = min(config.window_size, pattern.sliding_window or _UNBOUNDED, end)
         self.budgets = [min(call.budget(kv_head), num_keys) for kv_head in range(num_kv_heads)]
         self.budget_table = torch.tensor(self.budgets, dtype=torch.int32, device=key.device)
-        min_weights = [math.log(weight) if weight else -math.inf for weight in pattern.min_weights]
-        self.log_min_weights = torch.tensor(min_weights, dtype=self.acc, device=key.device)
+        self.log_min_weights = log_min_weights(pattern)
         self.num_buckets = pattern.bucket_hash.num_buckets
         self.static = static_positions(config, end, key.device).int()
 
-        self.bucket = (
-            self._hash() if any(self.budgets) else torch.zeros(key.shape[:2], dtype=torch.int32, device=key.device)
-        )
+        if cached is not None:
+            self.bucket = cached.bucket[:, :num_keys].contiguous()
+        elif any(self.budgets):
+            self.bucket = hash_keys(pattern, key)
+        else:
+            self.bucket = torch.zeros(key.shape[:2], dtype=torch.int32, device=key.device)
         held = self.static[self.static >= call.key_offset] - call.key_offset
         self.bucket[:, held.long()] = self.num_buckets  # static keys get a bucket of their own behind all others
         in_order, order = torch.sort(self.bucket, dim=1, stable=True)
@@ -97,37 +106,12 @@ class _Index:
         self.entered, self.left = self.first[:, :-1].repeat(2, 1, 1)
         self.sums = key.new_zeros(num_kv_heads, self.num_buckets, head_dim, dtype=self.acc)
 
-    def _hash(self) -> Tensor:
-        """[Hkv, N], int32."""
-        bucket_hash, (num_kv_heads, num_keys, head_dim) = self.call.pattern.bucket_hash, self.key.shape
-        codebooks, codes = bucket_hash.bias.shape[1:]
-        bucket = torch.empty(num_kv_heads, num_keys, dtype=torch.int32, device=self.key.device)
-        block = 64
-        _launch(
-            routing_kernels.hash_keys,
-            (triton.cdiv(num_keys, block), num_kv_heads),
-            self.key,
-            *self.key.stride()[:2],
-            bucket_hash.weight.to(self.acc).contiguous(),
-            bucket_hash.bias.to(self.acc).contiguous(),
-            bucket,
-            num_keys,
-            HEAD_DIM=head_dim,
-            CODEBOOKS=codebooks,
-            CODEBOOKS_PADDED=max(triton.next_power_of_2(codebooks), 16 // codes),
-            CODE_BITS=int(math.log2(codes)),
-            BLOCK=block,
-            BLOCK_K=32,
-            ACC=_TL[self.acc],
-        )
-        return bucket
-
 
 class _Chunk:
     """Rows at positions start .. end - 1 of all heads, and the lists of the keys that their tiles score."""
 
     def __init__(
-        self, index: _Index, query: Tensor, start: int, end: int, base: int, num_pages: int, rows_per_page: int
+        self, index: _Groups, query: Tensor, start: int, end: int, base: int, num_pages: int, rows_per_page: int
     ) -> None:
         """The chunk's pages, or its part of a large page, begin at position `base`."""
         self.index, self.start, self.end, self.base = index, start, end, base
@@ -164,7 +148,7 @@ class _Chunk:
         sliding = pattern.sliding_window is not None
         means = self._empty(self.num_pages, index.num_buckets, head_dim, dtype=index.acc)
         routable = self._empty(self.num_pages, index.num_buckets)
-        _launch(
+        triton_launch.launch(
             routing_kernels.mean_buckets,
             (index.num_buckets, num_kv_heads),
             key,
@@ -186,14 +170,14 @@ class _Chunk:
             NUM_BUCKETS=index.num_buckets,
             SLIDING=sliding,
             HEAD_DIM=head_dim,
-            BLOCK_DIM=_block_dim(head_dim),
+            BLOCK_DIM=block_dim(head_dim),
             BLOCK=16,
-            ACC=_TL[index.acc],
+            ACC=TL[index.acc],
             num_warps=1,
         )
         scores = self._empty(self.num_local, index.num_buckets, dtype=index.acc)
         block_rows, block_buckets = 64, min(max(index.num_buckets, 16), 128)
-        _launch(
+        triton_launch.launch(
             routing_kernels.score_buckets,
             (
                 self.num_pages * triton.cdiv(self.rows_per_page, block_rows),
@@ -212,11 +196,11 @@ class _Chunk:
             BLOCK_ROWS=block_rows,
             BLOCK_BUCKETS=block_buckets,
             BLOCK_K=32,
-            PRECISION="tf32x3" if index.acc == torch.float32 else "ieee",
-            ACC=_TL[index.acc],
+            PRECISION=precision(index.acc),
+            ACC=TL[index.acc],
             **self._place,
         )
-        _launch(
+        triton_launch.launch(
             routing_kernels.choose_buckets,
             (self.num_tiles, num_kv_heads),
             scores,
@@ -258,7 +242,7 @@ class _Chunk:
         self.keys = self._empty(self.num_tiles, self.capacity)
         self.takers = self._empty(self.num_tiles, self.capacity)
         self.fixed, self.total = self._empty(self.num_tiles), self._empty(self.num_tiles)
-        _launch(
+        triton_launch.launch(
             routing_kernels.list_keys,
             (self.num_tiles, num_kv_heads, triton.cdiv(self.capacity, block)),
             index.order,
@@ -308,16 +292,16 @@ class _Chunk:
     ) -> tuple[Tensor, Tensor]:
         """As `attend`; each row's logsumexp and the score under which found keys are not read, [H, R]."""
         index, call = self.index, self.index.call
-        query, key, value = (_rows_contiguous(x) for x in (query, key, value))
+        query, key, value = (rows_contiguous(x) for x in (query, key, value))
         assert output.stride(-1) == 1
         logsumexp, least = query.new_empty(2, *query.shape[:2], dtype=index.acc)
         pairs = index.rows * index.group_padded
         recording = call.recorder is not None
         kept = self._empty(*(self.num_tiles, pairs, self.capacity) if recording else (), dtype=torch.int8)
-        _launch(
+        triton_launch.launch(
             attention_kernels.attend,
             (self.num_tiles, len(key)),
-            *_with_strides(query, key, value, output),
+            *with_strides(query, key, value, output),
             self.keys,
             self.takers,
             self.fixed,
@@ -349,13 +333,13 @@ class _Chunk:
             "GROUP_PADDED": index.group_padded,
             "ROWS": index.rows,
             "HEAD_DIM": head_dim,
-            "BLOCK_DIM": _block_dim(head_dim),
+            "BLOCK_DIM": block_dim(head_dim),
             "VALUE_DIM": value_dim,
-            "BLOCK_VALUE_DIM": _block_dim(value_dim),
+            "BLOCK_VALUE_DIM": block_dim(value_dim),
             "SOFTCAP": call.softcap is not None,
             "PRECISION": index.precision,
-            "ACC": _TL[index.acc],
-            "BLOCK": _block_keys(value.dtype, max(head_dim, value_dim)),
+            "ACC": TL[index.acc],
+            "BLOCK": triton_launch.block_keys(value.dtype, max(head_dim, value_dim)),
         }
 
     def _of_lists(self, value: Tensor) -> dict[str, Any]:
@@ -372,16 +356,16 @@ class _Chunk:
         """Gradients of the arguments of `attend` for that of its result; of keys and values in float32 or more."""
         index, pattern = self.index, self.index.call.pattern
         num_kv_heads, num_keys, _ = key.shape
-        query, key, value, grad = (_rows_contiguous(x) for x in (query, key, value, grad))
+        query, key, value, grad = (rows_contiguous(x) for x in (query, key, value, grad))
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         logsumexp, least = self._attend(output, query, key, value, sinks)
         delta = (output.to(index.acc) * grad).sum(-1).contiguous()
         query_grad = torch.empty_like(query)
         key_grad = key.new_zeros(key.shape, dtype=index.acc)
         value_grad = value.new_zeros(value.shape, dtype=index.acc)
-        inputs = _with_strides(query, key, value, grad)
+        inputs = with_strides(query, key, value, grad)
         arguments = self._of_attention(value)
-        _launch(
+        triton_launch.launch(
             attention_kernels.differentiate_queries,
             (self.num_tiles, num_kv_heads),
             *inputs,
@@ -392,12 +376,12 @@ class _Chunk:
             logsumexp,
             least,
             delta,
-            *_with_strides(query_grad),
+            *with_strides(query_grad),
             **arguments,
             **self._of_lists(value),
         )
         first = max(self.start - index.window + 1, index.call.key_offset)
-        _launch(
+        triton_launch.launch(
             attention_kernels.differentiate_window,
             (triton.cdiv(self.end - first, arguments["BLOCK"]), num_kv_heads),
             *inputs,
@@ -435,7 +419,7 @@ class _Chunk:
             "NUM_BUCKETS": index.num_buckets,
             "NUM_RANDOM": num_random,
         }
-        _launch(
+        triton_launch.launch(
             routing_kernels.tiles_of_blocks,
             (num_blocks, num_kv_heads),
             index.bucket,
@@ -453,7 +437,7 @@ class _Chunk:
             **self._place,
             **shared,
         )
-        _launch(
+        triton_launch.launch(
             attention_kernels.differentiate_older,
             (num_blocks, num_kv_heads),
             *inputs,
@@ -494,39 +478,42 @@ class _Chunk:
                 call.record(kv_head * index.group + member, position, attended, num_scored, positions)
 
 
-_TL = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
 def _positions(keys: Tensor, key_offset: int) -> Tensor:
     return keys.long() + key_offset
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    on_device: AbstractContextManager[Any] = nullcontext()
-    if args[0].is_cuda:
-        on_device = torch.cuda.device(args[0].device)
-    with on_device:
-        kernel[grid](*args, **kwargs)
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """Without gradients, each row in one piece."""
-    x = x.detach()
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _with_strides(*tensors: Tensor) -> list[Any]:
-    """Each tensor [heads, rows, D] with its first two strides."""
-    return [part for x in tensors for part in (x, *x.stride()[:2])]
-
-
-def _block_dim(dim: int) -> int:
-    return max(triton.next_power_of_2(dim), 16)
-
-
-def _block_keys(dtype: torch.dtype, dim: int) -> int:
-    """Keys per step of the attention's loops, so that a step's keys and values fit into shared memory."""
-    return max(16, min(64, 8192 * 2 // (dtype.itemsize * _block_dim(dim))))
-
-
-document_attention = partial(attend_in_pieces, _pieces, in_threads=False)
+def document_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    pattern: LayerPattern,
+    query_offset: int,
+    key_offset: int,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    recorder: Recorder | None,
+    index: Index | None = None,
+) -> Tensor:
+    """See `pieces.attend_in_pieces`; `index` is that of the cached keys, or None."""
+    pieces, dense_rows = partial(_pieces, index), pattern.dense_rows()
+    if index is not None and dense_rows is not None and query_offset + query.shape[1] > dense_rows:
+        if query.shape[1] <= FEW and query_offset >= dense_rows and recorder is None:
+            call = Call(pieces, pattern, query_offset, key_offset, scaling, softcap, sinks is None, None)
+            return index.attend(call, query, key, value, sinks)
+        index.append(key)  # before the first row asks for it there is nothing to find
+    return attend_in_pieces(
+        pieces,
+        query,
+        key,
+        value,
+        pattern=pattern,
+        query_offset=query_offset,
+        key_offset=key_offset,
+        scaling=scaling,
+        softcap=softcap,
+        sinks=sinks,
+        recorder=recorder,
+        in_threads=False,
+    )

@@ -17,6 +17,45 @@ import triton.language as tl
 _NEVER = tl.constexpr(2**30)  # a position or slot behind all others
 
 
+@triton.jit
+def buckets_of(
+    key,
+    key_row,
+    n,
+    num_keys,
+    weight,
+    bias,
+    HEAD_DIM: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
+    CODEBOOKS_PADDED: tl.constexpr,
+    CODE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Buckets [BLOCK] of the keys n of one KV head: the digits argmax_c key . weight[:, t, c] + bias[t, c]."""
+    codes: tl.constexpr = 2**CODE_BITS
+    c = tl.arange(0, CODEBOOKS_PADDED * codes)
+    columns: tl.constexpr = CODEBOOKS * codes
+    scores = tl.load(bias + c, mask=c < columns, other=0.0)[None, :]
+    scores += tl.zeros((BLOCK, CODEBOOKS_PADDED * codes), ACC)
+    for low in range(0, HEAD_DIM, BLOCK_K):
+        d = low + tl.arange(0, BLOCK_K)
+        inside = (n < num_keys)[:, None] & (d < HEAD_DIM)[None, :]
+        x = tl.load(key + n.to(tl.int64)[:, None] * key_row + d[None, :], mask=inside, other=0.0)
+        w = tl.load(
+            weight + d[:, None] * columns + c[None, :],
+            mask=(d < HEAD_DIM)[:, None] & (c < columns)[None, :],
+            other=0.0,
+        )
+        scores = tl.dot(x.to(ACC), w, scores, input_precision="ieee", out_dtype=ACC)
+    digits = tl.argmax(tl.reshape(scores, (BLOCK, CODEBOOKS_PADDED, codes)), 2)
+    t = tl.arange(0, CODEBOOKS_PADDED)
+    place = CODE_BITS * (CODEBOOKS - 1 - t)
+    spelled = tl.where((t < CODEBOOKS)[None, :], digits << tl.where(place > 0, place, 0)[None, :], 0)
+    return tl.sum(spelled, 1)
+
+
 @triton.jit(do_not_specialize=["num_keys"])
 def hash_keys(
     key,
@@ -34,34 +73,29 @@ def hash_keys(
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """bucket [Hkv, N]: the digits argmax_c key . weight[:, t, c] + bias[t, c] of every codebook t.
+    """bucket [Hkv, N] of all keys.
 
     weight [Hkv, D, CODEBOOKS, 2**CODE_BITS], bias [Hkv, CODEBOOKS, 2**CODE_BITS].
     """
     head = tl.program_id(1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    codes: tl.constexpr = 2**CODE_BITS
-    c = tl.arange(0, CODEBOOKS_PADDED * codes)
-    columns: tl.constexpr = CODEBOOKS * codes
-    scores = tl.load(bias + head * columns + c, mask=c < columns, other=0.0)[None, :]
-    scores += tl.zeros((BLOCK, CODEBOOKS_PADDED * codes), ACC)
-    for low in range(0, HEAD_DIM, BLOCK_K):
-        d = low + tl.arange(0, BLOCK_K)
-        inside = (n < num_keys)[:, None] & (d < HEAD_DIM)[None, :]
-        x = tl.load(
-            key + head.to(tl.int64) * key_head + n.to(tl.int64)[:, None] * key_row + d[None, :], mask=inside, other=0.0
-        )
-        w = tl.load(
-            weight + head * HEAD_DIM * columns + d[:, None] * columns + c[None, :],
-            mask=(d < HEAD_DIM)[:, None] & (c < columns)[None, :],
-            other=0.0,
-        )
-        scores = tl.dot(x.to(ACC), w, scores, input_precision="ieee", out_dtype=ACC)
-    digits = tl.argmax(tl.reshape(scores, (BLOCK, CODEBOOKS_PADDED, codes)), 2)
-    t = tl.arange(0, CODEBOOKS_PADDED)
-    place = CODE_BITS * (CODEBOOKS - 1 - t)
-    spelled = tl.where((t < CODEBOOKS)[None, :], digits << tl.where(place > 0, place, 0)[None, :], 0)
-    tl.store(bucket + head * num_keys + n, tl.sum(spelled, 1), mask=n < num_keys)
+    columns: tl.constexpr = CODEBOOKS * 2**CODE_BITS
+    own = buckets_of(
+        key + head.to(tl.int64) * key_head,
+        key_row,
+        n,
+        num_keys,
+        weight + head * HEAD_DIM * columns,
+        bias + head * columns,
+        HEAD_DIM,
+        CODEBOOKS,
+        CODEBOOKS_PADDED,
+        CODE_BITS,
+        BLOCK,
+        BLOCK_K,
+        ACC,
+    )
+    tl.store(bucket + head * num_keys + n, own, mask=n < num_keys)
 
 
 @triton.jit
@@ -230,6 +264,29 @@ def _behind(order, low, high, limit):
     return low
 
 
+@triton.jit
+def take_best(score, available, budget, SCORE_BITS: tl.constexpr):
+    """Keys that rows take of each bucket, [ROWS, BLOCK]: from the best down, all that are available, up to `budget`.
+
+    Of equal scores the higher bucket comes first.
+    """
+    score = tl.where(score == 0.0, 0.0, score)  # no negative zero
+    # The score at which the budget ends: the highest number whose bits, from the first down, keep enough keys.
+    unsigned: tl.constexpr = tl.uint64 if SCORE_BITS == 64 else tl.uint32
+    raw = score.to(unsigned, bitcast=True)
+    one = tl.full((1, 1), 1, unsigned)
+    ranked = tl.where(raw >> (SCORE_BITS - 1) != 0, ~raw, raw | (one << (SCORE_BITS - 1)))
+    threshold = tl.zeros((score.shape[0], 1), unsigned)
+    for i in range(SCORE_BITS):
+        candidate = threshold | (one << (SCORE_BITS - 1 - i))
+        reached = tl.sum(tl.where(ranked >= candidate, available, 0), 1)
+        threshold = tl.where((reached >= budget)[:, None], candidate, threshold)
+    whole = tl.where(ranked > threshold, available, 0)
+    last = tl.where(ranked == threshold, available, 0)
+    rest = (budget - tl.sum(whole, 1) - tl.sum(last, 1))[:, None] + tl.cumsum(last, 1)  # the higher bucket first
+    return whole + tl.minimum(tl.maximum(rest, 0), last)
+
+
 @triton.jit(do_not_specialize=["num_keys", "key_offset", "base", "start", "end", "num_pages", "num_tiles"])
 def choose_buckets(
     scores,
@@ -302,23 +359,7 @@ def choose_buckets(
     inside = computed[:, None] & known[None, :]
     score = tl.load(scores + row[:, None] * NUM_BUCKETS + b[None, :], mask=inside, other=float("-inf"))
     available = tl.where(score > float("-inf"), highest - lowest, 0)
-    score = tl.where(score == 0.0, 0.0, score)  # no negative zero
-
-    # The score at which the budget ends: the highest number whose bits, from the first down, keep enough keys.
-    unsigned: tl.constexpr = tl.uint64 if SCORE_BITS == 64 else tl.uint32
-    raw = score.to(unsigned, bitcast=True)
-    one = tl.full((1, 1), 1, unsigned)
-    ranked = tl.where(raw >> (SCORE_BITS - 1) != 0, ~raw, raw | (one << (SCORE_BITS - 1)))
-    budget = tl.load(budgets + head)
-    threshold = tl.zeros((ROWS, 1), unsigned)
-    for i in range(SCORE_BITS):
-        candidate = threshold | (one << (SCORE_BITS - 1 - i))
-        reached = tl.sum(tl.where(ranked >= candidate, available, 0), 1)
-        threshold = tl.where((reached >= budget)[:, None], candidate, threshold)
-    whole = tl.where(ranked > threshold, available, 0)
-    last = tl.where(ranked == threshold, available, 0)
-    rest = (budget - tl.sum(whole, 1) - tl.sum(last, 1))[:, None] + tl.cumsum(last, 1)  # the higher bucket first
-    taken = whole + tl.minimum(tl.maximum(rest, 0), last)
+    taken = take_best(score, available, tl.load(budgets + head), SCORE_BITS)
 
     chosen = taken > 0
     bits = tl.reshape(chosen.to(tl.int32), (ROWS, BLOCK // 32, 32)) << tl.arange(0, 32)[None, None, :]

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from triton.compiler import ASTSource
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.ops import triton as implementation
+from hf_sparse_attn.ops import triton_index, triton_launch
 from hf_sparse_attn.ops.pieces import Call
 from hf_sparse_attn.routing import layer_pattern
 
@@ -87,18 +89,23 @@ def main():
             resources = compile_kernel(capability, kernel, args, kwargs)
             print(json.dumps({"kernel": name, "shape": [str(x) for x in shape], **resources}), flush=True)
 
-    implementation._launch = launch
+    triton_launch.launch = launch
+    torch.empty = torch.zeros  # nothing is written
     for shape in SHAPES[: int(sys.argv[2])]:
         dtype, num_heads, num_kv_heads, head_dim, softcap = shape
         query = torch.zeros(num_heads, 2560, head_dim, dtype=dtype)
         key = torch.zeros(num_kv_heads, 2560, head_dim, dtype=dtype)
         config = SparseAttentionConfig(dense_below=2048)
         pattern = layer_pattern(config, 0, num_heads, num_kv_heads, head_dim, query.device, torch.float32)
-        call = Call(implementation._pieces, pattern, 0, 0, head_dim**-0.5, softcap, True, None)
+        call = Call(None, pattern, 0, 0, head_dim**-0.5, softcap, True, None)
         rows = query[:, 2048:]
         for chunk in implementation._chunks(query, key, 2048, 2560, call):
             chunk.attend(torch.empty_like(rows), rows, key, key)
             chunk.differentiate(rows, rows, key, key)
+        index = triton_index.Index(pattern, num_kv_heads, 0)
+        index.append(key)
+        longer = torch.cat([key, key[:, :1]], 1)
+        index.attend(replace(call, query_offset=2560), query[:, :1], longer, longer, None)
 
 
 if __name__ == "__main__":

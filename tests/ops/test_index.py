@@ -1,4 +1,10 @@
-"""The index of a cached document: rows that go on where the last call stopped read what they read in one shot."""
+"""The index of a cached document: rows that go on where the last call stopped read what they read in one shot.
+
+The checks take the implementation whose index it is; `test_triton_index` runs them too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,39 +20,62 @@ SIZES = (60, 1, 1, 5, 1, 17, 1)  # the last one is repeated
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
-def go_on(pattern, query, key, value, index, start, stop, **others):
-    """Rows start .. stop - 1 over the keys before `stop`."""
-    return attend(query[:, start:stop], key[:, :stop], value[:, :stop], pattern, "numba", index=index, **others)
+@dataclass(frozen=True)
+class Implementation:
+    """Where an index comes from, and how many tokens its tests have time for."""
+
+    name: str
+    module: Any
+    length: int = LENGTH
+    device: str = "cpu"
+
+    def index(self, pattern):
+        return self.module.Index(pattern, len(pattern.budgets), 0)
+
+    def pattern(self, fields, **others):
+        return pattern_of(fields, device=self.device, **others)
+
+    def inputs(self, **others):
+        return inputs(self.length, self.length, device=self.device, **others)
+
+    def go_on(self, pattern, query, key, value, index, start, stop, **others):
+        """Rows start .. stop - 1 over the keys before `stop`."""
+        rows = query[:, start:stop], key[:, :stop], value[:, :stop]
+        return attend(*rows, pattern, self.name, index=index, **others)
 
 
-def in_steps(pattern, tensors, sizes=SIZES, **others):
-    index, pieces, start = numba_ops.Index(pattern, len(tensors[1]), 0), [], 0
+NUMBA = Implementation("numba", numba_ops)
+
+
+def in_steps(implementation, pattern, tensors, sizes=SIZES, **others):
+    index, pieces, start = implementation.index(pattern), [], 0
     length = tensors[1].shape[1]
     for size in (*sizes, *[sizes[-1]] * length):
         stop = min(start + size, length)
         if stop > start:
-            pieces.append(go_on(pattern, *tensors, index, start, stop, **others))
+            pieces.append(implementation.go_on(pattern, *tensors, index, start, stop, **others))
         start = stop
     return torch.cat(pieces, 1)
 
 
-def check_steps(name="everything at once", sizes=SIZES, **others):
+def check_steps(name="everything at once", sizes=SIZES, implementation=NUMBA, **others):
     """Output and the keys that are read."""
-    pattern, tensors = pattern_of(FEATURES[name]), inputs()
-    ours, expected = (KeyMask(4, LENGTH, LENGTH) for _ in range(2))
-    output = in_steps(pattern, tensors, sizes, recorder=ours, **others)
+    pattern, tensors = implementation.pattern(FEATURES[name]), implementation.inputs()
+    ours, expected = (KeyMask(4, implementation.length, implementation.length) for _ in range(2))
+    output = in_steps(implementation, pattern, tensors, sizes, recorder=ours, **others)
     specified = attend(*tensors, pattern, "reference", recorder=expected, **others)
     torch.testing.assert_close(output, specified, **EXACT)
     assert torch.equal(ours.mask, expected.mask)
 
 
-def check_taken_back(start=70, wrong=7, name="defaults of this file"):
+def check_taken_back(start=70, wrong=7, name="defaults of this file", steps=20, implementation=NUMBA):
     """Tokens are appended, taken back, and others follow, as in assisted generation: over the start of a page too."""
-    pattern, tensors, others = pattern_of(FEATURES[name]), inputs(), inputs(seed=1)
+    pattern, tensors = implementation.pattern(FEATURES[name]), implementation.inputs()
+    others, go_on = implementation.inputs(seed=1), implementation.go_on
     expected = attend(*tensors, pattern, "reference")
-    index = numba_ops.Index(pattern, KV_HEADS, 0)
+    index = implementation.index(pattern)
     go_on(pattern, *tensors, index, 0, start)
-    for row in range(start, start + 20):
+    for row in range(start, start + steps):
         tried = [torch.cat([x[:, :row], y[:, : wrong + 1]], 1) for x, y in zip(tensors, others, strict=True)]
         middle = row + wrong // 2
         go_on(pattern, *tried, index, row, middle + 1)
@@ -57,14 +86,44 @@ def check_taken_back(start=70, wrong=7, name="defaults of this file"):
         torch.testing.assert_close(output, expected[:, row : row + 1], **EXACT)
 
 
-def check_same_rows_again():
+def check_same_rows_again(implementation=NUMBA):
     """A row is computed twice, without a word to the index."""
-    pattern, tensors = pattern_of({}), inputs()
-    index = numba_ops.Index(pattern, KV_HEADS, 0)
-    go_on(pattern, *tensors, index, 0, LENGTH)
-    for start in (LENGTH - 1, LENGTH - 9, LENGTH - 1, LENGTH - 40):
-        output = go_on(pattern, *tensors, index, start, LENGTH)
+    pattern, tensors, length = implementation.pattern({}), implementation.inputs(), implementation.length
+    index = implementation.index(pattern)
+    implementation.go_on(pattern, *tensors, index, 0, length)
+    for start in (length - 1, length - 9, length - 1, length - 40):
+        output = implementation.go_on(pattern, *tensors, index, start, length)
         torch.testing.assert_close(output, attend(*tensors, pattern, "reference")[:, start:], **EXACT)
+
+
+def check_copies(implementation=NUMBA, start=100):
+    """Two go on from the same keys with others."""
+    pattern, tensors = implementation.pattern({}), implementation.inputs()
+    others = zip(tensors, implementation.inputs(seed=1), strict=True)
+    others = [torch.cat([x[:, :start], y[:, start:]], 1) for x, y in others]
+    first = implementation.index(pattern)
+    implementation.go_on(pattern, *tensors, first, 0, start)
+    second = first.copy()
+    for i in range(start, implementation.length):
+        for index, tried in ((first, tensors), (second, others)):
+            output = implementation.go_on(pattern, *tried, index, i, i + 1)
+            expected = attend(*(x[:, : i + 1] for x in tried), pattern, "reference")[:, i:]
+            torch.testing.assert_close(output, expected, **EXACT)
+
+
+def check_any_steps(steps, name, implementation=NUMBA):
+    """(tokens appended, tokens taken back) in any order."""
+    pattern, tensors = implementation.pattern(FEATURES[name]), implementation.inputs()
+    expected = attend(*tensors, pattern, "reference")
+    index, length = implementation.index(pattern), 0
+    for appended, removed in [*steps, (implementation.length, 0)]:
+        stop = min(length + appended, implementation.length)
+        if stop > length:
+            output = implementation.go_on(pattern, *tensors, index, length, stop)
+            torch.testing.assert_close(output, expected[:, length:stop], **EXACT)
+        length = max(stop - removed, 0)
+        index.crop(length)
+        assert index.length <= length
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -95,18 +154,7 @@ def test_the_same_rows_again():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=12), st.sampled_from(sorted(FEATURES)))
 def test_any_steps(steps, name):
-    """(tokens appended, tokens taken back) in any order."""
-    pattern, tensors = pattern_of(FEATURES[name]), inputs()
-    expected = attend(*tensors, pattern, "reference")
-    index, length = numba_ops.Index(pattern, KV_HEADS, 0), 0
-    for appended, removed in [*steps, (LENGTH, 0)]:
-        stop = min(length + appended, LENGTH)
-        if stop > length:
-            output = go_on(pattern, *tensors, index, length, stop)
-            torch.testing.assert_close(output, expected[:, length:stop], **EXACT)
-        length = max(stop - removed, 0)
-        index.crop(length)
-        assert index.length <= length
+    check_any_steps(steps, name)
 
 
 def test_keys_dropped_in_front():
@@ -115,7 +163,7 @@ def test_keys_dropped_in_front():
     index = numba_ops.Index(pattern, KV_HEADS, 60)
     query, key, value = (x[:, 60:] for x in tensors)
     for start, stop in ((41, 60), *((i, i + 1) for i in range(60, 90))):
-        output = go_on(pattern, query, key, value, index, start, stop, key_offset=60)
+        output = NUMBA.go_on(pattern, query, key, value, index, start, stop, key_offset=60)
         torch.testing.assert_close(output, expected[:, 60 + start : 60 + stop], **EXACT)
 
 
@@ -132,22 +180,13 @@ def test_few_keys_fall_into_the_same_buckets():
 
 def test_no_key_is_hashed_twice(monkeypatch):
     hashed = count_hashed_keys(monkeypatch)
-    in_steps(pattern_of({}), inputs())
+    in_steps(NUMBA, pattern_of({}), inputs())
     assert sum(hashed) == LENGTH
     assert hashed.count(1) > 60
 
 
 def test_a_copy_goes_its_own_way():
-    pattern, tensors, others = pattern_of({}), inputs(), inputs(seed=1)
-    others = [torch.cat([x[:, :100], y[:, 100:]], 1) for x, y in zip(tensors, others, strict=True)]
-    first = numba_ops.Index(pattern, KV_HEADS, 0)
-    go_on(pattern, *tensors, first, 0, 100)
-    second = first.copy()
-    for i in range(100, LENGTH):
-        for index, tried in ((first, tensors), (second, others)):
-            output = go_on(pattern, *tried, index, i, i + 1)
-            expected = attend(*(x[:, : i + 1] for x in tried), pattern, "reference")[:, i:]
-            torch.testing.assert_close(output, expected, **EXACT)
+    check_copies()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -156,7 +195,7 @@ def test_half_precision_is_read_as_it_is_stored(dtype, dim):
     """Bit for bit what the same numbers give in float32."""
     pattern = pattern_of({}, dtype=torch.float32, dim=dim)
     tensors = [x.to(dtype) for x in inputs(dim=dim)]
-    stored, widened = in_steps(pattern, tensors), in_steps(pattern, [x.float() for x in tensors])
+    stored, widened = in_steps(NUMBA, pattern, tensors), in_steps(NUMBA, pattern, [x.float() for x in tensors])
     assert torch.equal(stored, widened)
 
 

@@ -15,7 +15,7 @@ from cases import FEATURES, assert_like_reference, check_lower_precision, output
 from cases import inputs as make_inputs
 
 from hf_sparse_attn import ops
-from hf_sparse_attn.ops import reference
+from hf_sparse_attn.ops import reference, triton_launch
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -218,8 +218,8 @@ def right():
 def broken(mutant, kernels, monkeypatch):
     """From now on a kernel is launched with something wrong."""
     name, argument, change = mutant
-    launch = kernels._launch
-    monkeypatch.setattr(kernels, "_block_keys", lambda dtype, dim: 16)
+    launch = triton_launch.launch
+    monkeypatch.setattr(triton_launch, "block_keys", lambda dtype, dim: 16)
 
     def launch_broken(kernel, grid, *args, **kwargs):
         if kernel.fn.__name__ != name:
@@ -228,7 +228,7 @@ def broken(mutant, kernels, monkeypatch):
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         kernel[grid](**values | {argument: change(values[argument])})
 
-    monkeypatch.setattr(kernels, "_launch", launch_broken)
+    monkeypatch.setattr(triton_launch, "launch", launch_broken)
 
 
 def differ(ours, expected):

@@ -1,0 +1,190 @@
+"""The Triton index of a cached document: compiled where there is a GPU, else in Triton's interpreter."""
+
+import pytest
+import torch
+from attention_checks import attend
+from cases import FEATURES, sinks_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_index import (
+    Implementation,
+    check_any_steps,
+    check_copies,
+    check_same_rows_again,
+    check_steps,
+    check_taken_back,
+    in_steps,
+)
+
+from hf_sparse_attn import ops
+from hf_sparse_attn.ops import triton_launch
+
+pytest.importorskip("triton")
+from hf_sparse_attn.ops import triton as triton_ops
+from hf_sparse_attn.ops import triton_index
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTH = 40
+TRITON = Implementation("triton", triton_index, LENGTH, DEVICE)
+SIZES = (30, 1, 4, 1)  # up to 16 rows at a time are steps
+OFFERED = [name for name, fields in FEATURES.items() if "sliding_window" not in fields]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several programs where a document of these tests would have one."""
+    monkeypatch.setattr(triton_ops, "_CHUNK_ROWS", 32)
+    monkeypatch.setattr(triton_launch, "block_keys", lambda dtype, dim: 16)
+    monkeypatch.setattr(triton_index, "_BLOCK_KEYS", 32)
+
+
+def output_in_steps(fields, sizes=SIZES, **others):
+    """Ours and the specification's."""
+    pattern, tensors = TRITON.pattern(fields), TRITON.inputs()
+    output = in_steps(TRITON, pattern, tensors, sizes, **others)
+    return output, attend(*tensors, pattern, "reference", **others)
+
+
+def assert_like_reference(fields, sizes=SIZES, **others):
+    torch.testing.assert_close(*output_in_steps(fields, sizes, **others), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_steps(name):
+    assert_like_reference(FEATURES[name] | ({"dense_below": 32} if name == "dense rows" else {}))
+
+
+def test_rows_whose_keys_are_recorded():
+    check_steps("smallest weights by head", (37, 1), TRITON)
+
+
+@pytest.mark.parametrize("sizes", [(16, 3), (7, 17, 16)], ids=str)
+def test_many_rows_and_few(sizes):
+    assert_like_reference({"page_size": 6}, sizes)
+
+
+def test_softcap_and_sinks():
+    assert_like_reference(FEATURES["smallest weights by head"], softcap=0.7, sinks=sinks_of(device=DEVICE))
+
+
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_groups(group):
+    pattern = TRITON.pattern({}, num_heads=group, num_kv_heads=1)
+    tensors = TRITON.inputs(num_heads=group, num_kv_heads=1)
+    output = in_steps(TRITON, pattern, tensors, (37, 1))
+    torch.testing.assert_close(output, attend(*tensors, pattern, "reference"), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [5, 40])
+def test_head_dims(dim):
+    pattern, tensors = TRITON.pattern({}, dim=dim), TRITON.inputs(dim=dim)
+    tensors[2] = torch.cat([tensors[2], tensors[2].flip(1)], -1)
+    tensors = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors]
+    output = in_steps(TRITON, pattern, tensors, (37, 1))
+    torch.testing.assert_close(output, attend(*tensors, pattern, "reference"), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_lower_precision(dtype):
+    """Steps round as one shot does: the same keys, within the precision of the dtype."""
+    pattern, tensors = TRITON.pattern({}, dtype=torch.float32), [x.to(dtype) for x in TRITON.inputs()]
+    output = in_steps(TRITON, pattern, tensors, (37, 1))
+    assert output.dtype == dtype
+    expected = attend(*(x.float() for x in tensors), pattern, "reference")
+    torch.testing.assert_close(output.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["defaults of this file", "page of 3", "stride"])
+def test_taken_back(name):
+    check_taken_back(26, 5, name, 7, TRITON)
+
+
+def test_the_same_rows_again():
+    check_same_rows_again(TRITON)
+
+
+def test_a_copy_goes_its_own_way():
+    check_copies(TRITON, 36)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=4),
+    st.sampled_from(["defaults of this file", "page of 3", "window of 1", "budgets by head", "stride"]),
+)
+def test_any_steps(steps, name):
+    check_any_steps(steps, name, TRITON)
+
+
+def test_steps_do_not_look_at_all_keys(monkeypatch):
+    """A step sorts nothing, and five launches do it all."""
+    pattern, tensors = TRITON.pattern({}), TRITON.inputs()
+    index = TRITON.index(pattern)
+    TRITON.go_on(pattern, *tensors, index, 0, 36)
+    TRITON.go_on(pattern, *tensors, index, 36, 37)
+    launched = []
+    monkeypatch.setattr(triton_launch, "launch", lambda kernel, *args, **kwargs: launched.append(kernel.fn.__name__))
+    monkeypatch.setattr(torch, "sort", lambda *args, **kwargs: pytest.fail("sorted"))
+    TRITON.go_on(pattern, *tensors, index, 37, 38)
+    assert launched == ["append_and_score", "choose_ranks", "list_found", "score_listed", "sum_listed"]
+
+
+def test_where_there_is_none():
+    """Another implementation of the same config, or a window of the model's own."""
+    _, key, _ = TRITON.inputs()
+    fields = {"implementation": "triton"}
+    assert isinstance(ops.new_index(TRITON.pattern(fields), key, 0), triton_index.Index)
+    assert ops.new_index(TRITON.pattern(fields | {"sliding_window": 20}), key, 0) is None
+    assert ops.new_index(TRITON.pattern(fields | {"dense_layers": (0,)}), key, 0) is None
+
+
+def test_memory_is_counted():
+    pattern, (_, key, _) = TRITON.pattern({}), TRITON.inputs()
+    index = TRITON.index(pattern)
+    before = index.nbytes
+    index.append(key)
+    assert index.nbytes - before >= 2 * 4 * len(key) * LENGTH  # a bucket and a rank for each key
+
+
+# Kernels launched with something wrong: (kernel, argument, how it is changed).
+MUTANTS = {
+    "window": ("score_listed", "window", lambda window: window - 1),
+    "static keys": ("score_listed", "num_static", lambda number: number - 1),
+    "random keys": ("score_listed", "NUM_RANDOM", lambda number: number - 1),
+    "softcap": ("score_listed", "SOFTCAP", lambda _: False),
+    "light keys": ("sum_listed", "DROP", lambda _: False),
+    "sinks": ("sum_listed", "SINKS", lambda _: False),
+    "another page's sums": ("add_to_sums", "stop", lambda stop: stop - 1),
+    "other heads of the group": ("append_and_score", "GROUP", lambda _: 1),
+    "routed static keys": ("append_and_score", "static_bits", lambda _: 0),
+    "keys inside the window": ("choose_ranks", "first_behind", lambda number: number + 1),
+    "keys counted twice": ("choose_ranks", "num_behind", lambda number: number - 1),
+    "unlisted keys": ("list_found", "num_keys", lambda number: number - 1),
+}
+
+
+def output_of_everything():
+    fields = FEATURES["everything at once"] | {"stride": 7, "window_size": 5, "page_size": 6, "key_budget": ((6, 4),)}
+    del fields["sliding_window"]
+    return output_in_steps(fields, (27, 1), softcap=0.7, sinks=sinks_of(device=DEVICE))
+
+
+def test_nothing_is_caught_where_nothing_is_broken():
+    torch.testing.assert_close(*output_of_everything(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+def test_mutants_are_caught(mutant, monkeypatch):
+    name, argument, change = mutant
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # what is not written is a key all the same
+    launch = triton_launch.launch
+
+    def launch_broken(kernel, grid, *args, **kwargs):
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        if kernel.fn.__name__ == name:
+            values[argument] = change(values[argument])
+        launch(kernel, grid, *(values.pop(parameter) for parameter in kernel.arg_names[:1]), **values)
+
+    monkeypatch.setattr(triton_launch, "launch", launch_broken)
+    output, expected = output_of_everything()
+    assert not torch.allclose(output, expected, rtol=1e-8, atol=1e-8)
