@@ -50,7 +50,8 @@ class SparseAttentionConfig:
         dense_layers: indices of layers whose rows read everything.
         dense_below: rows at positions under it read everything; 0 turns it off.
         implementation: "reference", "torch" (any device), "numba" (CPU; the extra `cpu`), "triton" (GPU), or "auto":
-            numba on a CPU where it is installed, else torch.
+            numba on a CPU and triton on an NVIDIA GPU (compute capability 8.0 and newer) where they are installed, else
+            torch.
         calibrated_hash: the fitted hash as text (`routing.encode_calibrated_hash`); needed by hash="calibrated".
 
     Raises:

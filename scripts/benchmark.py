@@ -224,13 +224,14 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             print_stages(row)
         return
-    parts = [part for part in ("dense", *BACKENDS, "sparse", "routing", "floor") if f"{part}_ms" in rows[0]]
+    timed = ("dense", "dense_device", *BACKENDS, "sparse", "sparse_device", "routing", "floor")
+    parts = [part for part in timed if f"{part}_ms" in rows[0]]
     digits = 2 if rows[0]["pass"] == "decode" else 1
     memory = "cache" if rows[0]["pass"] in ("decode", "generation") else "peak"
     sides = (f"{side} {memory} MB" for side in ("dense", "sparse"))
     print_table(
         f"{rows[0]['pass']}: medians",
-        ["tokens", *(f"{part} ms" for part in parts), "speedup", "density", *sides],
+        ["tokens", *(f"{part.replace('_', ' ')} ms" for part in parts), "speedup", "density", *sides],
         [
             [
                 str(row["seq_len"]),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def compare_decoding(
     Returns:
         "pass" ("decode"), "seq_len" (tokens of context), "dense_ms", "sparse_ms", "speedup", "density" (of the steps),
         and "dense_peak_bytes" and "sparse_peak_bytes": keys and values of the context, and the same with the index and
-        the room for more.
+        the room for more. On a GPU also "dense_device_ms" and "sparse_device_ms": the last step again, without the time
+        in which the host launches it, and without appending.
 
     Raises:
         RuntimeError: if the sparse side's output is wrong.
@@ -76,8 +78,9 @@ def compare_decoding(
     outputs, recorder = [], DensityRecorder()
     for step in range(_CHECKED_STEPS):
         token = slice(context + step, context + step + 1)
-        outputs.append(sparse(token, *layers[0].update(key[:, :, token], value[:, :, token]), recorder))
+        outputs.append(sparse(token, *layers[0].update(key[:, :, token], value[:, :, token])))
     checked = slice(context, context + _CHECKED_STEPS)
+    sparse(checked, *_held(layers[0]), recorder)
     plain = layer_pattern(config.replace(implementation="torch"), layer_idx, *heads, query.device, dtype)
     seen = key[:, :, : checked.stop], value[:, :, : checked.stop]
     check_rows(torch.cat(outputs, 1), attention(Inputs(query[:, :, checked], *seen), plain, scaling, None))
@@ -98,22 +101,52 @@ def compare_decoding(
                 append = time.perf_counter() - start
                 start += append
             for layer in layers:
-                assert layer.keys is not None
-                assert layer.values is not None
-                side(token, layer.keys, layer.values)
+                side(token, *_held(layer))
             synchronize(query.device)
             spent[side].append((time.perf_counter() - start + append) / len(layers))
     medians = {side: 1e3 * statistics.median(seconds[WARM_STEPS:]) for side, seconds in spent.items()}
+    others: dict[str, float] = {}
+    if query.device.type == "cuda":
+        last = [partial(side, token, *_held(layer)) for side in (dense, sparse) for layer in layers]
+        num_layers = len(layers)
+        others["dense_device_ms"] = device_milliseconds(last[:num_layers]) / num_layers
+        others["sparse_device_ms"] = device_milliseconds(last[num_layers:]) / num_layers
     return {
         "pass": "decode",
         "seq_len": context,
         "dense_ms": medians[dense],
         "sparse_ms": medians[sparse],
+        **others,
         "speedup": medians[dense] / medians[sparse],
         "density": recorder.density,
         "dense_peak_bytes": context_bytes,
         "sparse_peak_bytes": sparse_bytes,
     }
+
+
+def _held(layer: SparseLayer) -> tuple[Tensor, Tensor]:
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values
+
+
+def device_milliseconds(works: Sequence[Callable[[], object]]) -> float:
+    """Time that a GPU spends on pieces of work, recorded once and replayed: the median of several replays."""
+    for work in works:
+        work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for work in works:
+            work()
+    spent = []
+    for _ in range(WARM_STEPS + _CHECKED_STEPS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        spent.append(float(start.elapsed_time(end)))
+    return statistics.median(spent[WARM_STEPS:])
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def document_attention(
     the cached keys, which the new ones are appended to, or None; no gradients flow where there is one.
     """
     implementation = _implementation(pattern.config.implementation, query.device)
-    dtype, precise = _dtype(pattern.config, query, key), compute_dtype(query, key)
+    dtype, precise = _dtype(implementation, query, key), compute_dtype(query, key)
     indexed = {} if index is None else {"index": index}
     halves = getattr(implementation, "HALF", ())
     as_stored = index is not None and dtype == _torch.float32 and {key.dtype} == {value.dtype} <= set(halves)
@@ -174,7 +174,7 @@ def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
         pattern: the layer's pattern, in the dtype that is computed in; "reference" does not find keys by themselves.
     """
     implementation = _implementation(pattern.config.implementation, query.device)
-    dtype = _dtype(pattern.config, query, key)
+    dtype = _dtype(implementation, query, key)
     if pattern.dense_rows() is not None:
         implementation.find_keys(query.to(dtype), key.to(dtype), pattern)
 
@@ -192,7 +192,7 @@ def check_implementation(name: str, device: _torch.device) -> None:
 def _implementation(name: str, device: _torch.device) -> _Any:
     """The module that the config's `implementation` means on a device."""
     if name == "auto":
-        name = "numba" if device.type == "cpu" and _installed("numba") else "torch"
+        name = _best(device)
     if name == "numba" and device.type != "cpu":
         raise ValueError(f'implementation="numba" runs on a CPU only, not on {device}; choose "auto" or "torch"')
     if name == "numba" and not _installed("numba"):
@@ -208,14 +208,23 @@ def _implementation(name: str, device: _torch.device) -> _Any:
     return _import_module(f"hf_sparse_attn.ops.{name}")
 
 
+def _best(device: _torch.device) -> str:
+    """What "auto" means: "torch" wherever there is nothing faster. Triton's kernels multiply bfloat16 and tf32."""
+    if device.type == "cpu" and _installed("numba"):
+        return "numba"
+    if device.type == "cuda" and _torch.version.cuda and _installed("triton"):
+        return "triton" if _torch.cuda.get_device_capability(device) >= (8, 0) else "torch"
+    return "torch"
+
+
 @_cache
 def _installed(package: str) -> bool:
     return _find_spec(package) is not None
 
 
-def _dtype(config: SparseAttentionConfig, query: Tensor, key: Tensor) -> _torch.dtype:
-    """Of the tensors that the config's implementation is given: Triton's keeps half precision."""
-    if config.implementation == "triton":
+def _dtype(implementation: _Any, query: Tensor, key: Tensor) -> _torch.dtype:
+    """Of the tensors that an implementation is given: Triton's keeps half precision."""
+    if getattr(implementation, "KEEPS_HALF", False):
         return _torch.promote_types(query.dtype, key.dtype)
     return compute_dtype(query, key)
 

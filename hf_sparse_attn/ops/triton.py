@@ -24,10 +24,10 @@ from hf_sparse_attn.ops.triton_launch import TL, block_dim, precision, rows_cont
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 
+KEEPS_HALF = True  # inputs of half precision are not converted
 _UNBOUNDED = 2**30  # stands for no sliding window
 _CHUNK_ROWS = 2048
 _CHUNK_PAGES = 64
-_PAIRS = 64  # (row, query head) pairs per tile, where the tile has up to 16 rows
 
 
 def _pieces(
@@ -82,7 +82,7 @@ class _Groups:
         self.precision = precision(query.dtype)
         self.group = len(query) // num_kv_heads
         self.group_padded = triton.next_power_of_2(self.group)
-        self.rows = min(max(_PAIRS // self.group_padded, 1), 16)
+        self.rows = min(max(triton_launch.pairs(query) // self.group_padded, 1), 16)
         self.window = min(config.window_size, pattern.sliding_window or _UNBOUNDED, end)
         self.budgets = [min(call.budget(kv_head), num_keys) for kv_head in range(num_kv_heads)]
         self.budget_table = torch.tensor(self.budgets, dtype=torch.int32, device=key.device)
@@ -339,7 +339,7 @@ class _Chunk:
             "SOFTCAP": call.softcap is not None,
             "PRECISION": index.precision,
             "ACC": TL[index.acc],
-            "BLOCK": triton_launch.block_keys(value.dtype, max(head_dim, value_dim)),
+            "BLOCK": triton_launch.block_keys(value, max(head_dim, value_dim)),
         }
 
     def _of_lists(self, value: Tensor) -> dict[str, Any]:

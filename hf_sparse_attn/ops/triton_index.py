@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from functools import partial
 from typing import Any
@@ -24,6 +24,11 @@ _MOST_SCORES = 2**25  # of the rows that one launch takes
 _BLOCK_KEYS = 1024
 
 
+def _written_anywhere(method: Callable[..., Any]) -> Callable[..., Any]:
+    """What a method makes can be changed inside torch.inference_mode() and outside, and carries no gradients."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
+
+
 class Index:
     """Each key's bucket and its rank in it, and what the buckets hold in all: behind a window, and known to a page.
 
@@ -38,6 +43,7 @@ class Index:
 
     knows_sliding_windows = False
 
+    @_written_anywhere
     def __init__(self, pattern: LayerPattern, num_kv_heads: int, key_offset: int) -> None:
         self.pattern, self.key_offset = pattern, key_offset
         self.length = self._num_behind = self._num_known = 0
@@ -55,6 +61,7 @@ class Index:
         self._budgets = torch.tensor(pattern.budgets, dtype=torch.int32, device=weight.device)
         self._log_min_weights = log_min_weights(pattern)
 
+    @_written_anywhere
     def append(self, key: Tensor) -> None:
         """Take in the keys of [num_key_value_heads, N, head_dim] behind the first `length`, however many."""
         start, stop = self.length, key.shape[1]
@@ -101,6 +108,7 @@ class Index:
         known = own < table.shape[1]
         table.scatter_add_(1, own * known, sign * known.int())
 
+    @_written_anywhere
     def crop(self, length: int) -> None:
         """Forget the keys behind the first `length`."""
         if length >= self.length:
@@ -120,6 +128,7 @@ class Index:
         self._numbers.zero_()
         self._num_known = 0
 
+    @_written_anywhere
     def copy(self) -> Index:
         """Another one, of the same keys."""
         other = copy(self)
@@ -136,6 +145,7 @@ class Index:
         tables = (self.bucket, self._rank, self._counts, self._behind, self._numbers, self._sums, self._static_here)
         return sum(x.nbytes for x in tables)
 
+    @_written_anywhere
     def attend(self, call: Call, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
         """Append the new ones of keys [Hkv, N, D] and attend to them from sparse rows [H, R, D]; [H, R, D]."""
         query, key, value = (rows_contiguous(x) for x in (query, key, value))
@@ -180,7 +190,7 @@ class Index:
                 HEAD_DIM=head_dim,
                 BLOCK_DIM=block_dim(head_dim),
                 BLOCK_BUCKETS=block_buckets,
-                BLOCK=triton_launch.block_keys(key.dtype, head_dim),
+                BLOCK=triton_launch.block_keys(key, head_dim),
                 PRECISION="ieee",
                 ACC=TL[self.acc],
             )
@@ -306,7 +316,7 @@ class _Rows:
         num_random, num_static, value_dim = config.num_random_keys, len(index._static), self.value.shape[-1]
         positions = torch.arange(self.start, self.start + self.num_rows, device=self.key.device)
         drawn = random_keys(index.pattern, positions, index._static_here, self.window, index.key_offset).int()
-        block = triton_launch.block_keys(self.key.dtype, max(self.head_dim, value_dim))
+        block = triton_launch.block_keys(self.key, max(self.head_dim, value_dim))
         num_parts = triton.cdiv(self.window + num_static + num_random + found.shape[2], block)
         capacity = num_parts * block
         group_padded = max(triton.next_power_of_2(self.group), 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,16 +16,26 @@ TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
     """Run a kernel on the device of its first argument."""
+    device = args[0].device
     on_device: AbstractContextManager[Any] = nullcontext()
-    if args[0].is_cuda:
-        on_device = torch.cuda.device(args[0].device)
+    if device.type == "cuda":
+        on_device = torch.cuda.device(device)
     with on_device:
-        kernel[grid](*args, **kwargs)
+        kernel[grid](*args, **kwargs, **stages(device))
 
 
-def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """What sums over inputs of a dtype are kept in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@cache
+def _has_little_memory(device: torch.device) -> bool:
+    """Whether a program has about 100 KB of shared memory, as on consumers' GPUs, where others have 160 and more."""
+    if device.type != "cuda":
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return bool(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] < 160 * 1024)
+
+
+def stages(device: torch.device) -> dict[str, int]:
+    """How many steps of a loop are loaded ahead: none where there is no room for them."""
+    return {"num_stages": 1} if _has_little_memory(device) else {}
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -48,6 +59,16 @@ def block_dim(dim: int) -> int:
     return max(int(triton.next_power_of_2(dim)), 16)
 
 
-def block_keys(dtype: torch.dtype, dim: int) -> int:
-    """Keys per step of the attention's loops, so that a step's keys and values fit into shared memory."""
-    return max(16, min(64, 8192 * 2 // (dtype.itemsize * block_dim(dim))))
+def block_keys(x: Tensor, dim: int) -> int:
+    """Keys per step of the attention's loops over keys like `x`: a step's keys and values fit into shared memory."""
+    room = 2**13 if _is_tight(x) else 2**14
+    return max(16, min(64, room // (x.dtype.itemsize * block_dim(dim))))
+
+
+def pairs(x: Tensor) -> int:
+    """(row, query head) pairs per tile, of rows like `x`."""
+    return 32 if _is_tight(x) else 64
+
+
+def _is_tight(x: Tensor) -> bool:
+    return x.dtype.itemsize * block_dim(x.shape[-1]) > 256 and _has_little_memory(x.device)

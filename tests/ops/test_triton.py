@@ -175,6 +175,26 @@ def test_a_device_that_cannot_run_it(monkeypatch):
         attend(*make_inputs(9, 9), pattern_of({}), "triton")
 
 
+@pytest.mark.parametrize(
+    ("device", "cuda", "capability", "packages", "chosen"),
+    [
+        ("cuda", "13.0", (9, 0), {"triton", "numba"}, "triton"),
+        ("cuda", "13.0", (8, 0), {"triton"}, "triton"),
+        ("cuda", "13.0", (7, 5), {"triton"}, "torch"),
+        ("cuda", "13.0", (9, 0), {"numba"}, "torch"),
+        ("cuda", None, (9, 0), {"triton"}, "torch"),
+        ("cpu", "13.0", (9, 0), {"triton"}, "torch"),
+        ("cpu", None, (9, 0), {"triton", "numba"}, "numba"),
+        ("mps", None, (9, 0), {"triton", "numba"}, "torch"),
+    ],
+)
+def test_auto(device, cuda, capability, packages, chosen, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(ops, "_installed", packages.__contains__)
+    assert ops._best(torch.device(device)) == chosen
+
+
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(ops, "_installed", lambda package: False)
     with pytest.raises(ModuleNotFoundError, match="pip install triton"):
@@ -219,7 +239,7 @@ def broken(mutant, kernels, monkeypatch):
     """From now on a kernel is launched with something wrong."""
     name, argument, change = mutant
     launch = triton_launch.launch
-    monkeypatch.setattr(triton_launch, "block_keys", lambda dtype, dim: 16)
+    monkeypatch.setattr(triton_launch, "block_keys", lambda keys, dim: 16)
 
     def launch_broken(kernel, grid, *args, **kwargs):
         if kernel.fn.__name__ != name:
@@ -256,7 +276,7 @@ def test_mutants_of_the_backward_are_caught(mutant, right, kernels, monkeypatch)
     assert differ(ours[1:], expected[1:])
 
 
-@pytest.mark.parametrize(("capability", "num_shapes"), [(80, 2), (90, 3)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize(("capability", "num_shapes"), [(80, 1), (89, 2), (90, 3)], ids=lambda x: str(x))
 def test_every_kernel_compiles_without_a_gpu(capability, num_shapes, tmp_path):
     """For what the interpreter does not check: shapes of products, shared memory, registers."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -266,6 +286,6 @@ def test_every_kernel_compiles_without_a_gpu(capability, num_shapes, tmp_path):
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     compiled = [json.loads(line) for line in finished.stdout.splitlines()]
-    assert len({entry["kernel"] for entry in compiled}) == 10
-    room = {80: 163 * 1024, 90: 227 * 1024}[capability]
+    assert len({entry["kernel"] for entry in compiled}) == 16
+    room = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}[capability]
     assert all(entry["shared"] <= room for entry in compiled)

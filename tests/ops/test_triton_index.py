@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_checks import attend
+from attention_checks import TOLERANCE, attend, padded_batch, tiny_model, tokens
 from cases import FEATURES, sinks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ from test_index import (
     in_steps,
 )
 
-from hf_sparse_attn import ops
+from hf_sparse_attn import SparseCache, ops
 from hf_sparse_attn.ops import triton_launch
 
 pytest.importorskip("triton")
@@ -34,7 +34,7 @@ OFFERED = [name for name, fields in FEATURES.items() if "sliding_window" not in 
 def small_blocks(monkeypatch):
     """Several programs where a document of these tests would have one."""
     monkeypatch.setattr(triton_ops, "_CHUNK_ROWS", 32)
-    monkeypatch.setattr(triton_launch, "block_keys", lambda dtype, dim: 16)
+    monkeypatch.setattr(triton_launch, "block_keys", lambda keys, dim: 16)
     monkeypatch.setattr(triton_index, "_BLOCK_KEYS", 32)
 
 
@@ -127,6 +127,28 @@ def test_steps_do_not_look_at_all_keys(monkeypatch):
     monkeypatch.setattr(torch, "sort", lambda *args, **kwargs: pytest.fail("sorted"))
     TRITON.go_on(pattern, *tensors, index, 37, 38)
     assert launched == ["append_and_score", "choose_ranks", "list_found", "score_listed", "sum_listed"]
+
+
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE != "cpu", reason="the models of this check live on the CPU")
+def test_through_transformers(monkeypatch):
+    """A left-padded batch whose steps "auto" gives to Triton, interpreted; inside inference mode and outside."""
+    model = tiny_model()
+    rows = [tokens(length, seed=length)[0] for length in (28, 25)]
+    ids, mask, position_ids = padded_batch(rows, "left", 0)
+    expected = model(ids, attention_mask=mask, position_ids=position_ids).logits
+    monkeypatch.setattr(ops, "_best", lambda device: "triton")
+    cache, pieces, start = SparseCache(model.config), [], 0
+    for size in (20, 1, 4, 1, 1, 1):
+        part = slice(start, start + size)
+        with torch.inference_mode(start < 24):
+            inputs = {"attention_mask": mask[:, : part.stop], "position_ids": position_ids[:, part]}
+            pieces.append(model(ids[:, part], **inputs, past_key_values=cache, use_cache=True).logits.clone())
+        start = part.stop
+    indexes = [index for layer in cache.layers for _, index in layer.indexes._of_row.values()]
+    assert len(indexes) == 4
+    assert all(isinstance(index, triton_index.Index) for index in indexes)
+    torch.testing.assert_close(torch.cat(pieces, 1)[mask.bool()], expected[mask.bool()], **TOLERANCE)
 
 
 def test_where_there_is_none():
