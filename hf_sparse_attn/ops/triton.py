@@ -27,7 +27,9 @@ from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_
 KEEPS_HALF = True  # inputs of half precision are not converted
 _UNBOUNDED = 2**30  # stands for no sliding window
 _CHUNK_ROWS = 2048
-_CHUNK_PAGES = 64
+_CHUNK_PAGES = 128
+_BACKWARD_CHUNK_ROWS = 8192  # fewer chunks, as each adds to the gradients of all keys
+_CHOOSING_ROWS = 4  # that choose their buckets together
 
 
 def _pieces(
@@ -45,14 +47,14 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     """Rows at positions start .. end - 1, chunk after chunk, their keys found; each is used up before the next."""
     index = _Groups(query, key, start, end, call, cached)
-    page_size = call.pattern.config.page_size
-    pages = max(min(_CHUNK_ROWS // page_size, _CHUNK_PAGES), 1)
+    page_size, chunk_rows = call.pattern.config.page_size, _BACKWARD_CHUNK_ROWS if call.backward else _CHUNK_ROWS
+    pages = max(min(chunk_rows // page_size, _CHUNK_PAGES), 1)
     low = start
     while low < end:
         page = low // page_size
         base = page * page_size
-        base += (low - base) // _CHUNK_ROWS * _CHUNK_ROWS  # large pages are cut
-        rows_per_page = min(page_size, _CHUNK_ROWS)
+        base += (low - base) // chunk_rows * chunk_rows  # large pages are cut
+        rows_per_page = min(page_size, chunk_rows)
         high = min(base + pages * rows_per_page, (page + pages) * page_size, end)
         num_pages = -(-(high - base) // rows_per_page)
         rows = query[:, low - call.query_offset : high - call.query_offset]
@@ -81,8 +83,7 @@ class _Groups:
         self.acc = pattern.bucket_hash.weight.dtype
         self.precision = precision(query.dtype)
         self.group = len(query) // num_kv_heads
-        self.group_padded = triton.next_power_of_2(self.group)
-        self.rows = min(max(triton_launch.pairs(query) // self.group_padded, 1), 16)
+        self.rows, self.group_padded = triton_launch.tile_shape(query, self.group, config.page_size)
         self.window = min(config.window_size, pattern.sliding_window or _UNBOUNDED, end)
         self.budgets = [min(call.budget(kv_head), num_keys) for kv_head in range(num_kv_heads)]
         self.budget_table = torch.tensor(self.budgets, dtype=torch.int32, device=key.device)
@@ -202,12 +203,31 @@ class _Chunk:
         )
         triton_launch.launch(
             routing_kernels.choose_buckets,
-            (self.num_tiles, num_kv_heads),
+            (self.num_pages * triton.cdiv(self.rows_per_page, _CHOOSING_ROWS), num_kv_heads),
             scores,
             index.bucket,
             index.order,
             index.first,
             index.budget_table,
+            self.words,
+            self.cut,
+            num_keys,
+            index.call.key_offset,
+            num_pages=self.num_pages,
+            window=index.window,
+            sliding_window=pattern.sliding_window or _UNBOUNDED,
+            NUM_BUCKETS=index.num_buckets,
+            BLOCK=self.block,
+            ROWS=_CHOOSING_ROWS,
+            SLIDING=sliding,
+            SCORE_BITS=64 if index.acc == torch.float64 else 32,
+            **self._place,
+        )
+        triton_launch.launch(
+            routing_kernels.find_runs,
+            (self.num_tiles, num_kv_heads),
+            index.order,
+            index.first,
             self.words,
             self.cut,
             *self.runs,
@@ -222,8 +242,6 @@ class _Chunk:
             BLOCK=self.block,
             ROWS=index.rows,
             SLIDING=sliding,
-            SCORE_BITS=64 if index.acc == torch.float64 else 32,
-            num_warps=8,
             **self._place,
         )
 
@@ -238,7 +256,7 @@ class _Chunk:
         found = min(rows * max(index.budgets) + rows, num_keys)  # a bucket's runs may leave out up to `rows` keys
         capacity = index.window + rows - 1 + len(index.static) + rows * num_random + found
         self.capacity = -(-capacity // 16) * 16
-        block = 128
+        block = 64
         self.keys = self._empty(self.num_tiles, self.capacity)
         self.takers = self._empty(self.num_tiles, self.capacity)
         self.fixed, self.total = self._empty(self.num_tiles), self._empty(self.num_tiles)
@@ -313,12 +331,17 @@ class _Chunk:
             kept,
             SINKS=sinks is not None,
             KEEP=recording,
+            num_warps=self._num_warps,
             **self._of_attention(value),
             **self._of_lists(value),
         )
         if recording:
             self._record(kept)
         return logsumexp, least
+
+    @property
+    def _num_warps(self) -> int:
+        return 8 if self.index.rows * self.index.group_padded >= 128 else 4
 
     def _of_attention(self, value: Tensor) -> dict[str, Any]:
         """Arguments that every kernel of the attention takes."""
@@ -377,6 +400,7 @@ class _Chunk:
             least,
             delta,
             *with_strides(query_grad),
+            num_warps=self._num_warps,
             **arguments,
             **self._of_lists(value),
         )

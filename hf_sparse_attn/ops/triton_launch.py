@@ -15,27 +15,27 @@ TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Run a kernel on the device of its first argument."""
+    """Run a kernel on the device of its first argument, which also tells how wide its numbers are."""
     device = args[0].device
     on_device: AbstractContextManager[Any] = nullcontext()
     if device.type == "cuda":
         on_device = torch.cuda.device(device)
     with on_device:
-        kernel[grid](*args, **kwargs, **stages(device))
+        kernel[grid](*args, **kwargs, **stages(args[0]))
+
+
+def stages(x: Tensor) -> dict[str, int]:
+    """How many steps of a loop are loaded ahead: none where there is no room for them, registers or shared memory."""
+    return {"num_stages": 1} if x.dtype.itemsize > 2 or _has_little_memory(x.device) else {}
 
 
 @cache
 def _has_little_memory(device: torch.device) -> bool:
-    """Whether a program has about 100 KB of shared memory, as on consumers' GPUs, where others have 160 and more."""
+    """Whether a program has 100 or 160 KB of shared memory; Hopper's and Blackwell's for data centers have 227."""
     if device.type != "cuda":
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    return bool(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] < 160 * 1024)
-
-
-def stages(device: torch.device) -> dict[str, int]:
-    """How many steps of a loop are loaded ahead: none where there is no room for them."""
-    return {"num_stages": 1} if _has_little_memory(device) else {}
+    return bool(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] < 200 * 1024)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -61,14 +61,20 @@ def block_dim(dim: int) -> int:
 
 def block_keys(x: Tensor, dim: int) -> int:
     """Keys per step of the attention's loops over keys like `x`: a step's keys and values fit into shared memory."""
-    room = 2**13 if _is_tight(x) else 2**14
-    return max(16, min(64, room // (x.dtype.itemsize * block_dim(dim))))
+    row_bytes = x.dtype.itemsize * block_dim(dim)
+    room = 2**13 if row_bytes > 256 and _has_little_memory(x.device) else 2**14
+    return max(16, min(64, room // row_bytes))
 
 
-def pairs(x: Tensor) -> int:
-    """(row, query head) pairs per tile, of rows like `x`."""
-    return 32 if _is_tight(x) else 64
+def tile_shape(query: Tensor, group: int, page_size: int) -> tuple[int, int]:
+    """Rows of one page that a tile of queries takes, and the query heads of a group that it has room for.
 
-
-def _is_tight(x: Tensor) -> bool:
-    return x.dtype.itemsize * block_dim(x.shape[-1]) > 256 and _has_little_memory(x.device)
+    As many as the registers hold, so that each key is loaded once for them all; a row has one bit of 32. In float64 a
+    tile is one row, whose sums other rows' keys do not regroup: what comes later changes nothing, to the last bit.
+    """
+    group_padded = int(triton.next_power_of_2(group))
+    if query.dtype == torch.float64:
+        return 1, max(group_padded, 16)
+    room = 2**14 if query.dtype.itemsize > 2 or _has_little_memory(query.device) else 2**15
+    pairs = max(16, min(128, room // (query.dtype.itemsize * block_dim(query.shape[-1]))))
+    return min(max(pairs // group_padded, 1), 32, int(triton.next_power_of_2(page_size))), group_padded

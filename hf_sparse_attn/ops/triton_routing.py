@@ -1,9 +1,9 @@
 """Triton kernels that find every row's keys: hash, bucket means, bucket scores, choice of buckets, lists of keys.
 
 Rows are taken a tile at a time: up to ROWS consecutive rows of one page. Every row chooses its own buckets; what a tile
-shares is only the loading of keys. `list_keys` writes, for each tile and KV head, the keys that any of its rows
-scores, with one bit per row that says which rows do, so that the attention itself knows nothing of how keys are
-found.
+shares is only the loading of keys, and rows near each other find much the same ones. `list_keys` writes, for each tile
+and KV head, the keys that any of its rows scores, with one bit per row that says which rows do, so that the attention
+itself knows nothing of how keys are found.
 
 Shapes: N keys, D head_dim, B buckets, Hkv KV heads. A chunk of rows holds whole pages (or one part of a large page),
 its rows counted from position `base` on (`local`); those at positions start .. end - 1 are computed.
@@ -287,7 +287,7 @@ def take_best(score, available, budget, SCORE_BITS: tl.constexpr):
     return whole + tl.minimum(tl.maximum(rest, 0), last)
 
 
-@triton.jit(do_not_specialize=["num_keys", "key_offset", "base", "start", "end", "num_pages", "num_tiles"])
+@triton.jit(do_not_specialize=["num_keys", "key_offset", "base", "start", "end", "num_pages"])
 def choose_buckets(
     scores,
     bucket,
@@ -296,17 +296,12 @@ def choose_buckets(
     budgets,
     words,
     cut,
-    run_bucket,
-    run_low,
-    run_end,
-    num_runs,
     num_keys,
     key_offset,
     base,
     start,
     end,
     num_pages,
-    num_tiles,
     page_size,
     window,
     sliding_window,
@@ -316,7 +311,7 @@ def choose_buckets(
     SLIDING: tl.constexpr,
     SCORE_BITS: tl.constexpr,
 ):
-    """Each row's buckets from the best down until its budget of keys is used, and the tile's runs of slots.
+    """Each row's buckets from the best down until its budget of keys is used; ROWS rows of a page at a time.
 
     A slot is a place in `order`, where the keys of a bucket stand side by side, oldest first. Of a row's last bucket
     only the newest keys are taken.
@@ -326,17 +321,13 @@ def choose_buckets(
         budgets: [Hkv].
         words: [Hkv, rows, BLOCK / 32], a bit for each bucket that the row takes keys of.
         cut: [Hkv, rows, 2], slots cut[0] .. cut[1] - 1 are the keys of the last bucket that are not taken.
-        run_bucket, run_low, run_end: [Hkv, tiles, BLOCK]: the runs of slots that hold what the rows take: bucket,
-            first slot, and the lengths of the runs up to this one added up.
-        num_runs: [Hkv, tiles].
     """
-    tile = tl.program_id(0)
     head = tl.program_id(1)
     order += head * num_keys
     b = tl.arange(0, BLOCK)
     known = b < NUM_BUCKETS
     r = tl.arange(0, ROWS)
-    local, computed = tile_rows(tile, r, base, start, end, page_size, ROWS)
+    local, computed = tile_rows(tl.program_id(0), r, base, start, end, page_size, ROWS)
     oldest = base + tl.min(local) - key_offset  # index of the key at the first row
     run_first = tl.load(first + head * (NUM_BUCKETS + 1) + b, mask=known, other=0)
     run_stop = tl.load(first + head * (NUM_BUCKETS + 1) + b + 1, mask=known, other=0)
@@ -370,10 +361,66 @@ def choose_buckets(
     tl.store(cut + row * 2, tl.sum(tl.where(partly, lowest, 0), 1), mask=computed)
     tl.store(cut + row * 2 + 1, tl.sum(tl.where(partly, highest - taken, 0), 1), mask=computed)
 
+
+@triton.jit(do_not_specialize=["num_keys", "key_offset", "base", "start", "end", "num_pages", "num_tiles"])
+def find_runs(
+    order,
+    first,
+    words,
+    cut,
+    run_bucket,
+    run_low,
+    run_end,
+    num_runs,
+    num_keys,
+    key_offset,
+    base,
+    start,
+    end,
+    num_pages,
+    num_tiles,
+    page_size,
+    window,
+    sliding_window,
+    NUM_BUCKETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLIDING: tl.constexpr,
+):
+    """The runs of slots that hold what the rows of a tile take; up to ROWS keys more, which no row takes.
+
+    Args:
+        words, cut: of `choose_buckets`.
+        run_bucket, run_low, run_end: [Hkv, tiles, BLOCK]: bucket and first slot of each run, and the lengths of the
+            runs up to this one added up.
+        num_runs: [Hkv, tiles].
+    """
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    order += head * num_keys
+    b = tl.arange(0, BLOCK)
+    known = b < NUM_BUCKETS
+    first_row, _ = tile_rows(tile, 0, base, start, end, page_size, ROWS)
+    oldest = base + first_row - key_offset  # index of the key at the first row
+    lowest = tl.load(first + head * (NUM_BUCKETS + 1) + b, mask=known, other=0)
+    stop = tl.load(first + head * (NUM_BUCKETS + 1) + b + 1, mask=known, other=0)
+    num_rows = tl.minimum(ROWS, page_size - (tile % tl.cdiv(page_size, ROWS)) * ROWS)
+    highest = _behind(order, lowest, stop, oldest + num_rows - 1 - window)
+    if SLIDING:
+        lowest = _behind(order, lowest, stop, oldest - sliding_window)
+    low = tl.full((BLOCK,), _NEVER, tl.int32)
+    for r in range(ROWS):
+        local, computed = tile_rows(tile, r, base, start, end, page_size, ROWS)
+        row = (head * num_pages * page_size + tl.where(computed, local, 0)).to(tl.int64)
+        word = tl.where(computed, tl.load(words + row * (BLOCK // 32) + (b >> 5)), 0)
+        cut_low = tl.load(cut + row * 2)
+        cut_high = tl.load(cut + row * 2 + 1)
+        partly = (cut_low < cut_high) & (lowest <= cut_low) & (cut_low < stop)
+        own_low = tl.where(partly, cut_high, lowest)
+        low = tl.minimum(low, tl.where(((word >> (b & 31)) & 1) != 0, own_low, _NEVER))
+    some = (low < _NEVER).to(tl.int32)
+    length = tl.where(some > 0, highest - low, 0)
     place = (head * num_tiles + tile).to(tl.int64)
-    some = tl.max(chosen.to(tl.int32), 0)
-    low = tl.min(tl.where(chosen, highest - taken, _NEVER), 0)
-    length = tl.where(some > 0, tl.max(tl.where(chosen, highest, 0), 0) - low, 0)
     run = place * BLOCK + tl.cumsum(some, 0) - 1
     tl.store(run_bucket + run, b, mask=some > 0)
     tl.store(run_low + run, low, mask=some > 0)

@@ -19,6 +19,7 @@ from hf_sparse_attn.ops import reference, triton_launch
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE_SHAPE = triton_launch.tile_shape
 LENGTH = 45  # tokens: the interpreter takes a tenth of a second for a tile of rows
 
 like_reference = functools.partial(assert_like_reference, implementations=("triton",))
@@ -34,11 +35,20 @@ sinks = functools.partial(sinks_of, device=DEVICE)
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """The host side, with chunks so short that most documents have several."""
+    """The host side, with chunks so short that most documents have several, and float64's tiles of several rows."""
     from hf_sparse_attn.ops import triton
 
     monkeypatch.setattr(triton, "_CHUNK_ROWS", 32)
-    return triton
+    monkeypatch.setattr(triton, "_BACKWARD_CHUNK_ROWS", 32)
+    monkeypatch.setattr(triton, "_CHOOSING_ROWS", 8)
+    with monkeypatch.context() as context:
+        context.setattr(triton_launch, "tile_shape", half_precision_tiles)
+        yield triton
+
+
+def half_precision_tiles(query, group, page_size):
+    """What `tile_shape` says of queries in half precision, whatever they are in."""
+    return TILE_SHAPE(query.half(), group, page_size)
 
 
 def assert_same_keys(query, key, pattern, softcap=None, sinks=None):
@@ -116,18 +126,26 @@ def test_queries_of_zeros():
     assert_same_keys(query, key, pattern)
 
 
-def test_later_tokens_leave_earlier_rows_alone_to_the_last_bit():
-    pattern = patterns(FEATURES["everything at once"] | {"page_size": 16})
+@pytest.mark.parametrize("name", ["defaults of this file", "everything at once"])
+def test_later_tokens_leave_earlier_rows_alone_to_the_last_bit(name, monkeypatch):
+    monkeypatch.setattr(triton_launch, "tile_shape", TILE_SHAPE)
+    pattern = patterns(FEATURES[name] | {"page_size": 16})
     query, key, value = inputs(LENGTH, LENGTH)
     before = attend(query, key, value, pattern, "triton")
+    torch.testing.assert_close(before, attend(query, key, value, pattern, "reference"), rtol=1e-10, atol=1e-10)
     others = inputs(LENGTH, LENGTH, seed=1)
-    for cut in (17, 33):
+    for cut in (28, 41):
         changed = [
             torch.cat([x[:, :cut], 30 * y[:, cut:]], 1) for x, y in zip((query, key, value), others, strict=True)
         ]
         after = attend(*changed, pattern, "triton")
         assert torch.equal(after[:, :cut], before[:, :cut])
         assert not torch.isclose(after[:, cut:], before[:, cut:]).all(-1).any()
+
+
+def test_gradients_of_tiles_of_one_row(monkeypatch):
+    monkeypatch.setattr(triton_launch, "tile_shape", TILE_SHAPE)
+    like_reference(*inputs(20, 20), patterns({}))
 
 
 def test_the_same_gradients_every_time():
@@ -286,6 +304,6 @@ def test_every_kernel_compiles_without_a_gpu(capability, num_shapes, tmp_path):
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     compiled = [json.loads(line) for line in finished.stdout.splitlines()]
-    assert len({entry["kernel"] for entry in compiled}) == 16
+    assert len({entry["kernel"] for entry in compiled}) == 17
     room = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}[capability]
     assert all(entry["shared"] <= room for entry in compiled)

@@ -32,8 +32,11 @@ OFFERED = [name for name, fields in FEATURES.items() if "sliding_window" not in 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several programs where a document of these tests would have one."""
+    """Several programs where a document of these tests would have one, and tiles of many rows."""
+    tile_shape = triton_launch.tile_shape
     monkeypatch.setattr(triton_ops, "_CHUNK_ROWS", 32)
+    monkeypatch.setattr(triton_ops, "_CHOOSING_ROWS", 8)
+    monkeypatch.setattr(triton_launch, "tile_shape", lambda query, *others: tile_shape(query.half(), *others))
     monkeypatch.setattr(triton_launch, "block_keys", lambda keys, dim: 16)
     monkeypatch.setattr(triton_index, "_BLOCK_KEYS", 32)
 
