@@ -21,6 +21,7 @@ measure --seq-lens 4096 8192 16384 32768 65536 131072 262144 "${BACKENDS[@]}" --
 measure --seq-lens 4096 8192 16384 32768 65536 131072 "${BACKENDS[@]}" --pass forward_backward \
     --output "$OUTPUT/gpu_forward_backward.json"
 measure --seq-lens 8192 32768 65536 131072 --pass decode --output "$OUTPUT/gpu_decode.json"
+"$PYTHON" scripts/roofline.py --seq-lens 16384 32768 65536 131072 --output "$OUTPUT/gpu_kernels.json"
 
 # Whole models of Llama-3-8B's shape; random weights give random queries and keys, the sparse side's worst case.
 measure_model() {

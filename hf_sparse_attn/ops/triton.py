@@ -28,7 +28,7 @@ KEEPS_HALF = True  # inputs of half precision are not converted
 _UNBOUNDED = 2**30  # stands for no sliding window
 _CHUNK_ROWS = 2048
 _CHUNK_PAGES = 128
-_BACKWARD_CHUNK_ROWS = 8192  # fewer chunks, as each adds to the gradients of all keys
+BACKWARD_CHUNK_ROWS = 8192  # fewer chunks, as each adds to the gradients of all keys
 _CHOOSING_ROWS = 4  # that choose their buckets together
 
 
@@ -47,7 +47,7 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     """Rows at positions start .. end - 1, chunk after chunk, their keys found; each is used up before the next."""
     index = _Groups(query, key, start, end, call, cached)
-    page_size, chunk_rows = call.pattern.config.page_size, _BACKWARD_CHUNK_ROWS if call.backward else _CHUNK_ROWS
+    page_size, chunk_rows = call.pattern.config.page_size, BACKWARD_CHUNK_ROWS if call.backward else _CHUNK_ROWS
     pages = max(min(chunk_rows // page_size, _CHUNK_PAGES), 1)
     low = start
     while low < end:

@@ -39,7 +39,7 @@ def kernels(monkeypatch):
     from hf_sparse_attn.ops import triton
 
     monkeypatch.setattr(triton, "_CHUNK_ROWS", 32)
-    monkeypatch.setattr(triton, "_BACKWARD_CHUNK_ROWS", 32)
+    monkeypatch.setattr(triton, "BACKWARD_CHUNK_ROWS", 32)
     monkeypatch.setattr(triton, "_CHOOSING_ROWS", 8)
     with monkeypatch.context() as context:
         context.setattr(triton_launch, "tile_shape", half_precision_tiles)
