@@ -20,7 +20,7 @@ from hf_sparse_attn.ops.triton_launch import TL, block_dim, precision, rows_cont
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 
 FEW = 16  # new keys and rows that one launch takes
-_MOST_SCORES = 2**25  # of the rows that one launch takes
+_MOST_SCORES = 2**26  # of the rows that one launch takes
 _BLOCK_KEYS = 1024
 
 
@@ -152,18 +152,18 @@ class Index:
         output = query.new_empty(query.shape[1], len(query), value.shape[-1]).transpose(0, 1)
         if key.shape[1] - self.length > min(FEW, query.shape[1]):
             self.append(key)
-        for start, stop in self._row_blocks(call, len(query), query.shape[1], key.shape[1]):
+        for start, stop in self._row_blocks(call.query_offset, query.shape[1], len(query), key.shape[1]):
             rows = slice(start - call.query_offset, stop - call.query_offset)
             _Rows(self, call, query[:, rows], key, value, start).attend(output[:, rows], sinks)
         return output
 
-    def _row_blocks(self, call: Call, num_heads: int, num_rows: int, num_keys: int) -> Iterator[tuple[int, int]]:
-        """Positions start .. stop - 1 of rows of one page, few enough for one launch."""
-        page_size, start = self.pattern.config.page_size, call.query_offset
-        most = max(min(_MOST_SCORES // (16 * num_heads * num_keys), FEW), 1)
-        end = start + num_rows
+    def _row_blocks(self, start: int, num_rows: int, num_heads: int, num_keys: int) -> Iterator[tuple[int, int]]:
+        """Rows from position `start` on in blocks start .. stop - 1, of one page each, that one launch takes."""
+        config, end = self.pattern.config, start + num_rows
+        width = config.window_size + len(self._static) + config.num_random_keys + max(self.pattern.budgets)
+        most = max(min(_MOST_SCORES // (16 * num_heads * min(width, num_keys)), FEW), 1)
         while start < end:
-            stop = min(start + most, end, (start // page_size + 1) * page_size)
+            stop = min(start + most, end, (start // config.page_size + 1) * config.page_size)
             yield start, stop
             start = stop
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import attention_checks as checks
 import pytest
 import torch
-from attention_checks import SCALING, KeyMask, attend
+from attention_checks import SCALING, KeyMask, attend, make_pattern
 from cases import FEATURES, assert_like_reference, check_lower_precision, output_and_gradients, pattern_of, sinks_of
 from cases import inputs as make_inputs
 
-from hf_sparse_attn import ops
+from hf_sparse_attn import SparseAttentionConfig, ops
 from hf_sparse_attn.ops import reference, triton_launch
 
 pytest.importorskip("triton")
@@ -159,6 +159,31 @@ def test_error_of_lower_precision_is_at_most_twice_that_of_sdpa(name, dtype):
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16 numbers")
     check_lower_precision("triton", name, dtype, LENGTH, DEVICE)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="too large for the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_error_over_many_tokens(dtype, kernels, monkeypatch):
+    """Tiles, chunks and blocks as they are outside of tests."""
+    monkeypatch.undo()
+    check_lower_precision("triton", "defaults of this file", dtype, 3000, DEVICE)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="too large for the interpreter")
+@pytest.mark.parametrize("shape", [(32, 8, 128), (16, 1, 256), (9, 3, 64), (8, 8, 80), (32, 8, 96)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_large_attention_and_its_gradients(shape, dtype, kernels, monkeypatch):
+    """Against plain torch operations in float32, but for rows to which rounding gives another bucket."""
+    monkeypatch.undo()
+    num_heads, num_kv_heads, dim = shape
+    config = SparseAttentionConfig(dense_below=1024)
+    pattern = make_pattern(config, num_heads, num_kv_heads, dim, dtype=torch.float32, device=DEVICE)
+    tensors = [x.to(dtype) for x in inputs(9001, 9001, num_heads, num_kv_heads, dim=dim)]
+    ours = output_and_gradients("triton", *tensors, pattern)
+    expected = output_and_gradients("torch", *(x.float() for x in tensors), pattern)
+    for x, y in zip(ours, expected, strict=True):
+        off = (x.float() - y).norm(dim=-1) > 0.05 * y.norm(dim=-1)
+        assert float(off.float().mean()) < 0.1
 
 
 def test_dense_rows_in_lower_precision_with_softcap_and_sinks():

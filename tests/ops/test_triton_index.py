@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention_checks import TOLERANCE, attend, padded_batch, tiny_model, tokens
-from cases import FEATURES, sinks_of
+from attention_checks import TOLERANCE, attend, make_pattern, padded_batch, tiny_model, tokens
+from cases import FEATURES, inputs, sinks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_index import (
@@ -16,7 +16,7 @@ from test_index import (
     in_steps,
 )
 
-from hf_sparse_attn import SparseCache, ops
+from hf_sparse_attn import SparseAttentionConfig, SparseCache, ops
 from hf_sparse_attn.ops import triton_launch
 
 pytest.importorskip("triton")
@@ -66,6 +66,14 @@ def test_many_rows_and_few(sizes):
     assert_like_reference({"page_size": 6}, sizes)
 
 
+def test_rows_of_one_launch():
+    """Of one page; 16 rows of 32 heads over 131072 keys at a time, unless a row reads them all."""
+    index = TRITON.index(TRITON.pattern({"page_size": 64, "key_budget": 1024}))
+    assert list(index._row_blocks(50, 40, 32, 131072)) == [(50, 64), (64, 80), (80, 90)]
+    index = TRITON.index(TRITON.pattern({"page_size": 64, "key_budget": 10**6}))
+    assert list(index._row_blocks(50, 3, 32, 131072)) == [(50, 51), (51, 52), (52, 53)]
+
+
 def test_softcap_and_sinks():
     assert_like_reference(FEATURES["smallest weights by head"], softcap=0.7, sinks=sinks_of(device=DEVICE))
 
@@ -95,6 +103,27 @@ def test_lower_precision(dtype):
     assert output.dtype == dtype
     expected = attend(*(x.float() for x in tensors), pattern, "reference")
     torch.testing.assert_close(output.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="too large for the interpreter")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(32, 8, 128), (16, 1, 256), (9, 3, 64)], ids=str)
+def test_steps_over_many_keys(shape, dtype, monkeypatch):
+    """Against plain torch operations in float32; launches as they are outside of tests."""
+    monkeypatch.undo()
+    num_heads, num_kv_heads, dim = shape
+    config = SparseAttentionConfig(dense_below=1024)
+    pattern = make_pattern(config, num_heads, num_kv_heads, dim, dtype=torch.float32, device=DEVICE)
+    tensors = [x.to(dtype) for x in inputs(9001, 9001, num_heads, num_kv_heads, dim=dim, device=DEVICE)]
+    index, start, outputs = TRITON.index(pattern), 0, []
+    for size in (8900, *[1] * 90, 11):
+        outputs.append(TRITON.go_on(pattern, *tensors, index, start, start + size))
+        start += size
+    query, key, value = (x.float() for x in tensors)
+    expected = attend(query[:, -101:], key, value, pattern, "torch")
+    ours = torch.cat(outputs, 1)[:, -101:].float()
+    off = (ours - expected).norm(dim=-1) > 0.05 * expected.norm(dim=-1)
+    assert float(off.float().mean()) < 0.1
 
 
 @pytest.mark.parametrize("name", ["defaults of this file", "page of 3", "stride"])
