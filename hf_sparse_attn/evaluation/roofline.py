@@ -138,7 +138,7 @@ def count_stages(
         in_window = tiles * (config.window_size + counts.rows)
         older = tiles * counts.blocks * SLOTS + in_window
         chunks = -(-sparse_rows // backward_chunk_rows)
-        work += [(f"{stage}, again", *others) for stage, *others in (*routing, *attention)]
+        work += [(f"{stage}, again", *others) for stage, *others in routing]
         work += [
             ("gradient of queries", 3 * product, "bf16", tiles * listed * (2 * vector + 8) + 2 * queries),
             (

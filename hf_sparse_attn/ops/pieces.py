@@ -97,7 +97,11 @@ def attend_in_pieces(
 
 @dataclass(frozen=True)
 class Call:
-    """What a call of `attend_in_pieces` is given besides the tensors."""
+    """What a call of `attend_in_pieces` is given besides the tensors.
+
+    Where there will be a backward, an implementation may leave `statistics` of all rows for it; the backward then has
+    the `output` too.
+    """
 
     sparse_pieces: SparsePieces
     pattern: LayerPattern
@@ -110,6 +114,8 @@ class Call:
     dense_rows_too: bool = False
     in_threads: bool = True
     backward: bool = False
+    statistics: dict[str, Tensor] | None = None
+    output: Tensor | None = None
 
     @property
     def plain(self) -> bool:
@@ -174,11 +180,12 @@ class Piece:
 
 
 class _Attention(torch.autograd.Function):
-    """All rows, piece by piece; the backward computes each piece again, so that only inputs and output are kept."""
+    """All rows, piece by piece; the backward computes each piece again, so that little but inputs and output stays."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, call: Call) -> Tensor:
-        ctx.save_for_backward(query, key, value, sinks)
+        if any(ctx.needs_input_grad):
+            call = replace(call, statistics={})
         ctx.call = call
         # Heads side by side at each token, as what follows in a model wants them.
         output = query.new_empty(query.shape[1], query.shape[0], value.shape[-1]).transpose(0, 1)
@@ -188,12 +195,13 @@ class _Attention(torch.autograd.Function):
 
         for _ in _each_piece(attend, query, key, value, call):
             pass
+        ctx.save_for_backward(query, key, value, sinks, output if call.statistics else None)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks = ctx.saved_tensors
+        query, key, value, sinks, output = ctx.saved_tensors
 
         def gradients(piece: Piece) -> tuple[Piece, tuple[Tensor, ...]]:
             parts = piece.of(query, key, value, sinks)
@@ -202,7 +210,7 @@ class _Attention(torch.autograd.Function):
         precise = torch.promote_types(key.dtype, torch.float32)  # many pieces are added up
         grads = [torch.empty_like(query)] + [torch.zeros_like(x, dtype=precise) for x in (key, value)]
         sinks_grad = None if sinks is None else torch.zeros_like(sinks)  # float32 or float64, always
-        call = replace(ctx.call, recorder=None, backward=True)
+        call = replace(ctx.call, recorder=None, backward=True, output=output)
         # Autocast is off as in the forward, wherever backward() is called; threads start with it off.
         with torch.autocast(query.device.type, enabled=False):
             for piece, parts in _each_piece(gradients, query, key, value, call):

@@ -1,8 +1,9 @@
 """Sparse attention in Triton kernels: on a GPU, forward and backward, memory linear in the length.
 
-A document's sparse rows are taken a chunk at a time. For each chunk `triton_routing` finds the keys of every row and
-lists them by tiles of rows, then `triton_kernels` computes the attention over the lists. What a chunk needs besides
-inputs and output does not grow with the document, but for a few integers per key and KV head.
+A document's sparse rows are taken a chunk at a time. For each chunk, in the backward again, `triton_routing` finds the
+keys of every row and lists them by tiles of rows, then `triton_kernels` computes the attention over the lists. What a
+chunk needs besides inputs and output does not grow with the document, but for a few integers per key and KV head. Of
+each row and head the forward leaves two numbers for the backward.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class _Groups:
     ) -> None:
         pattern, config = call.pattern, call.pattern.config
         num_kv_heads, num_keys, head_dim = key.shape
-        self.call, self.key = call, key
+        self.call, self.key, self.query_shape = call, key, query.shape
         self.acc = pattern.bucket_hash.weight.dtype
         self.precision = precision(query.dtype)
         self.group = len(query) // num_kv_heads
@@ -303,7 +304,18 @@ class _Chunk:
 
     def attend(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> None:
         """Fill output [H, R, D] for the chunk's query [H, R, D], all keys and values [Hkv, N, D] and sinks [H]."""
-        self._attend(output, query, key, value, sinks)
+        tables = self._attend(output, query, key, value, sinks)
+        if self.index.call.statistics is not None:
+            for known, of_rows in zip(self._known_tables(self.index.call.statistics), tables, strict=True):
+                known.copy_(of_rows)
+
+    def _known_tables(self, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The chunk's part of what all rows leave for the backward: logsumexp and least scores, [H, R]."""
+        offset, shape = self.index.call.query_offset, self.index.query_shape
+        if "rows" not in statistics:
+            statistics["rows"] = torch.empty(2, *shape[:2], dtype=self.index.acc, device=self.index.key.device)
+        logsumexp, least = statistics["rows"][:, :, self.start - offset : self.end - offset]
+        return logsumexp, least
 
     def _attend(
         self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
@@ -378,10 +390,13 @@ class _Chunk:
     ) -> tuple[Tensor, ...]:
         """Gradients of the arguments of `attend` for that of its result; of keys and values in float32 or more."""
         index, pattern = self.index, self.index.call.pattern
+        call, offset = index.call, index.call.query_offset
         num_kv_heads, num_keys, _ = key.shape
         query, key, value, grad = (rows_contiguous(x) for x in (query, key, value, grad))
-        output = query.new_empty(*query.shape[:2], value.shape[-1])
-        logsumexp, least = self._attend(output, query, key, value, sinks)
+        assert call.statistics is not None
+        assert call.output is not None
+        logsumexp, least = (x.contiguous() for x in self._known_tables(call.statistics))
+        output = call.output[:, self.start - offset : self.end - offset]
         delta = (output.to(index.acc) * grad).sum(-1).contiguous()
         query_grad = torch.empty_like(query)
         key_grad = key.new_zeros(key.shape, dtype=index.acc)
@@ -415,7 +430,7 @@ class _Chunk:
             key_grad,
             value_grad,
             num_keys=num_keys,
-            key_offset=index.call.key_offset,
+            key_offset=call.key_offset,
             window=index.window,
             num_warps=8,
             **arguments,
