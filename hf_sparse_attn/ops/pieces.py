@@ -86,6 +86,8 @@ def attend_in_pieces(
         dense_rows_too,
         in_threads,
     )
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
+        call = replace(call, statistics={})
     end = query_offset + query.shape[1]
     if call.dense_end(end) == end and len(list(_dense_blocks(query_offset, end, query.shape[0], call))) == 1:
         # Nothing is sparse and there is one block: a backward of its own needs no second computation.
@@ -184,9 +186,6 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, call: Call) -> Tensor:
-        if any(ctx.needs_input_grad):
-            call = replace(call, statistics={})
-        ctx.call = call
         # Heads side by side at each token, as what follows in a model wants them.
         output = query.new_empty(query.shape[1], query.shape[0], value.shape[-1]).transpose(0, 1)
 
@@ -195,13 +194,16 @@ class _Attention(torch.autograd.Function):
 
         for _ in _each_piece(attend, query, key, value, call):
             pass
-        ctx.save_for_backward(query, key, value, sinks, output if call.statistics else None)
+        statistics = call.statistics or {}
+        ctx.call, ctx.names = replace(call, statistics=None), list(statistics)
+        ctx.save_for_backward(query, key, value, sinks, output if statistics else None, *statistics.values())
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, output = ctx.saved_tensors
+        query, key, value, sinks, output, *tables = ctx.saved_tensors
+        statistics = dict(zip(ctx.names, tables, strict=True))
 
         def gradients(piece: Piece) -> tuple[Piece, tuple[Tensor, ...]]:
             parts = piece.of(query, key, value, sinks)
@@ -210,7 +212,7 @@ class _Attention(torch.autograd.Function):
         precise = torch.promote_types(key.dtype, torch.float32)  # many pieces are added up
         grads = [torch.empty_like(query)] + [torch.zeros_like(x, dtype=precise) for x in (key, value)]
         sinks_grad = None if sinks is None else torch.zeros_like(sinks)  # float32 or float64, always
-        call = replace(ctx.call, recorder=None, backward=True, output=output)
+        call = replace(ctx.call, recorder=None, backward=True, statistics=statistics, output=output)
         # Autocast is off as in the forward, wherever backward() is called; threads start with it off.
         with torch.autocast(query.device.type, enabled=False):
             for piece, parts in _each_piece(gradients, query, key, value, call):

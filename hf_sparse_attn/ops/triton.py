@@ -254,7 +254,8 @@ class _Chunk:
         self.drawn = self._draw()
         last = self._first_rows() + rows - 1
         num_static = torch.searchsorted(index.static, (last - index.window).int(), right=True).int()
-        found = min(rows * max(index.budgets) + rows, num_keys)  # a bucket's runs may leave out up to `rows` keys
+        # The keys that enter the window and, with one of the model's own, leave it inside a tile stand in runs as well.
+        found = min(rows * max(index.budgets) + 2 * rows, num_keys)
         capacity = index.window + rows - 1 + len(index.static) + rows * num_random + found
         self.capacity = -(-capacity // 16) * 16
         block = 64

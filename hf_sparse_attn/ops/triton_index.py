@@ -32,7 +32,7 @@ def _written_anywhere(method: Callable[..., Any]) -> Callable[..., Any]:
 class Index:
     """Each key's bucket and its rank in it, and what the buckets hold in all: behind a window, and known to a page.
 
-    Appending a key and finding a row's keys are launches that do not wait for each other or for the host. Only
+    Appending a key and finding a row's keys are launches for which the host does not wait. Only
     `document_attention` of `ops.triton` appends.
 
     Args:
@@ -99,7 +99,8 @@ class Index:
         found = static_positions(self.pattern.config, offset + stop, torch.device("cpu"), offset + start)
         if len(found):
             self._static = torch.cat([self._static, found])
-            self._static_here = self._static.to(self.bucket.device, torch.int32)
+            new = found.int().to(self.bucket.device, non_blocking=True)
+            self._static_here = torch.cat([self._static_here, new])
         return found - offset
 
     def _count(self, table: Tensor, start: int, stop: int, sign: int) -> None:

@@ -387,7 +387,7 @@ def find_runs(
     ROWS: tl.constexpr,
     SLIDING: tl.constexpr,
 ):
-    """The runs of slots that hold what the rows of a tile take; up to ROWS keys more, which no row takes.
+    """The runs of slots that hold what the rows of a tile take, and keys that enter or leave a window inside the tile.
 
     Args:
         words, cut: of `choose_buckets`.
