@@ -107,10 +107,9 @@ def compare_decoding(
     medians = {side: 1e3 * statistics.median(seconds[WARM_STEPS:]) for side, seconds in spent.items()}
     others: dict[str, float] = {}
     if query.device.type == "cuda":
-        last = [partial(side, token, *_held(layer)) for side in (dense, sparse) for layer in layers]
-        num_layers = len(layers)
-        others["dense_device_ms"] = device_milliseconds(last[:num_layers]) / num_layers
-        others["sparse_device_ms"] = device_milliseconds(last[num_layers:]) / num_layers
+        for name, side in (("dense", dense), ("sparse", sparse)):
+            last = [partial(side, token, *_held(layer)) for layer in layers]
+            others[f"{name}_device_ms"] = device_milliseconds(last) / len(last)
     return {
         "pass": "decode",
         "seq_len": context,

@@ -87,7 +87,7 @@ def attend_in_pieces(
         in_threads,
     )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
-        call = replace(call, statistics={})
+        call = replace(call, statistics=[])
     end = query_offset + query.shape[1]
     if call.dense_end(end) == end and len(list(_dense_blocks(query_offset, end, query.shape[0], call))) == 1:
         # Nothing is sparse and there is one block: a backward of its own needs no second computation.
@@ -116,7 +116,7 @@ class Call:
     dense_rows_too: bool = False
     in_threads: bool = True
     backward: bool = False
-    statistics: dict[str, Tensor] | None = None
+    statistics: list[Tensor] | None = None
     output: Tensor | None = None
 
     @property
@@ -194,16 +194,14 @@ class _Attention(torch.autograd.Function):
 
         for _ in _each_piece(attend, query, key, value, call):
             pass
-        statistics = call.statistics or {}
-        ctx.call, ctx.names = replace(call, statistics=None), list(statistics)
-        ctx.save_for_backward(query, key, value, sinks, output if statistics else None, *statistics.values())
+        ctx.call, statistics = replace(call, statistics=None), call.statistics or []
+        ctx.save_for_backward(query, key, value, sinks, output if statistics else None, *statistics)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, sinks, output, *tables = ctx.saved_tensors
-        statistics = dict(zip(ctx.names, tables, strict=True))
+        query, key, value, sinks, output, *statistics = ctx.saved_tensors
 
         def gradients(piece: Piece) -> tuple[Piece, tuple[Tensor, ...]]:
             parts = piece.of(query, key, value, sinks)

@@ -20,7 +20,7 @@ from hf_sparse_attn.ops import triton_kernels as attention_kernels
 from hf_sparse_attn.ops import triton_launch
 from hf_sparse_attn.ops import triton_routing as routing_kernels
 from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
-from hf_sparse_attn.ops.triton_index import FEW, Index, hash_keys, log_min_weights
+from hf_sparse_attn.ops.triton_index import FEW, Index, hash_keys, log_min_weights, sort_by_bucket
 from hf_sparse_attn.ops.triton_launch import TL, block_dim, precision, rows_contiguous, with_strides
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
@@ -100,10 +100,8 @@ class _Groups:
             self.bucket = torch.zeros(key.shape[:2], dtype=torch.int32, device=key.device)
         held = self.static[self.static >= call.key_offset] - call.key_offset
         self.bucket[:, held.long()] = self.num_buckets  # static keys get a bucket of their own behind all others
-        in_order, order = torch.sort(self.bucket, dim=1, stable=True)
-        self.order = order.int()  # [Hkv, N] keys by bucket, oldest first
-        edges = torch.arange(self.num_buckets + 1, device=key.device, dtype=torch.int32).expand(num_kv_heads, -1)
-        self.first = torch.searchsorted(in_order, edges.contiguous()).int()  # [Hkv, B + 1]
+        _, order, self.first = sort_by_bucket(self.bucket, self.num_buckets)
+        self.order = order.int()
         # Sums of the keys of each bucket from slot `left` to slot `entered`.
         self.entered, self.left = self.first[:, :-1].repeat(2, 1, 1)
         self.sums = key.new_zeros(num_kv_heads, self.num_buckets, head_dim, dtype=self.acc)
@@ -310,12 +308,12 @@ class _Chunk:
             for known, of_rows in zip(self._known_tables(self.index.call.statistics), tables, strict=True):
                 known.copy_(of_rows)
 
-    def _known_tables(self, statistics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _known_tables(self, statistics: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The chunk's part of what all rows leave for the backward: logsumexp and least scores, [H, R]."""
         offset, shape = self.index.call.query_offset, self.index.query_shape
-        if "rows" not in statistics:
-            statistics["rows"] = torch.empty(2, *shape[:2], dtype=self.index.acc, device=self.index.key.device)
-        logsumexp, least = statistics["rows"][:, :, self.start - offset : self.end - offset]
+        if not statistics:
+            statistics.append(torch.empty(2, *shape[:2], dtype=self.index.acc, device=self.index.key.device))
+        logsumexp, least = statistics[0][:, :, self.start - offset : self.end - offset]
         return logsumexp, least
 
     def _attend(

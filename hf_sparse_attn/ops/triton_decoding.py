@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_sparse_attn.ops.triton_kernels import _cap
+from hf_sparse_attn.ops.triton_kernels import _scores
 from hf_sparse_attn.ops.triton_routing import buckets_of, take_best
 
 
@@ -315,9 +315,7 @@ def score_listed(
         mask=valid[None, :] & (d < HEAD_DIM)[:, None],
         other=0.0,
     )
-    score = tl.dot(q, k, input_precision=PRECISION, out_dtype=ACC) * scaling
-    if SOFTCAP:
-        score = _cap(score, softcap)
+    score = _scores(q, k, scaling, softcap, SOFTCAP, PRECISION, ACC)
     score = tl.where(valid[None, :], score, float("-inf"))
     tl.store(listed + place * capacity + c, index)
     tl.store(scores + (place * GROUP_PADDED + m)[:, None] * capacity + c[None, :], score)

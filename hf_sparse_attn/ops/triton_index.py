@@ -71,20 +71,12 @@ class Index:
         self.bucket[:, start:stop] = hash_keys(self.pattern, key[:, start:])
         held = self._static_keys(start, stop).to(key.device)
         self.bucket[:, held] = self.pattern.bucket_hash.num_buckets
-        new = self.bucket[:, start:stop]
-        in_order, order = torch.sort(new, dim=1, stable=True)
-        first = torch.searchsorted(in_order, self._edges())
+        in_order, order, first = sort_by_bucket(self.bucket[:, start:stop], self.pattern.bucket_hash.num_buckets)
         place = torch.arange(stop - start, device=key.device)
         rank = place - (first - self._counts).gather(1, in_order.long())
         self._rank[:, start:stop].scatter_(1, order, rank.int())
         self._count(self._counts, start, stop, 1)
         self.length = stop
-
-    def _edges(self) -> Tensor:
-        """All bucket numbers, the one of static keys too: [Hkv, B + 1]."""
-        return (
-            torch.arange(self._counts.shape[1], device=self._counts.device).int().expand_as(self._counts).contiguous()
-        )
 
     def _make_room(self, length: int) -> None:
         if length > self.bucket.shape[1]:
@@ -397,6 +389,21 @@ def hash_keys(pattern: LayerPattern, key: Tensor) -> Tensor:
         **hash_constants(pattern),
     )
     return bucket
+
+
+def sort_by_bucket(bucket: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys by bucket, oldest first: buckets in order [Hkv, N], their keys' indices [Hkv, N] int64, and each one's start.
+
+    Args:
+        bucket: [Hkv, N] int32, `num_buckets` for static keys.
+        num_buckets: B.
+
+    Returns:
+        The third is [Hkv, B + 1] int32; the static keys start last.
+    """
+    in_order, order = torch.sort(bucket, dim=1, stable=True)
+    edges = torch.arange(num_buckets + 1, device=bucket.device, dtype=torch.int32).expand(len(bucket), -1)
+    return in_order, order, torch.searchsorted(in_order, edges.contiguous()).int()
 
 
 def hash_tables(pattern: LayerPattern) -> tuple[Tensor, Tensor]:

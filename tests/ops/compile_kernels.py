@@ -98,7 +98,7 @@ def main():
         key = torch.zeros(num_kv_heads, 2560, head_dim, dtype=dtype)
         config = SparseAttentionConfig(dense_below=2048)
         pattern = layer_pattern(config, 0, num_heads, num_kv_heads, head_dim, query.device, torch.float32)
-        call = Call(None, pattern, 0, 0, head_dim**-0.5, softcap, True, None, statistics={}, output=query)
+        call = Call(None, pattern, 0, 0, head_dim**-0.5, softcap, True, None, statistics=[], output=query)
         rows = query[:, 2048:]
         for chunk in implementation._chunks(query, key, 2048, 2560, call):
             chunk.attend(torch.empty_like(rows), rows, key, key)
