@@ -139,7 +139,7 @@ def sampled_blocks(config: SparseAttentionConfig, num_rows: int) -> list[tuple[i
     """Short runs of rows [start, stop), each inside one page, spread over the sparse rows of a document."""
     size = min(_BLOCK_ROWS, config.page_size)
     first = first_row(config)
-    centres = torch.linspace(first, num_rows - size, NUM_SAMPLED_ROWS // size + 1)[1:].long()
+    centres = torch.linspace(first, num_rows - size, NUM_SAMPLED_ROWS // size + 1, dtype=torch.float32)[1:].long()
     return [(start, start + size) for start in (centres // size * size).tolist()]
 
 
@@ -161,7 +161,7 @@ def measure_layer(
     group = len(rows) // num_kv_heads
     blocks = sampled_blocks(config, num_rows)
     shape = len(rows), len(BUDGETS), len(MIN_WEIGHTS)
-    loss, read = torch.zeros(shape), torch.zeros(shape)
+    loss, read = torch.zeros((2, *shape), dtype=torch.float32)
     sampled = sum(stop - start for start, stop in blocks)
     eigenvalues, eigenvectors = torch.linalg.eigh(sensitivity.double())
     root = (eigenvectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)).float()  # [num_heads, D, D]
@@ -222,11 +222,11 @@ def _errors(
     local &= admissible
     taken = weights.gather(2, routed.expand(len(rows), -1, -1))
     live = torch.arange(routed.shape[1]) < count[:, None]
-    least = torch.tensor(MIN_WEIGHTS)[:, None]
+    least = torch.tensor(MIN_WEIGHTS, dtype=weights.dtype)[:, None]
     local_weights = weights * local
     output = (local_weights @ value).unsqueeze(2)  # grows by the keys of one budget after the other
     mass = local_weights.sum(-1)[..., None]
-    number = torch.zeros(())
+    number = torch.zeros((), dtype=weights.dtype)
     outputs, numbers = [], []
     for start, stop in zip((0, *BUDGETS), BUDGETS, strict=False):
         chosen = (taken[:, :, None, start:stop] >= least) & live[:, None, start:stop]  # [group, R, weights, keys]
@@ -287,7 +287,8 @@ def _cheapest_fit(choose: Callable[[float], Allocation], fits: Callable[[Allocat
 def _choose(costs: Costs, read_price: float, found_price: float) -> Allocation:
     """The cheapest choice at prices in nats per pair that is read and per key that is found for a row."""
     best, weight = (costs.loss + read_price * costs.read).min(-1)  # [L, H, B]
-    of_budget = best.unflatten(1, (-1, costs.group)).sum(2) + found_price * costs.rows * torch.tensor(BUDGETS)
+    found = torch.tensor(BUDGETS, dtype=best.dtype)
+    of_budget = best.unflatten(1, (-1, costs.group)).sum(2) + found_price * costs.rows * found
     sparse_price, budget = of_budget.min(-1)  # [L, K]
     own_budget = budget.repeat_interleave(costs.group, 1).unsqueeze(-1)  # [L, H, 1]
     weight = weight.gather(2, own_budget)  # [L, H, 1]
@@ -296,7 +297,7 @@ def _choose(costs: Costs, read_price: float, found_price: float) -> Allocation:
         for x in (costs.loss, costs.read)
     )
     num_heads = costs.loss.shape[1]
-    found = torch.tensor(BUDGETS)[budget]
+    found = found[budget]
     dense = read_price * num_heads * (costs.admissible - costs.fixed) < sparse_price.sum(1)
     pairs = torch.where(dense, num_heads * costs.admissible, num_heads * costs.fixed + read)
     found = found * ~dense[:, None]
@@ -304,7 +305,7 @@ def _choose(costs: Costs, read_price: float, found_price: float) -> Allocation:
         key_budget=tuple(tuple(BUDGETS[i] for i in layer) for layer in budget.tolist()),
         min_weight=tuple(tuple(MIN_WEIGHTS[i] for i in layer) for layer in weight.squeeze(-1).tolist()),
         dense_layers=tuple(torch.nonzero(dense).flatten().tolist()),
-        mean_key_budget=float(found[costs.admissible > 0].double().mean()),
+        mean_key_budget=float(found[costs.admissible > 0].mean()),
         density=float(pairs.sum() / (num_heads * costs.admissible.sum())),
         loss=float((loss * ~dense).sum() / costs.tokens),
     )

@@ -14,6 +14,7 @@ from hf_sparse_attn.custom_masks import read_custom_mask
 from hf_sparse_attn.indexes import INDEXES, KeyIndexes
 from hf_sparse_attn.kept import KEPT, KeptKeys
 from hf_sparse_attn.masking import Document, document_starts, documents
+from hf_sparse_attn.ops.checks import check_scores
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern
 
@@ -63,6 +64,7 @@ def attention(
     batch_size, num_heads, q_length, _ = query.shape
     kept: KeptKeys | None = getattr(key, KEPT, None)
     kv_length = key.shape[2] if kept is None else kept.num_slots
+    check_scores(scaling, softcap)
     if kept is None and _is_dense(inputs, pattern) and softcap is None:
         output = F.scaled_dot_product_attention(
             query, key, value, is_causal=q_length > 1, scale=scaling, enable_gqa=True
@@ -71,15 +73,15 @@ def attention(
             recorder.add_dense(pattern, range(batch_size * num_heads), kv_length - q_length, kv_length)
         return output.transpose(1, 2).contiguous()
 
-    mask, position_ids = inputs.attention_mask, inputs.position_ids
+    mask = inputs.attention_mask
     if mask is not None and mask.dtype != torch.int32 and mask.shape[2:] == (q_length, kv_length):
         mask = mask.expand(batch_size, -1, -1, -1)
-        mask, position_ids, window = read_custom_mask(mask, position_ids, pattern.sliding_window)
+        mask, window = read_custom_mask(mask, inputs.position_ids, pattern.sliding_window)
         if window != pattern.sliding_window:
             pattern = dataclasses.replace(pattern, sliding_window=window)
     starts = document_starts(inputs.cu_seq_lens, inputs.seq_idx, q_length)
 
-    every = _documents(mask, position_ids, batch_size, q_length, kv_length, starts)
+    every = _documents(mask, batch_size, q_length, kv_length, starts)
     indexes: KeyIndexes | None = getattr(key, INDEXES, None)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, inputs.sinks)):
         if kept is not None:
@@ -125,20 +127,15 @@ def attention(
 
 
 def _documents(
-    mask: Tensor | None,
-    position_ids: Tensor | None,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    starts: Tensor | None,
+    mask: Tensor | None, batch_size: int, q_length: int, kv_length: int, starts: Tensor | None
 ) -> list[Document]:
     """`masking.documents`, read once for all layers of a forward, which are given the same mask."""
-    given = position_ids, batch_size, q_length, kv_length
+    given = batch_size, q_length, kv_length
     known = getattr(mask, _DOCUMENTS, None)
-    if known is not None and starts is None and known[0][0] is position_ids and known[0][1:] == given[1:]:
+    if known is not None and starts is None and known[0] == given:
         found: list[Document] = known[1]
         return found
-    found = documents(mask, position_ids, batch_size, q_length, kv_length, starts)
+    found = documents(mask, batch_size, q_length, kv_length, starts)
     if mask is not None and starts is None:
         setattr(mask, _DOCUMENTS, (given, found))
     return found
@@ -157,14 +154,4 @@ def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:
         and (dense_rows is None or kv_length <= dense_rows)
         and (pattern.sliding_window is None or kv_length <= pattern.sliding_window)
         and q_length in (1, kv_length)
-        and (inputs.position_ids is None or _one_document(inputs.position_ids, kv_length))
     )
-
-
-def _one_document(position_ids: Tensor, kv_length: int) -> bool:
-    """Whether the positions run on without a new start and reach back to the first key."""
-    if position_ids.ndim != 2:
-        return False
-    if position_ids.shape[1] == 1:
-        return bool((position_ids >= kv_length - 1).all())
-    return bool((position_ids[:, 1:] > position_ids[:, :-1]).all())

@@ -15,6 +15,8 @@ from transformers.cache_utils import DynamicLayer
 from hf_sparse_attn.eviction import Composition, Policy, UniformBudget
 from hf_sparse_attn.indexes import INDEXES, KeyIndexes
 from hf_sparse_attn.kept import KEPT, KeptKeys, is_writable, size_ahead
+from hf_sparse_attn.notices import tell_once
+from hf_sparse_attn.tracing import is_traced
 
 
 class SparseCache(DynamicCache):
@@ -36,8 +38,9 @@ class SparseCache(DynamicCache):
         budget: how many keys each KV head keeps, or a budget of `hf_sparse_attn.eviction`; goes with a policy.
 
     Raises:
-        ValueError: for a max_cache_len that is no positive integer or comes with a policy, a policy or budget that is
-            none or comes alone, and a policy for a model whose attn_implementation is not "sparse".
+        ValueError: for a max_cache_len that is not a positive integer or comes with a policy, a policy or budget that
+            is none or comes alone, and a policy for a model whose attn_implementation is not "sparse" or whose layers
+            share keys.
     """
 
     def __init__(
@@ -52,6 +55,14 @@ class SparseCache(DynamicCache):
         ):
             raise ValueError(f"max_cache_len must be a positive integer or None, got {max_cache_len!r}")
         self._memory = _Memory()
+        text_config = config.get_text_config(decoder=True)
+        switch = getattr(text_config, "original_max_position_embeddings", None)
+        if isinstance(switch, int):
+            tell_once(
+                text_config,
+                f"{text_config.model_type} changes its rotary embeddings beyond {switch} tokens: when a text that began "
+                "below grows beyond, generate() reads it anew and drops the cache that it was given, its policy as well",
+            )
         if policy is None and budget is None:
             super().__init__(config=config)
             self.layers = [
@@ -65,7 +76,13 @@ class SparseCache(DynamicCache):
             raise ValueError(f"max_cache_len={max_cache_len} cannot go with a policy: its budget is the length")
         parts = Composition.of(policy)
         whole = UniformBudget.of(budget, parts)
-        implementation = config.get_text_config(decoder=True)._attn_implementation
+        num_shared = getattr(text_config, "num_kv_shared_layers", None)
+        if num_shared:
+            raise ValueError(
+                "policy cannot serve layers that read the keys of other layers, of which each may want others kept; "
+                f"{text_config.model_type} has num_kv_shared_layers={num_shared}"
+            )
+        implementation = text_config._attn_implementation
         if implementation != "sparse":
             raise ValueError(
                 'policy needs a model with attn_implementation="sparse", as other attention would see new keys only; '
@@ -85,7 +102,7 @@ class SparseCache(DynamicCache):
         """Append new keys and values [batch, num_key_value_heads, new tokens, head_dim] of a layer."""
         found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         by_itself = isinstance(self.layers[layer_idx], EvictingLayer)
-        if not by_itself and not torch.compiler.is_compiling():
+        if not by_itself and not is_traced(key_states):
             self._memory.report(layer_idx, layer_bytes(self.layers[layer_idx]))
         return found
 
@@ -145,7 +162,7 @@ class SparseLayer(DynamicLayer):
         self._notice_other_keys()
         parts = (key_states, value_states, self.keys, self.values)
         carries_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parts)
-        if carries_gradients or torch.compiler.is_compiling():
+        if carries_gradients or is_traced(key_states):
             self._allocated = None
             keys, values = super().update(key_states, value_states)
         else:
@@ -228,7 +245,7 @@ class SparseLayer(DynamicLayer):
 
     def _notice_other_keys(self) -> None:
         """Where someone put other keys into the layer, the index and the room are not theirs."""
-        if self.keys is not self._known and not torch.compiler.is_compiling():
+        if self.keys is not self._known and not is_traced(self.keys):
             self._allocated = None
             self.indexes.clear()
 
@@ -275,8 +292,8 @@ class EvictingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Announce new keys and values [batch, num_key_value_heads, new tokens, head_dim]; returns them."""
-        if torch.compiler.is_compiling():
-            raise ValueError("a SparseCache with a policy does not work under torch.compile")
+        if is_traced(key_states):
+            raise ValueError("a SparseCache with a policy does not work under torch.compile, nor with fake tensors")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.kept.expect(key_states.shape[-2])

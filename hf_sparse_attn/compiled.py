@@ -7,7 +7,6 @@ Everything about the pattern goes in as plain arguments, so an exported graph st
 from __future__ import annotations
 
 import ast
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops import compute_dtype
+from hf_sparse_attn.ops.pieces import ONCE
 from hf_sparse_attn.parallel import HeadSplit
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
 
@@ -96,19 +96,13 @@ def _attention_backward(
     own_sinks = present[3] if sinks is not None else None
     inputs = Inputs(present[0], present[1], present[2], attention_mask, position_ids, cu_seq_lens, seq_idx, own_sinks)
     pattern = _pattern(inputs, fields, layer_idx, split, sliding_window)
-    stream = torch.cuda.current_stream(query.device) if query.is_cuda else None
-
-    def gradients() -> list[Tensor]:
-        with torch.cuda.stream(stream), torch.enable_grad():
-            output = attention(inputs, pattern, scaling, softcap)
-            if not output.requires_grad:  # nothing but padding
-                return [torch.zeros_like(x) for x in present]
-            found = torch.autograd.grad(output, present, grad)
-            return [gradient.contiguous() for gradient in found]
-
-    # Custom operations run below autograd, and this state belongs to the thread.
-    with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(gradients).result()
+    # Custom operations run below autograd.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        output = attention(inputs, pattern, scaling, softcap)
+        if output.requires_grad:
+            found = [x.contiguous() for x in torch.autograd.grad(output, present, grad)]
+        else:  # nothing but padding
+            found = [torch.zeros_like(x) for x in present]
     return found[0], found[1], found[2], found[3] if sinks is not None else query.new_empty(0)
 
 
@@ -139,6 +133,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _second_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(ONCE)
+
+
+_attention_backward.register_autograd(_second_backward)
 
 
 def _pattern(inputs: Inputs, fields: str, layer_idx: int, split: list[int], sliding_window: int | None) -> LayerPattern:

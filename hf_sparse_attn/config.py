@@ -12,6 +12,7 @@ from typing import Any
 HASHES = ("random", "calibrated")
 IMPLEMENTATIONS = ("auto", "reference", "torch", "numba", "triton")
 MAX_HASH_BITS = 12
+MAX_NUMBER = 2**30  # of positions, keys and the like: sums of two of them are 32-bit integers
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SparseAttentionConfig:
         num_global_tokens: leading keys of the document that every row reads; at least 0.
         global_token_indices: further positions that every later row reads.
         stride: every `stride`-th key is read by every later row; 0 turns it off.
-        num_random_keys: draws of the seeded random pattern per row; 0 turns it off.
+        num_random_keys: draws of the seeded random pattern per row, at most 4096; 0 turns it off.
         key_budget: keys found for a row through the buckets: one number, one per layer, or one per layer and KV head.
         min_weight: softmax weight under which a row does not read a key found through the buckets, at least 0 and under
             1; one number, one per layer, or one per layer and query head. 0 reads them all.
@@ -75,11 +76,8 @@ class SparseAttentionConfig:
     calibrated_hash: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for name, minimum in _MINIMA.items():
-            _require_int(name, getattr(self, name), minimum)
-        for name, maximum in (("num_hash_bits", MAX_HASH_BITS), ("seed", 2**32 - 1)):
-            if getattr(self, name) > maximum:
-                raise ValueError(f"{name} must be at most {maximum}, got {getattr(self, name)}")
+        for name, (minimum, maximum) in _RANGES.items():
+            _require_int(name, getattr(self, name), minimum, maximum)
         for name in ("global_token_indices", "dense_layers"):
             object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
         object.__setattr__(
@@ -149,21 +147,23 @@ class SparseAttentionConfig:
         return _of_layer("min_weight", self.min_weight, layer_idx, num_heads, "heads")
 
 
-_MINIMA = {
-    "window_size": 1,
-    "num_global_tokens": 0,
-    "stride": 0,
-    "num_random_keys": 0,
-    "num_hash_bits": 1,
-    "seed": 0,
-    "page_size": 1,
-    "dense_below": 0,
+_RANGES = {
+    "window_size": (1, MAX_NUMBER),
+    "num_global_tokens": (0, MAX_NUMBER),
+    "stride": (0, MAX_NUMBER),
+    "num_random_keys": (0, 4096),
+    "num_hash_bits": (1, MAX_HASH_BITS),
+    "seed": (0, 2**32 - 1),
+    "page_size": (1, MAX_NUMBER),
+    "dense_below": (0, 2**63 - 1),
 }
 
 
-def _require_int(name: str, value: Any, minimum: int) -> None:
+def _require_int(name: str, value: Any, minimum: int, maximum: int = MAX_NUMBER) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    if value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}")
 
 
 def _require_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

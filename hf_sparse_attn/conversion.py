@@ -24,9 +24,10 @@ from hf_sparse_attn.allocation import (
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
-from hf_sparse_attn.integration import observe_dense
+from hf_sparse_attn.integration import configured, observe_dense, text_config
 from hf_sparse_attn.quantizer import fit_hash
 from hf_sparse_attn.routing import LayerPattern
+from hf_sparse_attn.tracing import input_device
 
 _MAX_MEASUREMENTS = 5
 _TRADE_POINTS = 10
@@ -114,7 +115,7 @@ def calibrate(
         keys = torch.cat([sample.key.float() for sample in fitting], 1)
         moment = torch.stack([sample.query_moment for sample in fitting]).mean(0)
         hashes[layer] = fit_hash(keys, moment, config.seed)
-    num_layers = model.config.get_text_config().num_hidden_layers
+    num_layers = text_config(model.config).num_hidden_layers
     costs = None
     for i, sample in enumerate(samples):
         progress(f"costs of every choice, document {i + 1} of {len(documents)}")
@@ -156,7 +157,7 @@ def _read(model: PreTrainedModel, document: Tensor, config: SparseAttentionConfi
         )
 
     with observe_dense(model, observer):
-        model.base_model(input_ids=document[None].to(model.device), use_cache=False)
+        model.base_model(input_ids=document[None].to(input_device(model)), use_cache=False)
     return layers
 
 
@@ -173,11 +174,11 @@ def _gradient_moments(model: PreTrainedModel, document: Tensor, seed: int) -> di
         outputs[pattern.layer_idx] = output
 
     with torch.enable_grad(), _frozen(model), observe_dense(model, observer):
-        logits = model(input_ids=document[None].to(model.device), use_cache=False).logits[0].float()
+        logits = model(input_ids=document[None].to(input_device(model)), use_cache=False).logits[0].float()
         if not outputs:
             raise ValueError("model: its attention never goes through Transformers' attention registry")
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+        drawn = torch.rand(len(logits), 1, generator=generator, dtype=torch.float32).to(logits.device)
         labels = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), drawn).clamp_(max=logits.shape[-1] - 1)
         loss = F.cross_entropy(logits, labels[:, 0], reduction="sum")
         gradients = torch.autograd.grad(loss, list(outputs.values()))  # [1, N, num_heads, D] each
@@ -253,24 +254,17 @@ def choose_by_loss(
     Raises:
         ValueError: if no density up to 1 keeps the loss.
     """
-    original: Any = getattr(model.config, "sparse_attention", None)
     factor = 1.0
     rows = [{"name": "calibration", "input_ids": document.tolist()}]
-    try:
-        for _ in range(_MAX_MEASUREMENTS):
-            config, choice = _smallest_density(calibration, max_loss / factor, key_budget)
-            progress(f"measuring the loss at density {choice.density:.3f}")
-            model.config.sparse_attention = config.to_dict()
+    for _ in range(_MAX_MEASUREMENTS):
+        config, choice = _smallest_density(calibration, max_loss / factor, key_budget)
+        progress(f"measuring the loss at density {choice.density:.3f}")
+        with configured(model, config.to_dict()):
             loss = compare_perplexity(model, rows)["delta_nll"]["mean"]
-            progress(f"the loss rises by {loss:.5f} nats per token")
-            if loss <= max_loss:
-                return config, choice
-            factor = max(1.2 * factor, loss / max(choice.loss, 1e-9))
-    finally:
-        if original is None:
-            vars(model.config).pop("sparse_attention", None)
-        else:
-            model.config.sparse_attention = original
+        progress(f"the loss rises by {loss:.5f} nats per token")
+        if loss <= max_loss:
+            return config, choice
+        factor = max(1.2 * factor, loss / max(choice.loss, 1e-9))
     raise ValueError(
         f"a rise of the loss by at most {max_loss:g} was not reached in {_MAX_MEASUREMENTS} tries, the last one "
         f"{loss:.5f} at density {choice.density:.3f}; allow more, or raise --key-budget"

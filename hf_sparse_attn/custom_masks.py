@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.config import MAX_NUMBER
 from hf_sparse_attn.masking import PADDED_QUERY, unsupported
 
 _MASKED = -1e4  # an added bias under which exp() is 0 in float64 too
@@ -18,7 +19,7 @@ _ROWS = 1024  # rows compared at a time
 
 def read_custom_mask(
     mask: Tensor, position_ids: Tensor | None, sliding_window: int | None
-) -> tuple[Tensor, Tensor, int | None]:
+) -> tuple[Tensor, int | None]:
     """What a 4D mask says.
 
     Args:
@@ -28,8 +29,8 @@ def read_custom_mask(
         sliding_window: the model's own window for this layer.
 
     Returns:
-        the mask as `masking.signed_positions` writes it; position_ids [batch, Q] that restart with each document;
-        and the window that holds: the model's own, or None where the mask lets rows read beyond it.
+        the mask as `masking.signed_positions` writes it, and the window that holds: the model's own, or None where the
+        mask lets rows read beyond it.
 
     Raises:
         ValueError: for a mask that is not causal attention inside documents.
@@ -51,12 +52,10 @@ def read_custom_mask(
     for batch, row_mask in enumerate(admitted[:, 0]):
         ids = None if position_ids is None else position_ids[batch % len(position_ids)]
         rows.append(_read_row(row_mask, is_token[batch], offset, ids, sliding_window))
-    signed = torch.stack([row[0] for row in rows])[:, None, None]
-    positions = torch.stack([row[1] for row in rows])
     for window in dict.fromkeys((sliding_window, None)):
         described = all(_describes(row_mask, *row, window) for row_mask, row in zip(admitted[:, 0], rows, strict=True))
         if described and bool(is_token.any() or not admitted.any()):  # else rows read keys, but none its own
-            return signed, positions, window
+            return torch.stack([_by_document(*row) for row in rows])[:, None, None], window
     raise unsupported("a 4D attention_mask other than causal attention inside documents")
 
 
@@ -83,7 +82,8 @@ def _offset(last: Tensor, num_keys: int) -> int:
 def _read_row(
     admitted: Tensor, is_token: Tensor, offset: int, position_ids: Tensor | None, sliding_window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The simplest reading of [Q, KV]: signed positions [KV] and position_ids [Q], yet to be checked.
+    """The simplest reading of [Q, KV], yet to be checked: signed positions [KV] that count on through the batch row,
+    and the position of each query in its document [Q].
 
     Args:
         is_token: [Q], False for padding.
@@ -98,7 +98,7 @@ def _read_row(
     if len(index):
         first = int(admitted[index[0]].sum()) - 1
         if first + 1 == sliding_window and position_ids is not None:  # older keys do not show
-            first = max(first, int(position_ids[index[0]]))
+            first = max(first, min(int(position_ids[index[0]]), MAX_NUMBER))
             rank = rank + max(first + 1 - int(rank[index[0] + offset]), 0)
         step = torch.arange(len(index), device=admitted.device)
         goes_on = admitted[index[1:], index[:-1] + offset]  # a row that reads the token before it
@@ -106,6 +106,15 @@ def _read_row(
         position[index] = step - begun + torch.where(begun == 0, first, 0)
     signed = torch.where(present, torch.where(is_query, -rank, rank), torch.where(is_query, PADDED_QUERY, 0))
     return signed.int(), position
+
+
+def _by_document(signed: Tensor, position: Tensor) -> Tensor:
+    """`signed` with each query's position in its document."""
+    signed = signed.clone()
+    rows = torch.nonzero(signed < 0).flatten()
+    is_token = signed[rows] != PADDED_QUERY
+    signed[rows[is_token]] = -(position[is_token].int() + 1)
+    return signed
 
 
 def _describes(admitted: Tensor, signed: Tensor, position: Tensor, window: int | None) -> bool:
@@ -116,10 +125,10 @@ def _describes(admitted: Tensor, signed: Tensor, position: Tensor, window: int |
     rank = signed.abs()
     present = (signed != 0) & (signed != PADDED_QUERY)
     for some, own_rank in zip(row.split(_ROWS), own.split(_ROWS), strict=True):
-        behind = own_rank[:, None] - rank
-        expected = present & (behind >= 0) & (behind <= position[some, None])
+        older = own_rank[:, None] - rank
+        expected = present & (older >= 0) & (older <= position[some, None])
         if window is not None:
-            expected &= behind < window
+            expected &= older < window
         if not torch.equal(expected, admitted[some]):
             return False
     return True

@@ -20,6 +20,7 @@ from torch import Tensor
 from hf_sparse_attn.config import MAX_HASH_BITS, SparseAttentionConfig
 
 _LEVELS = 127  # of the symmetric int8 code that stores the calibrated weights
+_MAX_HEADER = 2**16  # bytes of the stored hash's header, which describes three tensors
 
 
 @dataclass(frozen=True)
@@ -108,24 +109,52 @@ def _decode(text: str) -> tuple[Tensor, Tensor]:
     from safetensors.torch import load
 
     try:
-        tensors = load(base64.b64decode(text, validate=True))
-        weight = tensors["weight"].float() * tensors["scale"]
-        bias = tensors["bias"]
-        if weight.ndim != 5 or bias.shape != weight.shape[:2] + weight.shape[3:]:
-            raise ValueError(f"weight of shape {tuple(weight.shape)} with bias of shape {tuple(bias.shape)}")
-        num_buckets = bias.shape[-1] ** bias.shape[-2]
-        if num_buckets & (num_buckets - 1) or num_buckets > 2**MAX_HASH_BITS:  # selection packs it into bits of a score
-            raise ValueError(f"{num_buckets} buckets, no power of two up to {2**MAX_HASH_BITS}")
+        stored = base64.b64decode(text, validate=True)
+        if int.from_bytes(stored[:8], "little") > _MAX_HEADER:
+            raise ValueError(f"a header of more than {_MAX_HEADER} bytes")
+        tensors = load(stored)
+        _check_stored(tensors)
+        weight, bias = tensors["weight"].float() * tensors["scale"], tensors["bias"]
         if not (weight.isfinite().all() and bias.isfinite().all()):
             raise ValueError("a number that is not finite")
-    except (binascii.Error, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (binascii.Error, SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"calibrated_hash is damaged ({error}); convert the checkpoint again with scripts/convert.py"
         ) from error
     return weight, bias
 
 
+def _check_stored(tensors: dict[str, Tensor]) -> None:
+    """Names, dtypes and shapes of a stored hash, before anything is computed with them.
+
+    Raises:
+        ValueError: what is stored is not what `encode_calibrated_hash` writes.
+    """
+    dtypes = {"weight": torch.int8, "scale": torch.float32, "bias": torch.float32}
+    if tensors.keys() != dtypes.keys():
+        raise ValueError(f"tensors {', '.join(sorted(tensors)) or 'none'} in place of {', '.join(sorted(dtypes))}")
+    for name, dtype in dtypes.items():
+        if tensors[name].dtype != dtype:
+            raise ValueError(f"{name} of dtype {tensors[name].dtype} in place of {dtype}")
+    weight, scale, bias = (tuple(tensors[name].shape) for name in dtypes)
+    fits = len(weight) == 5 and scale == (*weight[:2], 1, *weight[3:]) and bias == (*weight[:2], *weight[3:])
+    if not fits or 0 in weight:
+        raise ValueError(f"weight of shape {weight} with scale of shape {scale} and bias of shape {bias}")
+    num_codebooks, codebook_size = weight[3:]
+    num_bits = num_codebooks * (codebook_size - 1).bit_length()
+    # Selection packs a bucket's number into bits of its score.
+    if codebook_size < 2 or codebook_size & (codebook_size - 1) or num_bits > MAX_HASH_BITS:
+        raise ValueError(
+            f"{num_codebooks} codebooks of {codebook_size} codewords, which must be powers of two and give at most "
+            f"{2**MAX_HASH_BITS} buckets"
+        )
+
+
 def _random_hyperplanes(num_bits: int, seed: int, layer_idx: int, num_kv_heads: int, head_dim: int) -> BucketHash:
-    generator = torch.Generator().manual_seed(seed * 100_003 + layer_idx)
-    normals = torch.randn(num_kv_heads, head_dim, num_bits, 1, generator=generator)
-    return BucketHash(torch.cat([-normals, normals], -1), torch.zeros(num_kv_heads, num_bits, 2))
+    # On the CPU in float32, whatever PyTorch's defaults are: another dtype draws other numbers.
+    generator = torch.Generator("cpu").manual_seed(seed * 100_003 + layer_idx)
+    like = torch.empty(0, dtype=torch.float32, device="cpu")
+    normals = torch.randn(
+        num_kv_heads, head_dim, num_bits, 1, generator=generator, dtype=like.dtype, device=like.device
+    )
+    return BucketHash(torch.cat([-normals, normals], -1), like.new_zeros(num_kv_heads, num_bits, 2))

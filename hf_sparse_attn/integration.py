@@ -6,7 +6,8 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +16,32 @@ from hf_sparse_attn import ops
 from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.compiled import compiled_attention
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.masking import signed_positions, unsupported
+from hf_sparse_attn.masking import asks_what_is_packed, signed_positions, unsupported
+from hf_sparse_attn.notices import notice_positions
 from hf_sparse_attn.parallel import head_split
-from hf_sparse_attn.recording import DensityRecorder, Recorder
+from hf_sparse_attn.recording import DensityRecorder, Recorder, Recorders
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
+from hf_sparse_attn.tracing import input_device, is_traced, refuse_transforms
 
 NAME = "sparse"
 _CACHED = "_sparse_attention_pattern"
-_RECORDER = "_sparse_attention_recorder"
-_OBSERVER = "_sparse_attention_observer"
 
 # What some families also pass, and what would change the answer: biases, the choices of an indexer of their own.
 _NOT_READ = ("position_bias", "indices", "block_indices", "sinks", "cache")
 
 Observer = Callable[[LayerPattern, Tensor, Tensor, Tensor, float, Tensor], None]
+
+
+class _Attached(NamedTuple):
+    """What watches the forwards of a model in one block of one thread."""
+
+    model: nn.Module
+    modules: frozenset[int]  # ids of the model's modules
+    watcher: Any
+
+
+_RECORDERS: ContextVar[tuple[_Attached, ...]] = ContextVar("recorders", default=())
+_OBSERVERS: ContextVar[tuple[_Attached, ...]] = ContextVar("observers", default=())
 
 
 def register() -> None:
@@ -76,7 +89,7 @@ def sparse_attention_forward(
         output [batch, Q, num_heads, head_dim] in query's dtype, and None for the weights, which are never formed.
 
     Raises:
-        ValueError: for an impossible config, or what this implementation does not support.
+        ValueError: for an impossible config, impossible numbers, or what this implementation does not support.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
@@ -89,17 +102,35 @@ def sparse_attention_forward(
         if kwargs.get(name) is not None:
             raise unsupported(f"the argument {name} of {type(module).__name__}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is None and cu_seq_lens_q is None and seq_idx is None:
+        seq_idx = _packed_documents(module, position_ids, query, key)
     inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens_q, seq_idx, s_aux)
-    if torch.compiler.is_compiling():
+    if is_traced(query):
         fields = getattr(module.config, "sparse_attention", None)
         split = head_split(module, query.shape[1], key.shape[1])
-        return compiled_attention(inputs, fields, _layer_idx(module), split, sliding_window, scaling, softcap), None
+        layer_idx = _traced_layer_idx(module, key, fields)
+        return compiled_attention(inputs, fields, layer_idx, split, sliding_window, scaling, softcap), None
+    refuse_transforms()
     pattern = _module_pattern(module, query, key, sliding_window)
-    output = attention(inputs, pattern, scaling, softcap, module.__dict__.get(_RECORDER))
-    observer = module.__dict__.get(_OBSERVER)
-    if observer is not None:
+    notice_positions(module.config, inputs, pattern)
+    recorders = _attached_to(module, _RECORDERS)
+    recorder = recorders[0] if len(recorders) == 1 else Recorders(recorders) if recorders else None
+    output = attention(inputs, pattern, scaling, softcap, recorder)
+    for observer in _attached_to(module, _OBSERVERS):
         observer(pattern, query, key, value, scaling, output)
     return output, None
+
+
+def _packed_documents(module: nn.Module, position_ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The number of each token's document [1 or batch, Q] by Transformers' own rule, for families that do not ask it."""
+    if asks_what_is_packed(module.config) or query.shape[2] != key.shape[2]:
+        return None
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return None
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not is_traced(query) and not bool(starts.any()):
+        return None
+    return nn.functional.pad(starts.cumsum(-1), (1, 0))
 
 
 def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_window: int | None) -> LayerPattern:
@@ -129,6 +160,23 @@ def _layer_idx(module: nn.Module) -> int:
     return int(getattr(module, "layer_idx", None) or 0)
 
 
+def _traced_layer_idx(module: nn.Module, key: Tensor, fields: dict[str, Any] | None) -> int:
+    """The layer's index for a graph, so that one graph serves many layers that are compiled one by one.
+
+    While all rows are dense, any index means the same.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    dense_below = SparseAttentionConfig.dense_below if fields is None else fields.get("dense_below")
+    if isinstance(dense_below, int) and statically_known_true(key.shape[2] <= dense_below):
+        return 0
+    if torch.compiler.is_dynamo_compiling():
+        # Dynamo makes a graph for every number that a module holds, unless it may take it for a variable.
+        with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+            return _layer_idx(module)
+    return _layer_idx(module)
+
+
 def configure(model: nn.Module, **fields: Any) -> SparseAttentionConfig:
     """Change single fields of a loaded model's sparse attention; they take effect at the next forward.
 
@@ -142,9 +190,17 @@ def configure(model: nn.Module, **fields: Any) -> SparseAttentionConfig:
     Raises:
         ValueError: for an unknown field or an impossible value, naming the field; the model is left as it was.
     """
-    text_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    text_config.sparse_attention = merge_sparse_attention(text_config, fields)
-    return SparseAttentionConfig.from_dict(text_config.sparse_attention)
+    merged = merge_sparse_attention(model.config, fields)
+    text_config(model.config).sparse_attention = merged
+    return SparseAttentionConfig.from_dict(merged)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's config that its attention layers see: of a vision-language model, that of its text model.
+
+    `sparse_attention`, num_hidden_layers and the like stand there.
+    """
+    return config.get_text_config(decoder=True)
 
 
 @torch.no_grad()
@@ -156,7 +212,7 @@ def check_model(model: nn.Module) -> None:
     Raises:
         ValueError: if the model does not call it, or asks for something that it does not support.
     """
-    tokens = torch.zeros(1, 8, dtype=torch.int64, device=next(model.parameters()).device)
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=input_device(model))
     with record_density(model) as density:
         model(input_ids=tokens, use_cache=False)
     if density.admissible == 0:
@@ -167,42 +223,61 @@ def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None)
     """A model config's own `sparse_attention` (none: the defaults) with single fields replaced, validated.
 
     Raises:
-        ValueError: for an unknown field, an impossible value, or budgets or a calibrated hash of another model's shape;
-            the message names the field.
+        ValueError: for an unknown field, an impossible value, budgets or a calibrated hash of another model's shape, or
+            numbers of heads that cannot be; the message names the field.
     """
-    own = getattr(config, "sparse_attention", None) or {}
-    merged = SparseAttentionConfig.from_dict({**own, **(overrides or {})})
+    config = text_config(config)
+    own = SparseAttentionConfig.from_dict(getattr(config, "sparse_attention", None))
+    merged = own if not overrides else SparseAttentionConfig.from_dict({**_fields(config), **overrides})
     num_heads = getattr(config, "num_attention_heads", None)
     if isinstance(num_heads, int):
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+        num_kv_heads = getattr(config, "num_key_value_heads", None)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if min(num_heads, num_kv_heads, config.num_hidden_layers) < 1:
+            raise ValueError(
+                f"num_attention_heads, num_key_value_heads and num_hidden_layers must be at least 1, got {num_heads}, "
+                f"{num_kv_heads} and {config.num_hidden_layers}"
+            )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         last_layer = config.num_hidden_layers - 1
         layer_pattern(merged, last_layer, num_heads, num_kv_heads, head_dim, torch.device("cpu"), torch.float32)
     return merged.to_dict()
 
 
+def _fields(config: Any) -> dict[str, Any]:
+    return getattr(config, "sparse_attention", None) or {}
+
+
 def record(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]:
-    """Have `recorder` told what every row reads in the forwards of this block."""
-    return _attached(model, _RECORDER, recorder)
+    """Have `recorder` told what every row reads in this thread's forwards of this block, beside other recorders."""
+    return _attach(model, _RECORDERS, recorder)
 
 
 def observe(model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
-    """Call `observer(pattern, query, key, value, scaling, output)` after each attention of this block's forwards."""
-    return _attached(model, _OBSERVER, observer)
+    """Call `observer(pattern, query, key, value, scaling, output)` after each attention of this thread's forwards of
+    this block."""
+    return _attach(model, _OBSERVERS, observer)
 
 
 @contextmanager
 def observe_dense(model: nn.Module, observer: Observer) -> Iterator[None]:
     """As `observe`, while every row of the model reads everything; its configuration is put back afterwards."""
-    config: Any = model.config
-    original = getattr(config, "sparse_attention", None)
-    config.sparse_attention = {"dense_below": sys.maxsize}
+    with configured(model, {"dense_below": sys.maxsize}), observe(model, observer):
+        yield
+
+
+@contextmanager
+def configured(model: nn.Module, fields: dict[str, Any]) -> Iterator[None]:
+    """Give a model another `sparse_attention` for a block; its own is put back afterwards."""
+    config = text_config(model.config)
+    absent = object()
+    original = getattr(config, "sparse_attention", absent)
+    config.sparse_attention = fields
     try:
-        with observe(model, observer):
-            yield
+        yield
     finally:
-        if original is None:
-            del config.sparse_attention
+        if original is absent:
+            vars(config).pop("sparse_attention", None)
         else:
             config.sparse_attention = original
 
@@ -216,12 +291,14 @@ def record_density(model: nn.Module) -> Iterator[DensityRecorder]:
 
 
 @contextmanager
-def _attached(model: nn.Module, name: str, value: Any) -> Iterator[None]:
-    modules = list(model.modules())
-    for module in modules:
-        module.__dict__[name] = value
+def _attach(model: nn.Module, kind: ContextVar[tuple[_Attached, ...]], watcher: Any) -> Iterator[None]:
+    attached = _Attached(model, frozenset(map(id, model.modules())), watcher)
+    kind.set((*kind.get(), attached))
     try:
         yield
     finally:
-        for module in modules:
-            module.__dict__.pop(name, None)
+        kind.set(tuple(other for other in kind.get() if other is not attached))
+
+
+def _attached_to(module: nn.Module, kind: ContextVar[tuple[_Attached, ...]]) -> list[Any]:
+    return [attached.watcher for attached in kind.get() if id(module) in attached.modules]

@@ -76,12 +76,22 @@ class KeptKeys:
             self.num_seen = [0] * batch_size
         if len(self.rows) != batch_size:
             raise ValueError(f"the cache holds {len(self.rows)} rows, got {batch_size}")
-        one_each = len({document.batch for document in documents}) == len(documents)
-        if not one_each or any(document.query_offset != self.num_seen[document.batch] for document in documents):
+        if not self._expected:
             raise ValueError(
-                "a SparseCache with a policy holds one document in each row, from its first token on: it takes neither "
-                "several packed documents nor position_ids or an attention_mask that begin anew"
+                "a SparseCache with a policy was asked to attend without new keys: a layer reads another layer's keys, "
+                "or its keys were attended to already"
             )
+        if len({document.batch for document in documents}) != len(documents):
+            raise ValueError(
+                "a SparseCache with a policy holds one document in each row; it does not take several packed ones"
+            )
+        for document in documents:
+            if document.query_offset != self.num_seen[document.batch]:
+                raise ValueError(
+                    f"a SparseCache with a policy has seen {self.num_seen[document.batch]} tokens of row "
+                    f"{document.batch}, but the attention_mask says that new ones follow {document.query_offset}: the "
+                    "mask must be that of all tokens since the first"
+                )
         self._expected = 0
 
     def attend(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.parallel import refuse_parted_kv_heads
+from hf_sparse_attn.tracing import is_traced, refuse_transforms
 
 PADDED_QUERY = torch.iinfo(torch.int32).min
 LATER_TOKENS = PADDED_QUERY + 1
@@ -76,11 +77,14 @@ def signed_positions(
     Raises:
         ValueError: for a model that attends in chunks or by a mask function of its own.
     """
+    refuse_transforms()
     _refuse_other_patterns(**others)
     unusual = mask_function is not None and not allow_is_causal_skip and q_length > 1
     last = q_offset + q_length
     to_the_end = isinstance(last, int) and kv_offset == 0 and last == kv_length
-    if to_the_end and not unusual and _no_padding(attention_mask, kv_length):
+    # Where Transformers does not look for packed documents, whether there was a mask tells later on.
+    says_nothing = attention_mask is None or asks_what_is_packed(others.get("config"))
+    if to_the_end and not unusual and says_nothing and _no_padding(attention_mask, kv_length):
         return None
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts on in place
@@ -109,10 +113,15 @@ def signed_positions(
     return signed.to(torch.int32)[:, None, None]
 
 
+def asks_what_is_packed(config: Any) -> bool:
+    """Whether the models of a family tell Transformers' mask functions their position_ids, which show what is packed."""
+    return getattr(config, "model_type", None) not in ("afmoe", "gpt_oss", "granitemoehybrid")
+
+
 def _no_padding(attention_mask: Tensor | None, kv_length: int) -> bool:
     if attention_mask is None:
         return True
-    if torch.compiler.is_compiling():  # values cannot be read
+    if is_traced(attention_mask):
         return False
     return bool(attention_mask[:, :kv_length].all() and attention_mask.shape[1] >= kv_length)
 
@@ -144,7 +153,6 @@ def unsupported(what: str) -> ValueError:
 
 def documents(
     attention_mask: Tensor | None,
-    position_ids: Tensor | None,
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -152,18 +160,16 @@ def documents(
 ) -> list[Document]:
     """Split a call into documents.
 
-    A new document starts where the mask or `starts` says so, and where `position_ids` stop growing between two tokens
-    that are no padding. Where they start below the number of earlier keys, the earlier keys that are too many belong
-    to documents that have ended.
+    A new document starts where the mask or `starts` says so. In the mask Transformers itself says where documents are
+    packed: it tells from position_ids, where there is neither a mask nor a cache. Anywhere else position_ids are only
+    what rotary embeddings count by.
 
     Args:
         attention_mask: what `signed_positions` made, or None: no padding, the last slots are the queries.
-        position_ids: [1 or batch, Q], or None.
         starts: [1 or batch, Q], True where a document starts, or None; see `document_starts`.
 
     Raises:
-        ValueError: for a mask that is not this plugin's, for position_ids of another shape, and where the model wants
-            tokens to see later ones.
+        ValueError: for a mask that is not this plugin's, and where the model wants tokens to see later ones.
     """
     if attention_mask is not None and (
         attention_mask.dtype != torch.int32 or attention_mask.shape != (batch_size, 1, 1, kv_length)
@@ -173,18 +179,11 @@ def documents(
             f"[batch, 1, {q_length}, {kv_length}] or none; "
             f"got one of shape {tuple(attention_mask.shape)} and dtype {attention_mask.dtype}"
         )
-    if position_ids is not None and (position_ids.ndim != 2 or position_ids.shape[1] != q_length):
-        raise ValueError(
-            f'attn_implementation="sparse" takes position_ids [batch, {q_length}]; '
-            f"got shape {tuple(position_ids.shape)}"
-        )
     found = []
     for batch in range(batch_size):
-        ids = None if position_ids is None else position_ids[batch % len(position_ids)]
-        started = None if starts is None else starts[batch % len(starts)]
-        if attention_mask is None and started is None and q_length == 1:
-            begin = 0 if ids is None else max(kv_length - 1 - int(ids[0]), 0)
-            found.append(Document(batch, slice(0, 1), slice(begin, kv_length), kv_length - 1 - begin, 0))
+        started = None if starts is None else starts[batch % len(starts)].cpu()
+        if attention_mask is None and started is None:
+            found.append(Document(batch, slice(0, q_length), slice(0, kv_length), kv_length - q_length, 0))
             continue
         if attention_mask is None:
             queries = torch.arange(q_length)
@@ -192,7 +191,7 @@ def documents(
             first_key = 0
         else:
             signed = attention_mask[batch, 0, 0].cpu()
-            if signed[0] == LATER_TOKENS:
+            if len(signed) and signed[0] == LATER_TOKENS:
                 raise unsupported("non-causal attention")
             rows = signed[signed < 0]
             queries = torch.nonzero(rows != PADDED_QUERY).flatten()
@@ -201,8 +200,9 @@ def documents(
                 continue
             first_key = int(signed[keys[0]].abs()) - 1
             restarts = rows == -1
-            started = restarts if started is None else started.cpu() | restarts
-        found += _split(batch, queries, keys, first_key, ids, started)
+            started = restarts if started is None else started | restarts
+        assert started is not None
+        found += _split(batch, queries, keys, first_key, started[queries])
     return found
 
 
@@ -224,29 +224,16 @@ def document_starts(cu_seq_lens: Tensor | None, seq_idx: Tensor | None, q_length
     return starts
 
 
-def _split(
-    batch: int, queries: Tensor, keys: Tensor, first_key: int, position_ids: Tensor | None, starts: Tensor | None
-) -> list[Document]:
-    """Documents of one batch row, given the rows and slots that are no padding."""
+def _split(batch: int, queries: Tensor, keys: Tensor, first_key: int, starts: Tensor) -> list[Document]:
+    """Documents of one batch row, given the rows and slots that are no padding, and at which rows documents start.
+
+    The first one goes on from earlier keys.
+    """
     cached = len(keys) - len(queries)
-    new = torch.zeros(len(queries), dtype=torch.bool)
-    begin = 0  # first key of the first document
-    if starts is not None:
-        new |= starts.cpu()[queries]
-    if position_ids is not None:
-        ids = position_ids.cpu()[queries]
-        new[1:] |= ids[1:] <= ids[:-1]
-        surplus = first_key + cached - int(ids[0])
-        if surplus > first_key:
-            begin, first_key = surplus - first_key, 0
-        elif surplus > 0:
-            first_key -= surplus
-    new[0] = True
-    first_query = torch.nonzero(new).flatten().tolist()
+    first_query = [0, *(torch.nonzero(starts[1:]).flatten() + 1).tolist()]
     found = []
     for start, stop in zip(first_query, [*first_query[1:], len(queries)], strict=True):
-        first = begin if start == 0 else cached + start
-        offset = first_key if start == 0 else 0
+        first, offset = (0, first_key) if start == 0 else (cached + start, 0)
         found.append(
             Document(
                 batch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -31,6 +31,29 @@ class Recorder(Protocol):
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
         """Rows at positions start .. stop - 1 of the heads read everything admissible."""
+
+
+class Recorders:
+    """Several recorders that are told the same."""
+
+    def __init__(self, recorders: Sequence[Recorder]) -> None:
+        self._recorders = recorders
+
+    def add(
+        self,
+        pattern: LayerPattern,
+        head: int,
+        position: Tensor,
+        attended: Tensor,
+        num_scored: int,
+        keys: Callable[[], Tensor],
+    ) -> None:
+        for recorder in self._recorders:
+            recorder.add(pattern, head, position, attended, num_scored, keys)
+
+    def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
+        for recorder in self._recorders:
+            recorder.add_dense(pattern, heads, start, stop)
 
 
 class DensityRecorder:

@@ -6,6 +6,7 @@ from the first token of the document. Nothing here carries a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ from hf_sparse_attn.parallel import HeadSplit
 
 CHUNK_PAGES = 16  # pages of rows that are routed and computed together
 MEANS_LAG = 1  # the bucket means of a page hold the keys at least this far behind its first row
-_UNROUTABLE = -1e30  # score of a bucket that a row must not take
+_MAX_CHUNK_ROWS = 1024  # a page may have more rows
+_COUNTED_ROWS = 64  # rows whose keys one product counts
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class LayerPattern:
         """Rows at positions under this number read everything; None: all of them."""
         return None if self.layer_idx in self.config.dense_layers else self.config.dense_below
 
+    def window(self, num_keys: int) -> int:
+        """Keys of a row's window, of `num_keys` in all: the config's, inside the model's own."""
+        window = min(self.config.window_size, num_keys)
+        return window if self.sliding_window is None else min(window, self.sliding_window)
+
 
 def layer_pattern(
     config: SparseAttentionConfig,
@@ -68,8 +75,18 @@ def layer_pattern(
         split: which part of the layer's heads this process holds; None: all of them.
 
     Raises:
-        ValueError: if the config's budgets, smallest weights or calibrated hash do not fit the layer.
+        ValueError: if the config's budgets, smallest weights or calibrated hash do not fit the layer, or the layer's
+            heads or window are impossible.
     """
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads or head_dim < 1:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads and head_dim at least 1; got {num_heads} query heads, "
+            f"{num_kv_heads} KV heads and head_dim {head_dim}"
+        )
+    if layer_idx < 0:
+        raise ValueError(f"layer_idx must be at least 0, got {layer_idx}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"the model's sliding_window must be at least 1 or None, got {sliding_window}")
     split = split or HeadSplit()
     heads = slice(split.rank * num_heads, (split.rank + 1) * num_heads)
     kv_heads = slice(split.rank * num_kv_heads, (split.rank + 1) * num_kv_heads)
@@ -133,6 +150,15 @@ def random_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window:
     return (drawn - key_offset).masked_fill_(seen, -1)
 
 
+def row_chunks(pattern: LayerPattern, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Rows at positions start .. end - 1 in chunks that `BucketIndex.rows` takes: in CHUNK_PAGES pages, not long."""
+    size = CHUNK_PAGES * pattern.config.page_size
+    while start < end:
+        stop = min((start // size + 1) * size, start + _MAX_CHUNK_ROWS, end)
+        yield start, stop
+        start = stop
+
+
 class BucketIndex:
     """The routable keys of one KV head of one document, grouped by bucket.
 
@@ -150,7 +176,9 @@ class BucketIndex:
     ) -> None:
         config = pattern.config
         self.num_buckets = pattern.bucket_hash.num_buckets
-        self.page_size, self.window_size = config.page_size, config.window_size
+        # Under a page as long as the document, no row knows any bucket either.
+        self.page_size = min(config.page_size, max(key_offset + len(key), 1))
+        self.window_size = config.window_size
         self.sliding_window = pattern.sliding_window
         self.key_offset = key_offset
         self.key = key.detach()
@@ -172,15 +200,14 @@ class BucketIndex:
 
         The rows must lie in one chunk of CHUNK_PAGES pages.
         """
-        page_size = self.page_size
-        pages = range(start // page_size, -(-stop // page_size))
+        pages = range(start // self.page_size, -(-stop // self.page_size))
         sums, counts = self._page_state(pages, self._entered, MEANS_LAG)
-        upper = self._row_counts(pages, self.window_size)[start - pages[0] * page_size :][: stop - start]
+        upper = self._row_counts(start, stop, self.window_size)
         lower = None
         if self.sliding_window is not None:
             left_sums, left_counts = self._page_state(pages, self._left, self._page_lag())
             sums, counts = sums - left_sums, counts - left_counts
-            lower = self._row_counts(pages, self.sliding_window)[start - pages[0] * page_size :][: stop - start]
+            lower = self._row_counts(start, stop, self.sliding_window)
         routable = counts > 0
         means = sums.div_(counts.clamp(min=1).unsqueeze(-1))
         return RowChunk(self, start, stop, means, routable, upper, lower)
@@ -229,9 +256,9 @@ class BucketIndex:
         table = table.cumsum(0)[pages[0] - first :, : self.num_buckets]
         return table[..., :-1], table[..., -1]
 
-    def _row_counts(self, pages: range, lag: int) -> Tensor:
-        """Keys of each bucket at least `lag` behind each row of the pages: [rows, num_buckets], int32."""
-        start, num_rows = pages[0] * self.page_size, len(pages) * self.page_size
+    def _row_counts(self, start: int, stop: int, lag: int) -> Tensor:
+        """Keys of each bucket at least `lag` older than each row at start .. stop - 1: [rows, num_buckets], int32."""
+        num_rows = -(-(stop - start) // _COUNTED_ROWS) * _COUNTED_ROWS
         first = start - lag - self.key_offset  # index of the key that enters with the first row
         low, high = max(0, min(first, len(self.key))), max(0, min(first + num_rows, len(self.key)))
         row = torch.arange(low - first, high - first, device=self.key.device)
@@ -239,13 +266,13 @@ class BucketIndex:
         steps = self.key.new_zeros(num_rows, self.num_buckets)
         steps[row[dynamic], self.bucket[low:high][dynamic]] = 1
         base = torch.bincount(self.bucket[:low], minlength=self.num_buckets + 1)[:-1].to(steps)
-        # A running sum down the rows, as a product with a triangle of ones inside each page.
-        steps = steps.unflatten(0, (len(pages), self.page_size))
-        triangle = torch.ones(self.page_size, self.page_size, device=steps.device, dtype=steps.dtype).tril()
+        # A running sum down the rows, as a product with a triangle of ones inside each block of rows.
+        steps = steps.unflatten(0, (-1, _COUNTED_ROWS))
+        triangle = torch.ones(_COUNTED_ROWS, _COUNTED_ROWS, device=steps.device, dtype=steps.dtype).tril()
         within = torch.matmul(triangle, steps)
         total = within[:, -1]
         carried = total.cumsum(0) - total + base
-        return within.add_(carried.unsqueeze(1)).flatten(0, 1).int()
+        return within.add_(carried.unsqueeze(1)).flatten(0, 1)[: stop - start].int()
 
 
 @dataclass
@@ -268,8 +295,8 @@ class RowChunk:
             budget: keys per row.
 
         Returns:
-            key index [R, budget] (int32, into the keys that the index was built from) and how many of its entries
-            count, [R]; the others repeat an arbitrary key.
+            key index [R, budget or all keys] (int32, into the keys that the index was built from) and how many of its
+            entries count, [R]; the others repeat an arbitrary key.
         """
         slots, count = self.select_slots(query, budget)
         return self.index.order.index_select(0, slots.view(-1)).view_as(slots), count
@@ -277,6 +304,7 @@ class RowChunk:
     def select_slots(self, query: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """As `select`, but with places in `index.order`, where each bucket's keys stand side by side."""
         index = self.index
+        budget = min(budget, len(index.order))
         ranked = _rank(self._scores(query), index.num_buckets)
         while True:
             columns = min(index._columns, index.num_buckets)
@@ -296,15 +324,18 @@ class RowChunk:
         """Product of each row's query with the bucket means of its page: [R, num_buckets]."""
         scores = query.new_empty(len(query), self.index.num_buckets)
         page_size = self.index.page_size
-        offset = torch.zeros_like(self.routable, dtype=query.dtype).masked_fill_(~self.routable, _UNROUTABLE)
+        # A bucket may be known and hold nothing that is older than the row's window.
+        unroutable = self.upper == (0 if self.lower is None else self.lower)
         low = self.start
         for page in range(len(self.means)):
             high = min((low // page_size + 1) * page_size, self.stop)
             rows = slice(low - self.start, high - self.start)
-            torch.addmm(offset[page], query[rows], self.means[page].T, out=scores[rows])
+            torch.mm(query[rows], self.means[page].T, out=scores[rows])
+            unroutable[rows] |= ~self.routable[page]
             low = high
-        # A bucket may be known and hold nothing that is older than the row's window.
-        return scores.masked_fill_(self.upper == (0 if self.lower is None else self.lower), _UNROUTABLE)
+        # Finite, as `_rank` writes into the last bits of each score, and apart from those of unroutable buckets.
+        largest = torch.finfo(scores.dtype).max / 2
+        return scores.clamp_(-largest, largest).masked_fill_(unroutable, -2 * largest)
 
     def _candidates(self, ranked: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """The best `columns` buckets of each row: keys available and end of their run in `order`. [R, C], int32"""
@@ -312,7 +343,7 @@ class RowChunk:
         bucket = (best.view(_integer(best.dtype)) & (self.index.num_buckets - 1)).long()
         upper = self.upper.gather(1, bucket)
         available = upper if self.lower is None else upper - self.lower.gather(1, bucket)
-        available = available.masked_fill(best < _UNROUTABLE / 2, 0)
+        available = available.masked_fill(best < -0.75 * torch.finfo(best.dtype).max, 0)
         return available, self.index.start.take(bucket) + upper
 
 

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import json
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -157,7 +158,9 @@ def cached_specification(family, ids, position_ids, own_window, fields):
         for layer in model.model.layers:
             holder = layer.self_attn if hasattr(layer.self_attn, "sliding_window") else model.config
             holder.sliding_window = None
-    return logits(model, torch.tensor([ids]), position_ids=torch.tensor([position_ids]))[0]
+    row = torch.tensor([ids])
+    # Under a mask, position_ids do not say what is packed.
+    return logits(model, row, position_ids=torch.tensor([position_ids]), attention_mask=torch.ones_like(row))[0]
 
 
 def specified(family, ids, position_ids=None, own_window=True, **sparse):
@@ -245,14 +248,33 @@ def check_packed(family="llama", **sparse):
     assert_each_specified(together, family, rows, **sparse)
 
 
-def check_packed_unseen(family="llama", **sparse):
-    """The same with `use_cache=True` or a mask of ones, under which Transformers' own masks forget the packing."""
-    rows, position_ids = packed_documents()
-    ids = torch.cat(rows)[None]
-    for inputs in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(ids)}):
-        with torch.no_grad():
-            together = tiny_model(family, **sparse)(ids, position_ids=position_ids, **inputs).logits
-        assert_each_specified(together, family, rows, **sparse)
+def check_position_ids(family="llama", **sparse):
+    """position_ids that start anew, repeat or fall under a mask of ones or with a cache: one document, as to any other
+    attention of Transformers, in one piece and in two."""
+    ids = tokens(60)
+    _, anew = packed_documents()
+    for position_ids in (anew, anew // 2, torch.arange(60)[None] // 3, torch.arange(60).flip(0)[None]):
+        model = tiny_model(family, **sparse)
+        assert_specified(
+            logits(model, ids, position_ids=position_ids, attention_mask=torch.ones_like(ids))[0],
+            family,
+            ids[0],
+            position_ids[0],
+            **sparse,
+        )
+        inputs = {"position_ids": position_ids, "attention_mask": torch.ones_like(ids)}
+        with softmax_in_float64():
+            everything = logits(tiny_model(family, **{**sparse, "window_size": 60}), ids, **inputs)
+        torch.testing.assert_close(everything, dense_logits(family, ids, **inputs), **TOLERANCE)
+        if family == "gpt_oss":  # its model does not ask Transformers what is packed: without a mask, position_ids tell
+            continue
+        for cuts in ((0, 60), (0, 31, 60)):
+            cache, pieces = DynamicCache(config=model.config), []
+            with torch.no_grad():
+                for start, stop in pairwise(cuts):
+                    inputs = {"position_ids": position_ids[:, start:stop], "past_key_values": cache, "use_cache": True}
+                    pieces.append(model(ids[:, start:stop], **inputs).logits)
+            assert_specified(torch.cat(pieces, 1)[0], family, ids[0], position_ids[0], **sparse)
 
 
 def check_later_tokens(family="llama", length=44, **sparse):
@@ -317,7 +339,7 @@ CHECKS = {
     "left-padding": check_padding,
     "right-padding": functools.partial(check_padding, side="right"),
     "packed": check_packed,
-    "packed-unseen": check_packed_unseen,
+    "position-ids": check_position_ids,
     "later-tokens": check_later_tokens,
     "gradients": check_gradients,
     "density": check_density,

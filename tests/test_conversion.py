@@ -187,6 +187,18 @@ class TestCalibrate:
         assert sum(choice.key_budget[1]) / NUM_KV_HEADS <= 20
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_change_a_calibration(calibrated, dtype):
+    (calibration, documents), model = calibrated, tiny_model(dtype=torch.float32)
+    torch.set_default_dtype(dtype)
+    try:
+        found = calibrate(model, documents, CONFIG)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.config == calibration.config
+    assert torch.equal(found.costs.loss, calibration.costs.loss)
+
+
 def hybrid():
     """One layer of attention between two of convolutions."""
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ def packed(*lengths, sliding_window=None):
 def split(mask, q_length, kv_length, position_ids=None, sliding_window=None):
     """Documents with plain lists for indices, and the window that holds."""
     ids = None if position_ids is None else torch.tensor(position_ids)
-    signed, positions, window = read_custom_mask(mask, ids, sliding_window)
+    signed, window = read_custom_mask(mask, ids, sliding_window)
     found = [
         (
             document.batch,
@@ -28,7 +28,7 @@ def split(mask, q_length, kv_length, position_ids=None, sliding_window=None):
             document.query_offset,
             document.key_offset,
         )
-        for document in documents(signed, positions, len(mask), q_length, kv_length)
+        for document in documents(signed, len(mask), q_length, kv_length)
     ]
     return found, window
 
@@ -66,7 +66,7 @@ def test_packed(form):
 @every_form
 def test_padding_of_several_kinds(form):
     columns = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    expected = documents(signed_positions(5, 5, 5, attention_mask=columns), None, 5, 5, 5)
+    expected = documents(signed_positions(5, 5, 5, attention_mask=columns), 5, 5, 5)
     expected = [
         (d.batch, span(d.queries.start, d.queries.stop), span(d.keys.start, d.keys.stop), 0, 0) for d in expected
     ]

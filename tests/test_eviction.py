@@ -19,7 +19,7 @@ from attention_checks import (
     tiny_model,
     tokens,
 )
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache, Gemma3nTextConfig, LlamaConfig
 
 from hf_sparse_attn import SparseAttentionConfig, SparseCache, eviction, kept, record_density
 from hf_sparse_attn.attention import Inputs, attention
@@ -643,15 +643,31 @@ class TestErrors:
 
     def test_packed_documents(self):
         model = tiny_model()
-        with pytest.raises(ValueError, match="one document in each row"), torch.no_grad():
-            model(tokens(5), position_ids=torch.tensor([[0, 1, 2, 0, 1]]), past_key_values=small_cache(model))
+        ends = torch.tensor([0, 3, 5], dtype=torch.int32)
+        with pytest.raises(ValueError, match="does not take several packed ones"), torch.no_grad():
+            model(tokens(5), cu_seq_lens_q=ends, past_key_values=small_cache(model))
 
-    def test_a_restart(self):
+    def test_earlier_tokens_become_padding(self):
         model = tiny_model()
         cache = small_cache(model)
         cached_logits(model, tokens(20), (20,), cache)
-        with pytest.raises(ValueError, match="one document in each row"), torch.no_grad():
-            model(tokens(5), position_ids=torch.arange(5)[None], past_key_values=cache)
+        mask = torch.cat([torch.zeros(1, 20), torch.ones(1, 5)], 1)
+        with pytest.raises(ValueError, match=r"has seen 20 tokens of row 0, but .* follow 0"), torch.no_grad():
+            model(tokens(5), attention_mask=mask, past_key_values=cache)
+
+    def test_layers_that_share_keys(self):
+        config = Gemma3nTextConfig(num_hidden_layers=4, num_kv_shared_layers=2)
+        with pytest.raises(ValueError, match="num_kv_shared_layers=2"):
+            SparseCache(config, policy=Sinks(4), budget=9)
+
+    def test_keys_that_were_attended_to_already(self):
+        cache = small_cache(tiny_model())
+        pattern = make_pattern(SparseAttentionConfig(), NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
+        x = torch.randn(1, NUM_KV_HEADS, 3, HEAD_DIM, dtype=torch.float64)
+        inputs = Inputs(x.repeat(1, 2, 1, 1), *cache.update(x, x.clone(), 0))
+        attention(inputs, pattern, SCALING, None)
+        with pytest.raises(ValueError, match="without new keys"):
+            attention(inputs, pattern, SCALING, None)
 
     def test_another_batch_size(self):
         model = tiny_model()

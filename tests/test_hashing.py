@@ -164,3 +164,88 @@ def test_fitted_for_another_model(model):
         ValueError, match=r"^calibrated_hash was fitted for 3 layers, 2 KV heads and head_dim 6.*the model has"
     ):
         calibrated(text, **model)
+
+
+class TestHostile:
+    """A checkpoint from anywhere: refused in no time and memory, before any arithmetic."""
+
+    def refused(self, text, message):
+        with pytest.raises(ValueError, match=message):
+            calibrated(text)
+
+    def test_scales_that_would_broadcast(self):
+        for shape in [
+            (1,),
+            (LAYERS, KV_HEADS, HEAD_DIM, CODEBOOKS, 32),
+            (LAYERS, 9, 1, CODEBOOKS, 32),
+            (7, 1, 1, 1, 1, 1),
+        ]:
+            self.refused(repacked(scale=torch.ones(shape)), "scale of shape")
+        self.refused(
+            repacked(weight=torch.ones(300, 1, 1, 1, 2, dtype=torch.int8), scale=torch.ones(1, 300, 99, 9, 1)),
+            "scale of shape",
+        )
+
+    @pytest.mark.parametrize(
+        "shape", [(3, 2, 6, 2, 0), (3, 2, 6, 0, 4), (3, 0, 6, 2, 4), (0, 2, 6, 2, 4), (3, 2, 0, 2, 4)]
+    )
+    def test_nothing_inside(self, shape):
+        weight = torch.zeros(shape, dtype=torch.int8)
+        scale = torch.zeros(shape[0], shape[1], 1, *shape[3:])
+        self.refused(repacked(weight=weight, scale=scale, bias=torch.zeros(*shape[:2], *shape[3:])), "of shape")
+
+    @pytest.mark.parametrize(
+        ("num_codebooks", "codebook_size"), [(10**5, 2), (1, 2**13), (13, 2), (2, 3), (2, 1), (1, 6)]
+    )
+    def test_numbers_of_buckets(self, num_codebooks, codebook_size):
+        weight = torch.zeros(1, 1, 1, num_codebooks, codebook_size, dtype=torch.int8)
+        scale = torch.zeros(1, 1, 1, num_codebooks, codebook_size)
+        self.refused(
+            repacked(weight=weight, scale=scale, bias=scale[:, :, 0].clone()),
+            f"{num_codebooks} codebooks of {codebook_size} codewords",
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [("bias", torch.complex64), ("bias", torch.float64), ("weight", torch.float32), ("scale", torch.int8)],
+    )
+    def test_dtypes(self, name, dtype):
+        tensors = load(base64.b64decode(calibrated_hash_text(LAYERS, KV_HEADS, HEAD_DIM)))
+        self.refused(repacked(**{name: tensors[name].to(dtype)}), f"{name} of dtype {dtype}")
+
+    def test_other_tensors(self):
+        self.refused(repacked(more=torch.zeros(1)), "tensors bias, more, scale, weight in place of")
+        self.refused(repacked(bias=None), "tensors scale, weight in place of")
+
+    def test_a_header_of_many_bytes(self):
+        header = b"{" + b" " * 70_000 + b"}"
+        text = base64.b64encode(len(header).to_bytes(8, "little") + header).decode()
+        self.refused(text, "a header of more than")
+        self.refused(base64.b64encode(b"\xff" * 8).decode(), "a header of more than")
+
+    @pytest.mark.parametrize("shape", [[2**62, 0, 6, 2, 4], [2**40, 2**40, 0, 2, 4], [3, 2, 6, 2**50, 0]])
+    def test_shapes_of_nothing(self, shape):
+        entries = [
+            f'"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,0]}}'
+            for name, dtype in (("weight", "I8"), ("scale", "F32"), ("bias", "F32"))
+        ]
+        header = ("{" + ",".join(entries) + "}").encode()
+        self.refused(base64.b64encode(len(header).to_bytes(8, "little") + header).decode(), "is damaged")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_change_the_random_hash(dtype):
+    expected = random().weight
+    torch.set_default_dtype(dtype)
+    try:
+        found = random().weight
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_the_default_device_does_not_matter():
+    expected = random().weight
+    with torch.device("meta"):
+        assert torch.equal(random().weight, expected)

@@ -26,9 +26,8 @@ def mask(*rows):
     return torch.tensor(rows, dtype=torch.bool)
 
 
-def split(attention_mask=None, position_ids=None, batch_size=1, q_length=1, kv_length=1, starts=None):
+def split(attention_mask=None, batch_size=1, q_length=1, kv_length=1, starts=None):
     """The documents with plain lists for indices."""
-    ids = None if position_ids is None else torch.tensor(position_ids)
     return [
         (
             document.batch,
@@ -37,7 +36,7 @@ def split(attention_mask=None, position_ids=None, batch_size=1, q_length=1, kv_l
             document.query_offset,
             document.key_offset,
         )
-        for document in documents(attention_mask, ids, batch_size, q_length, kv_length, starts)
+        for document in documents(attention_mask, batch_size, q_length, kv_length, starts)
     ]
 
 
@@ -130,14 +129,14 @@ class TestRefusals:
         """A gap in position_ids is a new document to Transformers as well."""
         signed = self.make(getattr(masking_utils, create), position_ids=torch.tensor([position_ids]))
         assert signed[:, 0, 0].tolist() == [[-1, -2, -3, -1, -2, -3, -4, -5]] * 2
-        assert split(signed, [position_ids], 2, 8, 8) == [
+        assert split(signed, 2, 8, 8) == [
             (batch, span(*ends), span(*ends), 0, 0) for batch in (0, 1) for ends in ((0, 3), (3, 8))
         ]
 
     @needs_blocks
     def test_blocks_of_one_token_are_causal(self):
         signed = self.make(block_sequence_ids=torch.full((2, 8), -1))
-        assert split(signed, None, 2, 8, 8) == split(None, None, 2, 8, 8)
+        assert split(signed, 2, 8, 8) == split(None, 2, 8, 8)
 
     def test_chunked(self):
         with pytest.raises(ValueError, match=r'^attn_implementation="sparse" does not support chunked attention'):
@@ -154,7 +153,7 @@ class TestRefusals:
         blocks[1, 5:7] = 0
         signed = self.make(block_sequence_ids=blocks)
         with pytest.raises(ValueError, match="does not support non-causal attention"):
-            documents(signed, None, 2, 8, 8)
+            documents(signed, 2, 8, 8)
 
 
 class TestDocuments:
@@ -167,20 +166,13 @@ class TestDocuments:
     def test_no_mask_with_cached_keys(self):
         assert split(q_length=2, kv_length=5) == [(0, [0, 1], span(0, 5), 3, 0)]
 
-    @pytest.mark.parametrize(
-        "position_ids", [None, [[1, 1, 0, 1, 2]]], ids=["no position_ids", "as generate makes them"]
-    )
-    def test_left_padding(self, position_ids):
+    def test_left_padding(self):
         signed = signed_positions(1, 5, 5, attention_mask=mask([0, 0, 1, 1, 1]))
-        assert split(signed, position_ids, q_length=5, kv_length=5) == [(0, [2, 3, 4], [2, 3, 4], 0, 0)]
-
-    def test_left_padding_with_positions_of_the_columns(self):
-        signed = signed_positions(1, 5, 5, attention_mask=mask([0, 0, 1, 1, 1]))
-        assert split(signed, [span(0, 5)], q_length=5, kv_length=5) == [(0, [2, 3, 4], [2, 3, 4], 0, 0)]
+        assert split(signed, q_length=5, kv_length=5) == [(0, [2, 3, 4], [2, 3, 4], 0, 0)]
 
     def test_right_and_mixed_padding(self):
         signed = signed_positions(3, 4, 4, attention_mask=mask([1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 1, 1]))
-        assert split(signed, [span(0, 4)], 3, 4, 4) == [
+        assert split(signed, 3, 4, 4) == [
             (0, [0, 1], [0, 1], 0, 0),
             (1, [1, 2], [1, 2], 0, 0),
             (2, [0, 2, 3], [0, 2, 3], 0, 0),
@@ -188,94 +180,73 @@ class TestDocuments:
 
     def test_a_row_of_padding_alone_has_no_document(self):
         signed = signed_positions(2, 2, 2, attention_mask=mask([0, 0], [1, 1]))
-        assert split(signed, None, 2, 2, 2) == [(1, [0, 1], [0, 1], 0, 0)]
+        assert split(signed, 2, 2, 2) == [(1, [0, 1], [0, 1], 0, 0)]
 
     def test_a_finished_row_of_a_batch_that_goes_on(self):
         """The row's query is padding, its keys are not."""
         signed = signed_positions(2, 1, 4, 3, attention_mask=mask([1, 1, 1, 0], [1, 1, 1, 1]))
-        assert split(signed, None, 2, 1, 4) == [(1, [0], [0, 1, 2, 3], 3, 0)]
+        assert split(signed, 2, 1, 4) == [(1, [0], [0, 1, 2, 3], 3, 0)]
 
     def test_decode_after_left_padding(self):
         signed = signed_positions(2, 1, 5, 4, attention_mask=mask([0, 0, 1, 1, 1], [1, 1, 1, 1, 1]))
-        assert split(signed, [[2], [4]], 2, 1, 5) == [(0, [0], [2, 3, 4], 2, 0), (1, [0], span(0, 5), 4, 0)]
+        assert split(signed, 2, 1, 5) == [(0, [0], [2, 3, 4], 2, 0), (1, [0], span(0, 5), 4, 0)]
 
     def test_decode_after_right_padding(self):
         signed = signed_positions(1, 1, 5, 4, attention_mask=mask([1, 1, 0, 0, 1]))
-        assert split(signed, [[2]], 1, 1, 5) == [(0, [0], [0, 1, 4], 2, 0)]
+        assert split(signed, 1, 1, 5) == [(0, [0], [0, 1, 4], 2, 0)]
 
     def test_static_cache(self):
         signed = signed_positions(1, 2, 9, torch.tensor(3))
-        assert split(signed, [[3, 4]], 1, 2, 9) == [(0, [0, 1], span(0, 5), 3, 0)]
+        assert split(signed, 1, 2, 9) == [(0, [0, 1], span(0, 5), 3, 0)]
 
     def test_sliding_cache(self):
         signed = signed_positions(1, 2, 4, 7, 5)
-        assert split(signed, [[7, 8]], 1, 2, 4) == [(0, [0, 1], span(0, 4), 7, 5)]
+        assert split(signed, 1, 2, 4) == [(0, [0, 1], span(0, 4), 7, 5)]
 
     def test_sliding_cache_with_left_padding(self):
         rows = mask([0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1, 1])
         signed = signed_positions(2, 1, 4, 6, 3, rows)
-        assert split(signed, [[4], [2]], 2, 1, 4) == [(0, [0], span(0, 4), 4, 1), (1, [0], [1, 2, 3], 2, 0)]
+        assert split(signed, 2, 1, 4) == [(0, [0], span(0, 4), 4, 1), (1, [0], [1, 2, 3], 2, 0)]
 
-    def test_packed(self):
-        assert split(None, [[0, 1, 2, 0, 0, 1]], 1, 6, 6) == [
+    @pytest.mark.parametrize(
+        "starts", [[[0, 0, 0, 1, 1, 0]], [[1, 0, 0, 1, 1, 0]]], ids=["after the first row", "with the first row"]
+    )
+    def test_packed(self, starts):
+        assert split(None, 1, 6, 6, torch.tensor(starts).bool()) == [
             (0, [0, 1, 2], [0, 1, 2], 0, 0),
             (0, [3], [3], 0, 0),
             (0, [4, 5], [4, 5], 0, 0),
         ]
 
     def test_packed_differently_by_row(self):
-        assert split(None, [[0, 1, 0], [0, 1, 2]], 2, 3, 3) == [
+        assert split(None, 2, 3, 3, torch.tensor([[0, 0, 1], [0, 0, 0]]).bool()) == [
             (0, [0, 1], [0, 1], 0, 0),
             (0, [2], [2], 0, 0),
             (1, [0, 1, 2], [0, 1, 2], 0, 0),
         ]
 
-    def test_one_row_of_position_ids_for_the_batch(self):
-        assert split(None, [[0, 1, 0]], 2, 3, 3) == [
+    def test_one_row_of_starts_for_the_batch(self):
+        assert split(None, 2, 3, 3, torch.tensor([[0, 0, 1]]).bool()) == [
             (batch, queries, queries, 0, 0) for batch in (0, 1) for queries in ([0, 1], [2])
         ]
 
-    def test_packed_with_a_mask_of_ones(self):
-        signed = signed_positions(1, 5, 5, attention_mask=mask([1] * 5))
-        assert split(signed, [[0, 1, 0, 1, 2]], 1, 5, 5) == [(0, [0, 1], [0, 1], 0, 0), (0, [2, 3, 4], [2, 3, 4], 0, 0)]
-
-    def test_packed_with_padding_at_the_end(self):
+    def test_packed_beside_a_mask(self):
         signed = signed_positions(1, 6, 6, attention_mask=mask([1, 1, 1, 1, 0, 0]))
-        assert split(signed, [[0, 1, 0, 1, 0, 0]], 1, 6, 6) == [(0, [0, 1], [0, 1], 0, 0), (0, [2, 3], [2, 3], 0, 0)]
+        starts = torch.tensor([[1, 0, 1, 0, 0, 0]]).bool()
+        assert split(signed, 1, 6, 6, starts) == [(0, [0, 1], [0, 1], 0, 0), (0, [2, 3], [2, 3], 0, 0)]
 
-    def test_packed_then_decoded(self):
-        """The cache holds a document of 3 and one of 4 tokens; the query goes on with the second."""
-        assert split(None, [[4]], 1, 1, 8) == [(0, [0], [3, 4, 5, 6, 7], 4, 0)]
-
-    def test_packed_then_continued_into_a_new_document(self):
-        assert split(None, [[4, 5, 0, 1]], 1, 4, 11) == [
-            (0, [0, 1], span(3, 9), 4, 0),
-            (0, [2, 3], [9, 10], 0, 0),
-        ]
-
-    def test_packed_then_decoded_with_a_sliding_cache(self):
-        """Ten tokens were seen, 3 of them of an ended document; slots 1 .. 10 are held."""
-        signed = signed_positions(1, 1, 10, 10, 1)
-        assert split(signed, [[7]], 1, 1, 10) == [(0, [0], span(2, 10), 7, 0)]
-
-    def test_packed_then_decoded_when_the_cache_has_dropped_the_ended_document(self):
-        signed = signed_positions(1, 1, 4, 10, 7)
-        assert split(signed, [[7]], 1, 1, 4) == [(0, [0], span(0, 4), 7, 4)]
-
-    def test_position_ids_of_another_shape(self):
-        """Such as the three rows of multimodal rotary embeddings, which do not grow inside an image."""
-        with pytest.raises(ValueError, match=r"takes position_ids \[batch, 3\]; got shape \(3, 1, 3\)"):
-            documents(None, torch.zeros(3, 1, 3), 1, 3, 3)
+    def test_the_first_document_goes_on_from_cached_keys(self):
+        starts = torch.tensor([[1, 0, 1, 0]]).bool()
+        assert split(None, 1, 4, 7, starts) == [(0, [0, 1], span(0, 5), 3, 0), (0, [2, 3], [5, 6], 0, 0)]
 
     @pytest.mark.parametrize(
         ("cu_seq_lens", "seq_idx"),
         [([0, 3, 4, 6], None), (None, [[0, 0, 0, 1, 2, 2]]), ([0, 4, 6], [[0, 0, 0, 1, 1, 1]])],
         ids=["cu_seq_lens", "seq_idx", "both"],
     )
-    @pytest.mark.parametrize("position_ids", [None, [span(0, 6)]], ids=["no position_ids", "that run on"])
-    def test_packed_as_collators_say_it(self, cu_seq_lens, seq_idx, position_ids):
+    def test_packed_as_collators_say_it(self, cu_seq_lens, seq_idx):
         starts = document_starts(*(None if x is None else torch.tensor(x) for x in (cu_seq_lens, seq_idx)), 6)
-        assert split(None, position_ids, 1, 6, 6, starts) == [
+        assert split(None, 1, 6, 6, starts) == [
             (0, [0, 1, 2], [0, 1, 2], 0, 0),
             (0, [3], [3], 0, 0),
             (0, [4, 5], [4, 5], 0, 0),
@@ -283,7 +254,7 @@ class TestDocuments:
 
     def test_consecutive_indices_are_slices(self):
         """Indexing with them makes no copy."""
-        (document,) = documents(None, None, 1, 2, 5)
+        (document,) = documents(None, 1, 2, 5)
         assert document == Document(0, slice(0, 2), slice(0, 5), 3, 0)
 
     @pytest.mark.parametrize(
@@ -301,4 +272,4 @@ class TestDocuments:
         with pytest.raises(
             ValueError, match=r"takes a 2D attention_mask \[batch, tokens\], .* or none; got one of shape"
         ):
-            documents(custom, None, 1, 3, 3)
+            documents(custom, 1, 3, 3)

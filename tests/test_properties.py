@@ -40,7 +40,8 @@ class Layout:
     """A batch, how Transformers is told about it, and the forwards that compute it."""
 
     rows: tuple[Row, ...]
-    positions: str = "documents"  # position_ids that start anew with each document, those of the columns, or "none"
+    # position_ids that start anew with each document, those of the columns, "falling" ones that mean nothing, or "none"
+    positions: str = "documents"
     mask: str = "none"  # "2D", one of MASKS_4D, or "none"
     packing: str = "position_ids"  # "cu_seq_lens" or "seq_idx" where a collator passes these as well
     cache: str = "none"  # or one of CACHES
@@ -78,6 +79,8 @@ class Layout:
             return None
         if self.positions == "columns":
             return torch.arange(self.width)[None]
+        if self.positions == "falling":
+            return (torch.arange(self.width) // 2 % 7)[None]
         ids = torch.zeros(len(self.rows), self.width, dtype=torch.long)
         for batch, columns in self.documents():
             ids[batch, columns] = torch.arange(columns.stop - columns.start)
@@ -283,6 +286,11 @@ def layouts(draw, most_tokens, caches=CACHES, masks_4d=MASKS_4D):
         layout = replace(layout, cache=cache, pieces=draw(pieces))
     if cache == "static":
         layout = replace(layout, unfilled=draw(st.integers(0, 5)))
+    if not in_one_go and layout.mask not in MASKS_4D and (layout.mask == "2D" or cache != "none"):
+        # Here position_ids do not tell what is packed: each row is one document.
+        rows = tuple(replace(row, documents=(sum(row.documents),) if row.documents else ()) for row in rows)
+        layout = replace(layout, rows=rows)
+        return replace(layout, positions=draw(st.sampled_from(["documents", "columns", "falling", "none"])))
     # Else position_ids alone tell: the packing, or, beside a 4D mask, how many keys a cache has dropped.
     is_told = (layout.mask in MASKS_4D and cache == "none") or in_one_go
     if is_told or (not layout.is_packed and layout.mask not in MASKS_4D):
@@ -292,18 +300,19 @@ def layouts(draw, most_tokens, caches=CACHES, masks_4d=MASKS_4D):
 
 def patterns(num_layers, num_heads, num_kv_heads):
     """Fields of `SparseAttentionConfig`, of a size that matters within a few dozen tokens."""
-    budget = st.integers(0, 9)
+    huge = st.just(2**30)  # buffers must not follow the number
+    budget = st.integers(0, 9) | huge
     layer_budget = budget | st.lists(budget, min_size=num_kv_heads, max_size=num_kv_heads)
     weight = st.sampled_from([0.0, 0.0, 0.01, 0.05, 0.2])
     layer_weight = weight | st.lists(weight, min_size=num_heads, max_size=num_heads)
     return st.fixed_dictionaries(
         {
-            "window_size": st.integers(1, 9),
+            "window_size": st.integers(1, 9) | huge,
             "num_global_tokens": st.integers(0, 3),
             "key_budget": budget | st.lists(layer_budget, min_size=num_layers, max_size=num_layers),
             "min_weight": weight | st.lists(layer_weight, min_size=num_layers, max_size=num_layers),
             "num_hash_bits": st.integers(1, 5),
-            "page_size": st.integers(1, 9),
+            "page_size": st.integers(1, 9) | st.integers(60, 80) | huge,
             "dense_below": st.sampled_from([0, 0, 0, 0, 1, 7, 19, 40]),
         },
         optional={
@@ -472,5 +481,7 @@ def test_logits_of_a_model(case):
             positions = torch.arange(layout.width)[None]
         for batch, columns in layout.documents():
             position_ids = positions[batch % len(positions), None, columns]
-            alone = model(ids[batch, None, columns], position_ids=position_ids, use_cache=False).logits[0]
+            row = ids[batch, None, columns]
+            mask = torch.ones_like(row)  # one document, whatever position_ids are
+            alone = model(row, position_ids=position_ids, attention_mask=mask, use_cache=False).logits[0]
             torch.testing.assert_close(together[batch, columns], alone, **TOLERANCE)

@@ -1,3 +1,6 @@
+import copy
+import threading
+
 import attention_checks as checks
 import pytest
 from attention_checks import (
@@ -66,3 +69,65 @@ def test_an_error_ends_the_recording():
     with pytest.raises(RuntimeError, match="stop"), record_density(model):
         raise RuntimeError("stop")
     assert not any("_sparse_attention_recorder" in module.__dict__ for module in model.modules())
+
+
+def test_recorders_inside_each_other_count_the_same():
+    model, ids = tiny_model(), tokens(40)
+    with record_density(model) as outer:
+        with record_density(model) as inner:
+            logits(model, ids)
+        with record_density(model) as inner_again:
+            logits(model, ids)
+        logits(model, ids)
+    logits(model, ids)
+    assert 0 < inner.attended == inner_again.attended
+    assert (outer.attended, outer.admissible) == (3 * inner.attended, 3 * inner.admissible)
+
+
+def test_observers_inside_each_other_are_all_told():
+    model, told = tiny_model(), []
+    with observe(model, lambda *_: told.append("outer")):
+        with observe(model, lambda *_: told.append("inner")):
+            logits(model, tokens(5))
+        logits(model, tokens(5))
+    assert told == ["outer", "inner"] * 2 + ["outer"] * 2  # two layers
+
+
+def test_threads_count_their_own_forwards():
+    model, counts = tiny_model(), {}
+    barrier = threading.Barrier(3)
+
+    def work(length):
+        with record_density(model) as recorder:
+            barrier.wait()
+            logits(model, tokens(length))
+            barrier.wait()
+        counts[length] = recorder.admissible
+
+    threads = [threading.Thread(target=work, args=(length,)) for length in (10, 20)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    with record_density(model) as own:
+        logits(model, tokens(5))
+    barrier.wait()
+    for thread in threads:
+        thread.join()
+    pairs = checks.NUM_LAYERS * checks.NUM_HEADS
+    assert counts == {length: pairs * length * (length + 1) // 2 for length in (10, 20)}
+    assert own.admissible == pairs * 5 * 6 // 2
+
+
+def test_a_copy_made_meanwhile_is_not_watched():
+    model = tiny_model()
+    with record_density(model) as recorder:
+        logits(copy.deepcopy(model), tokens(5))
+    assert recorder.admissible == 0
+
+
+def test_an_error_inside_takes_the_recorder_away():
+    model = tiny_model()
+    with pytest.raises(ZeroDivisionError), record_density(model) as recorder:
+        raise ZeroDivisionError
+    logits(model, tokens(5))
+    assert recorder.admissible == 0

@@ -27,6 +27,7 @@ from hf_sparse_attn.eviction import (
     Sinks,
     UniformBudget,
 )
+from hf_sparse_attn.tracing import input_device
 
 DENSE, SPARSE = "dense", "sparse"
 PEAK_OVER_BUDGET = 1.08  # the most that a cache may hold at any time, over what it is to keep
@@ -191,7 +192,9 @@ def compare_policies(
                     for needle, answer in zip(item.needles, found, strict=True)
                 ]
             else:
-                losses = cached_nll(model, torch.tensor([item["input_ids"]], device=model.device), cache, chunk_size)
+                losses = cached_nll(
+                    model, torch.tensor([item["input_ids"]], device=input_device(model)), cache, chunk_size
+                )
                 if not losses.isfinite().all():
                     raise ValueError(f"the loss of document {item['name']!r} is not finite with {name}")
                 nll[name].append(losses)

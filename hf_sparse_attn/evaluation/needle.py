@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse_attn.evaluation.haystack import SEVERAL, SINGLE, Context, Needle
 from hf_sparse_attn.integration import record_density
+from hf_sparse_attn.tracing import input_device
 
 DENSE, SPARSE = "sdpa", "sparse"
 TASK_TITLES = {SINGLE: "one fact", SEVERAL: "several facts"}
@@ -108,7 +109,7 @@ def retrieve(
         ValueError: a likelihood is not finite.
     """
     cache = DynamicCache(config=model.config) if cache is None else cache
-    input_ids = torch.tensor([context.input_ids], device=model.device)
+    input_ids = torch.tensor([context.input_ids], device=input_device(model))
     for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
         model.base_model(input_ids=chunk, past_key_values=cache, use_cache=True)  # without the head: no logits needed
     found = []
@@ -143,7 +144,7 @@ def _answer_likelihoods(model: PreTrainedModel, cache: DynamicCache, needle: Nee
 
 def _log_probabilities(model: PreTrainedModel, tokens: list[int], cache: DynamicCache) -> Tensor:
     """Of the token after each of `tokens`, which follow the cached ones: [T, V] float64 on the CPU."""
-    input_ids = torch.tensor([tokens], device=model.device)
+    input_ids = torch.tensor([tokens], device=input_device(model))
     logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits[0]
     return logits.cpu().double().log_softmax(-1)
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hf_sparse_attn.integration import record_density
+from hf_sparse_attn.tracing import input_device
 
 DENSE, SPARSE = "sdpa", "sparse"
 NUM_SPANS = 8
@@ -37,11 +37,13 @@ def token_nll(model: PreTrainedModel, input_ids: torch.Tensor, chunk_size: int =
         [N - 1] float32 on the CPU; entry i is that of token i + 1.
     """
     base = model.base_model
-    hidden = base(input_ids=input_ids, use_cache=False).last_hidden_state  # [1, N, D]
+    output = base(input_ids=input_ids, use_cache=False)
+    hidden = output.last_hidden_state  # [1, N, D]
     targets = input_ids[0, 1:]
     pieces = []
     for start in range(0, len(targets), chunk_size):
-        piece = BaseModelOutputWithPast(last_hidden_state=hidden[:, start : start + chunk_size])
+        # Of the family's own class, whose forward may read more of it.
+        piece = type(output)(**dict(output) | {"last_hidden_state": hidden[:, start : start + chunk_size]})
         # The model's own forward with its base replaced by the finished hidden states: whatever a family does to
         # its logits after the head (scaling, soft-capping) is then done here too.
         with mock.patch.object(base, "forward", lambda *args, piece=piece, **kwargs: piece):
@@ -75,7 +77,7 @@ def compare_perplexity(
     Raises:
         ValueError: a loss is not finite.
     """
-    rows = [torch.tensor([document["input_ids"]], device=model.device) for document in documents]
+    rows = [torch.tensor([document["input_ids"]], device=input_device(model)) for document in documents]
 
     nll: dict[str, list[torch.Tensor]] = {DENSE: [], SPARSE: []}
     seconds = {DENSE: 0.0, SPARSE: 0.0}

@@ -15,6 +15,7 @@ from hf_sparse_attn.config import HASHES, SparseAttentionConfig
 from hf_sparse_attn.integration import Observer, observe_dense
 from hf_sparse_attn.ops import compute_dtype, document_attention
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
+from hf_sparse_attn.tracing import input_device
 
 FAMILIES = (*HASHES, "none")
 _BLOCK_ROWS = 16
@@ -75,7 +76,7 @@ def measure_recall(
     sums: dict[str, dict[int, Tensor]] = {name: {} for name in configs}
     for document in progress(documents):
         with observe_dense(model, _observer(configs, num_rows, num_top, sums)):
-            model.base_model(input_ids=document[None].to(model.device), use_cache=False)
+            model.base_model(input_ids=document[None].to(input_device(model)), use_cache=False)
     return {name: _report(layers) for name, layers in sums.items()}
 
 
@@ -103,7 +104,8 @@ def _observer(
                 patterns[name] = pattern
         if not patterns:
             return
-        starts = torch.linspace(first, num_tokens - _BLOCK_ROWS, max(num_rows // _BLOCK_ROWS, 1)).long().tolist()
+        num_blocks = max(num_rows // _BLOCK_ROWS, 1)
+        starts = torch.linspace(first, num_tokens - _BLOCK_ROWS, num_blocks, dtype=torch.float32).long().tolist()
         for start in starts:
             stop = start + _BLOCK_ROWS
             rows, keys = query[0, :, start:stop].to(dtype), key[0, :, :stop].to(dtype)

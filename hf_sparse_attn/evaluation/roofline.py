@@ -69,7 +69,8 @@ def count_tiles(query: Tensor, key: Tensor, pattern: LayerPattern, rows: int, nu
     page_size = pattern.config.page_size
     if page_size % rows:
         raise ValueError(f"rows={rows} must divide page_size={page_size}")
-    starts = torch.linspace(num_tokens // 2, num_tokens - page_size, num_tiles).long() // page_size * page_size
+    spread = torch.linspace(num_tokens // 2, num_tokens - page_size, num_tiles, dtype=torch.float32)
+    starts = spread.long() // page_size * page_size
     if int(starts[0]) <= pattern.config.window_size:
         raise ValueError(f"{num_tokens} tokens are too few for a window of {pattern.config.window_size}")
     bucket = pattern.bucket_hash.assign(key)

@@ -388,7 +388,7 @@ def make_inputs(
     """Seeded normal query [1, num_heads, N, head_dim], key and value [1, num_kv_heads, N, head_dim]."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(1, heads, seq_len, head_dim, generator=generator).to(device, dtype)
+        torch.randn(1, heads, seq_len, head_dim, generator=generator, dtype=torch.float32).to(device, dtype)
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     )
     return query, key, value

@@ -6,6 +6,7 @@ from contextlib import nullcontext as _nullcontext
 from functools import cache as _cache
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
+from logging import getLogger as _getLogger
 from os import environ as _environ
 from typing import Any as _Any
 from typing import Protocol as _Protocol
@@ -14,8 +15,10 @@ import torch as _torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.ops.checks import check_document, check_scores
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
+from hf_sparse_attn.tracing import refuse_transforms
 
 
 class Index(_Protocol):
@@ -65,11 +68,12 @@ def sparse_attention(
         recorder: is told which keys each row read.
 
     Returns:
-        [batch, num_heads, Q, head_dim], in query's dtype.
+        [batch, num_heads, Q, head_dim of value], in query's dtype.
 
     Raises:
-        ValueError: for shapes that do not fit together.
+        ValueError: for shapes that do not fit together, impossible numbers, and under torch.jit.trace or torch.func.
     """
+    refuse_transforms()
     if query.ndim != 4 or key.ndim != 4 or key.shape[:3] != value.shape[:3] or query.shape[-1] != key.shape[-1]:
         raise ValueError(
             "query, key and value must be [batch, heads, tokens, head_dim] with one head_dim; got "
@@ -123,7 +127,14 @@ def document_attention(
     See `ops.pieces.attend_in_pieces` for the arguments; any float dtypes are taken and the result is in the dtype
     that was computed in: at least float32, except that "triton" keeps to the dtype of query and key. `index` is that of
     the cached keys, which the new ones are appended to, or None; no gradients flow where there is one.
+
+    Raises:
+        ValueError: for tensors, positions or numbers that do not fit together.
     """
+    check_scores(scaling, softcap)
+    check_document(query, key, value, pattern, query_offset, key_offset, sinks)
+    if not query.shape[1]:
+        return query.new_empty(len(query), 0, value.shape[-1])
     implementation = _implementation(pattern.config.implementation, query.device)
     dtype, precise = _dtype(implementation, query, key), compute_dtype(query, key)
     indexed = {} if index is None else {"index": index}
@@ -184,7 +195,7 @@ def check_implementation(name: str, device: _torch.device) -> None:
 
     Raises:
         ValueError: if it does not run there.
-        ModuleNotFoundError: if it needs a package that is not installed.
+        ImportError: if it needs a package that is not installed or cannot be used.
     """
     _implementation(name, device)
 
@@ -205,16 +216,44 @@ def _implementation(name: str, device: _torch.device) -> _Any:
         )
     if name == "triton" and device.type != "cuda" and _environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f'implementation="triton" runs on a GPU only, not on {device}; choose "auto" or "torch"')
+    failure = _failure(name)
+    if failure is not None:
+        raise ImportError(
+            f'implementation="{name}": {name.capitalize()} is installed but cannot be used here, {failure}; '
+            'choose "auto" or "torch"'
+        ) from failure
     return _import_module(f"hf_sparse_attn.ops.{name}")
 
 
 def _best(device: _torch.device) -> str:
     """What "auto" means: "torch" wherever there is nothing faster. Triton's kernels multiply bfloat16 and tf32."""
+    best = "torch"
     if device.type == "cpu" and _installed("numba"):
-        return "numba"
+        best = "numba"
     if device.type == "cuda" and _torch.version.cuda and _installed("triton"):
-        return "triton" if _torch.cuda.get_device_capability(device) >= (8, 0) else "torch"
-    return "torch"
+        best = "triton" if _torch.cuda.get_device_capability(device) >= (8, 0) else "torch"
+    return best if _usable(best) else "torch"
+
+
+@_cache
+def _usable(name: str) -> bool:
+    """Whether an implementation can be loaded; if not, a warning says so, once."""
+    failure = _failure(name)
+    if failure is not None:
+        _getLogger("hf_sparse_attn").warning(
+            f"{name.capitalize()} is installed but cannot be used here, {failure}; PyTorch's operations are slower"
+        )
+    return failure is None
+
+
+@_cache
+def _failure(name: str) -> Exception | None:
+    """What comes of loading an implementation: compiled libraries that do not fit raise all kinds of errors."""
+    try:
+        _import_module(f"hf_sparse_attn.ops.{name}")
+    except Exception as error:
+        return error
+    return None
 
 
 @_cache

@@ -44,6 +44,7 @@ _UNBOUNDED = 2**40  # stands for no sliding window
 _MIN_CHUNK_PAGES = 4
 _MAX_CHUNKS = 8  # of a document's sparse rows
 _DENSE_ROWS = 256  # per chunk
+_MOST_KEPT_ROWS = 64  # whose weights exist at a time
 _KEYS_PER_LINKED_ROW = 100  # at most one linked row for so many keys; with more, sorting the keys pays
 _FEW = 8  # rows or keys from which on libraries and threads pay
 HALF = {torch.bfloat16: np.uint16, torch.float16: np.int16}  # stored so, computed in float32
@@ -147,7 +148,7 @@ def _never_route(bucket: Any, static: Any, num_buckets: int) -> None:
 
 def _head(call: Call, kv_head: int, key: Tensor, value: Tensor, bucket: Tensor, static: Tensor) -> Head:
     """Of one KV head's keys and values [N, head_dim] with their buckets [N] int32, those of static keys set."""
-    num_buckets = call.pattern.bucket_hash.num_buckets if call.budget(kv_head) else 0
+    num_buckets = call.pattern.bucket_hash.num_buckets if call.budget(kv_head, len(key)) else 0
     sorted_bucket, order = torch.sort(bucket, stable=True)
     first = torch.searchsorted(sorted_bucket, torch.arange(num_buckets, dtype=torch.int32)).int()
     key, value = _filled(key), _filled(value)
@@ -273,7 +274,7 @@ def _chunks(
     for kv_head in range(len(key)):
         head = _head(call, kv_head, key[kv_head], value[kv_head], bucket[kv_head], static)
         heads, row = slice(kv_head * group, (kv_head + 1) * group), start
-        rules = _rules(call, call.budget(kv_head), np.array(pattern.min_weights[heads], head.key.dtype))
+        rules = _rules(call, call.budget(kv_head, key.shape[1]), np.array(pattern.min_weights[heads], head.key.dtype))
         if index is None or not len(head.first):
             state = _of_head(_empty_states(1, len(head.first), head.key.shape[1], head.key.dtype), 0)
         else:
@@ -357,12 +358,12 @@ class _Chunk:
     ) -> Iterator[tuple[slice, Read]]:
         """Compute the rows [R, group, head_dim], into `output` [group, R, head_dim] unless that is None.
 
-        What was read comes page by page and is overwritten by the next one; without `keep` it has no meaning, and all
-        rows are one page.
+        What was read comes page by page (large pages are cut) and is overwritten by the next one; without `keep` it has
+        no meaning, and all rows are one page.
         """
         config, (num_rows, group, _) = self.call.pattern.config, rows.shape
         rules = self.rules if sinks is None else self.rules._replace(sinks=sinks.detach().numpy())
-        kept_rows = config.page_size if keep else 1
+        kept_rows = min(config.page_size, num_rows, _MOST_KEPT_ROWS) if keep else 1
         width = _num_columns(rules, len(self.head.static), len(self.head.key), config.num_random_keys)
         read = Read(
             np.empty((kept_rows, group, width), rows.dtype),
@@ -377,7 +378,9 @@ class _Chunk:
         low = 0
         while low < num_rows:
             position = self.start + low
-            high = min(low + config.page_size - position % config.page_size, num_rows) if keep else num_rows
+            high = num_rows
+            if keep:
+                high = min(low + kept_rows, low + config.page_size - position % config.page_size, num_rows)
             page = slice(low, high)
             attend_rows(
                 position,
@@ -500,7 +503,7 @@ def _attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: 
     """Few sparse rows: their keys are where the cache has them."""
     num_kv_heads, num_rows, group = len(key), query.shape[1], len(query) // len(key)
     rows = _filled((query * call.scaling).unflatten(0, (num_kv_heads, group)).transpose(1, 2)).numpy()
-    budgets = np.array([call.budget(h) for h in range(num_kv_heads)])
+    budgets = np.array([call.budget(h, key.shape[1]) for h in range(num_kv_heads)])
     min_weights = np.array(call.pattern.min_weights, rows.dtype).reshape(num_kv_heads, group)
     rules = _rules(call, int(budgets.max()), min_weights)
     if sinks is not None:

@@ -9,6 +9,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_sparse_attn.ops.numba_cache import cached
 from hf_sparse_attn.ops.simd import (
     LANES,
     add,
@@ -38,15 +39,28 @@ _FOUND, _SCORED, _WEIGHED, _ALL = range(1, len(STAGES))
 _ADDED, _LEFT, _UPPER, _LOWER, _LISTED = range(5)  # places in State.reach
 _BLOCK = 128  # columns whose values are read for one head after the other
 _TOGETHER = 16  # lists that are followed at a time
-_HIDDEN = -1e30  # score of a column that holds no key
+_HIDDEN = -math.inf  # score of a column that holds no key
+_SCORED_ROWS = 256  # of a page, whose buckets are scored at a time
 
 Array = NDArray[Any]
 
-# Sums may be reordered; infinities and NaN stay what they are.
-_FLAGS = {"reassoc", "contract", "nsz", "arcp"}
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FLAGS)
-# A call that is not inlined counts the references to each array that it is given, one atomic operation after the other.
-inlined = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=_FLAGS, forceinline=True)
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT turns off the compiler")
+
+_OPTIONS = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},  # sums may be reordered; infinities and NaN stay what they are
+}
+
+
+def compiled(function):
+    return cached(numba.njit(**_OPTIONS)(function))
+
+
+def inlined(function):
+    """A call that is not inlined counts the references to each array, one atomic operation after the other."""
+    return cached(numba.njit(**_OPTIONS, forceinline=True)(function))
 
 
 class Head(NamedTuple):
@@ -447,7 +461,7 @@ def _bisect(scores, at, num_buckets, available, budget, low, high, number, enoug
     one = splat(np.int32(1))
     num_high, held_high = 0, 0
     while number > enough:
-        middle = low + (high - low) * scores.dtype.type(0.5)
+        middle = low * scores.dtype.type(0.5) + high * scores.dtype.type(0.5)  # their difference may be infinite
         if not low < middle < high:
             break
         held = counted = zeros(available)
@@ -615,8 +629,8 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
     dense_rows, page_size, window, sliding_window, _, budget, min_weights, softcap, sinks = rules
     all_weights, all_slots, sizes = read
     width, value_dim = all_weights.shape[2], value.shape[1]
-    num_buckets = first_of_page = oldest_static = newest_static = 0
-    scores = np.empty((min(page_size, num_rows), len(available)), query.dtype)
+    num_buckets = first_scored = oldest_static = newest_static = 0
+    scores = np.empty((min(page_size, num_rows, _SCORED_ROWS), len(available)), query.dtype)
     few_scores, few_available = np.empty(2 * LANES, query.dtype), np.empty(2 * LANES, np.int32)
     tied = np.empty(len(listed), np.int32)
     chains = np.empty((3, len(listed) if len(previous) else 0), np.int32)
@@ -625,10 +639,10 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
     for r in range(num_rows):
         p = position + r
         sparse = p >= dense_rows
-        if sparse and (r == 0 or p == dense_rows or p % page_size == 0):
+        if sparse and (r == 0 or p == dense_rows or p % page_size == 0 or r - first_scored == len(scores)):
             move(head, state, rules, p)
-            num_buckets, first_of_page = -(-reach[_LISTED] // LANES) * LANES, r
-            stop = min(r + page_size - p % page_size, num_rows)
+            num_buckets, first_scored = -(-reach[_LISTED] // LANES) * LANES, r
+            stop = min(r + page_size - p % page_size, r + len(scores), num_rows)
             _score_buckets(summed, r, stop, means, num_buckets, scores)
         if last_stage < _FOUND:
             continue
@@ -664,7 +678,7 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
         if sparse and num_buckets:
             n = _find(
                 scores,
-                (r - first_of_page) * scores.shape[1],
+                (r - first_scored) * scores.shape[1],
                 num_buckets,
                 place,
                 listed,

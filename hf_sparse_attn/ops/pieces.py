@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_sparse_attn.ops.workers import in_order
 from hf_sparse_attn.recording import Recorder
@@ -24,6 +23,10 @@ from hf_sparse_attn.routing import LayerPattern
 _DENSE_BLOCK = 1024  # dense rows per piece where they need a mask
 _DENSE_SCORES = 2**25  # scores per piece where dense rows cannot go through SDPA
 _PARALLEL_ROWS = 64  # sparse rows from which on threads pay
+ONCE = (
+    'attn_implementation="sparse" has no second derivatives; use implementation="reference" or '
+    'attn_implementation="eager" where they are needed'
+)
 _RECORDING = threading.Lock()  # recorders need not be safe for threads
 
 Result = TypeVar("Result")
@@ -124,11 +127,11 @@ class Call:
         """Whether SDPA can compute the dense rows."""
         return self.softcap is None and self.no_sinks
 
-    def budget(self, kv_head: int) -> int:
-        """Keys that rows find of this KV head through buckets."""
+    def budget(self, kv_head: int, num_keys: int) -> int:
+        """Keys that rows find of this KV head, which has so many, through buckets."""
         window, sliding_window = self.pattern.config.window_size, self.pattern.sliding_window
-        nothing_behind = sliding_window is not None and sliding_window <= window
-        return 0 if nothing_behind else self.pattern.budgets[kv_head]
+        nothing_older = sliding_window is not None and sliding_window <= window
+        return 0 if nothing_older else min(self.pattern.budgets[kv_head], num_keys)
 
     def record(
         self, head: int, position: Tensor, attended: Tensor, num_scored: int, keys: Callable[[], Tensor]
@@ -181,6 +184,36 @@ class Piece:
         return parts if sinks is None else [*parts, sinks[self.heads]]
 
 
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the backward of a `torch.autograd.Function` give an error to whoever differentiates its gradients again.
+
+    The gradients depend on the saved inputs as well as on what comes in. PyTorch's `once_differentiable` does not tie
+    them to those, so a second pass that looks for the inputs alone would take them for constants.
+    """
+
+    def first_only(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        depends_on = [x for x in (*grads, *ctx.saved_tensors) if x is not None]
+        return tuple(None if x is None else _FirstDerivative.apply(x, *depends_on) for x in found)
+
+    return first_only
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that cannot be differentiated, and what it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *_depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(ONCE)
+
+
 class _Attention(torch.autograd.Function):
     """All rows, piece by piece; the backward computes each piece again, so that little but inputs and output stays."""
 
@@ -199,7 +232,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, output, *statistics = ctx.saved_tensors
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces, cap, hide, with_sinks
 from hf_sparse_attn.ops.workers import in_order
-from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, LayerPattern, random_keys, static_positions
+from hf_sparse_attn.routing import BucketIndex, LayerPattern, random_keys, row_chunks, static_positions
 
 _BLOCK = 64  # rows per banded matrix product
 
@@ -33,14 +33,13 @@ def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     static = static_positions(pattern.config, end, key.device)
     bucket = pattern.bucket_hash.assign(key)
     summed = query.unflatten(0, (len(key), -1)).sum(1)
-    size = CHUNK_PAGES * pattern.config.page_size
 
     def chunks() -> Iterator[tuple[int, BucketIndex, int, int]]:
         for kv_head in range(len(key)):
-            if call.budget(kv_head):
+            if call.budget(kv_head, key.shape[1]):
                 index = BucketIndex(key[kv_head], bucket[kv_head], static, start, 0, pattern)
-                for first in range(start // size * size, end, size):
-                    yield kv_head, index, max(first, start), min(first + size, end)
+                for first, stop in row_chunks(pattern, start, end):
+                    yield kv_head, index, first, stop
 
     def find(chunk: tuple[int, BucketIndex, int, int]) -> None:
         kv_head, index, first, stop = chunk
@@ -66,21 +65,17 @@ def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: i
     group = query.shape[0] // key.shape[0]
     static = static_positions(pattern.config, end, key.device)
     bucket = pattern.bucket_hash.assign(key)
-    chunk_rows = CHUNK_PAGES * pattern.config.page_size
     for kv_head in range(key.shape[0]):
         heads = range(kv_head * group, (kv_head + 1) * group)
         index = None
-        if call.budget(kv_head):
+        if call.budget(kv_head, key.shape[1]):
             index = BucketIndex(key[kv_head], bucket[kv_head], static, start, key_offset, pattern)
         order = torch.arange(key.shape[1], device=key.device) if index is None else index.order.long()
         table = _Table(order, key[kv_head].index_select(0, order), value[kv_head].index_select(0, order))
-        row = start
-        while row < end:
-            stop = min((row // chunk_rows + 1) * chunk_rows, end)
+        for row, stop in row_chunks(pattern, start, end):
             attend = partial(_sparse, call, kv_head, index, table, static, row)
             rows = slice(row - offset, stop - offset)
             yield Piece.by_autograd(slice(heads.start, heads.stop), rows, slice(kv_head, kv_head + 1), attend)
-            row = stop
 
 
 def _sparse(
@@ -113,9 +108,7 @@ def _sparse(
     pattern, key_offset, softcap, recorder = call.pattern, call.key_offset, call.softcap, call.recorder
     key, value = key[0], value[0]
     stop = start + query.shape[1]
-    window = pattern.config.window_size
-    if pattern.sliding_window is not None:
-        window = min(window, pattern.sliding_window)
+    window = pattern.window(stop - key_offset)
     position = torch.arange(start, stop, device=key.device)
     query = query * call.scaling
 
@@ -314,4 +307,29 @@ def _scatter_sum(weights: Tensor, rows: Tensor, index: Tensor, order: Tensor) ->
     return torch.empty_like(sums).index_copy_(0, order, sums)
 
 
-document_attention = partial(attend_in_pieces, _sparse_pieces)
+def document_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, query_offset: int, key_offset: int, **others: Any
+) -> Tensor:
+    """See `pieces.attend_in_pieces`.
+
+    Rows before a key or value that is not finite are computed without it: in the products of a block of rows, 0 times
+    NaN would reach them.
+    """
+    end, outputs, low = query_offset + query.shape[1], [], query_offset
+    for high in [*_not_finite(key, value, query_offset, key_offset), end]:
+        rows, keys = slice(low - query_offset, high - query_offset), slice(0, high - key_offset)
+        parts = query[:, rows], key[:, keys], value[:, keys]
+        outputs.append(attend_in_pieces(_sparse_pieces, *parts, query_offset=low, key_offset=key_offset, **others))
+        low = high
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+@torch.no_grad()
+def _not_finite(key: Tensor, value: Tensor, start: int, key_offset: int) -> list[int]:
+    """Positions after `start` where keys or values that are not finite begin, after ones that are."""
+    new = [x[:, start - key_offset :] for x in (key, value)]
+    if bool(torch.stack([x.sum() for x in new]).sum().isfinite()):
+        return []
+    bad = ~torch.stack([x.isfinite().all(-1).all(0) for x in new]).all(0)
+    begins = bad[1:] & ~bad[:-1]
+    return (torch.nonzero(begins).flatten() + start + 1).tolist()

@@ -392,7 +392,7 @@ def hash_keys(pattern: LayerPattern, key: Tensor) -> Tensor:
 
 
 def sort_by_bucket(bucket: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys by bucket, oldest first: buckets in order [Hkv, N], their keys' indices [Hkv, N] int64, and each one's start.
+    """Keys by bucket, oldest first: buckets in order [Hkv, N], their keys' indices [Hkv, N] int64, each one's start.
 
     Args:
         bucket: [Hkv, N] int32, `num_buckets` for static keys.

@@ -11,7 +11,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import cache
+from ctypes import CDLL
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -19,12 +20,15 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_LIBRARIES = CDLL(torch._C.__file__)  # and all that it is linked to
+_SETTERS = [getattr(_LIBRARIES, name, None) for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")]
+
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
     """`map(work, items)` computed by `num_workers` threads, this one among them, with a few items per thread under way.
 
-    While it runs, operations of PyTorch use one thread each; afterwards as many as before. Gradients are recorded in
-    `work` if they are where this is called.
+    While it runs, operations of PyTorch in these threads use one thread each; afterwards as many as before. Gradients
+    are recorded in `work` if they are where this is called.
     """
     if num_workers <= 1:
         yield from map(work, items)
@@ -38,15 +42,13 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers:
 
     pending: deque[Future[Result]] = deque()
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    _set_num_threads(1)
     try:
         for item in items:
             if sum(not future.done() for future in pending) < 2 * (num_workers - 1):
-                pending.append(_pool(num_workers - 1).submit(isolated, item))
+                pending.append(_start(partial(isolated, item), num_workers - 1))
             else:
-                own: Future[Result] = Future()
-                own.set_result(work(item))
-                pending.append(own)
+                pending.append(_done(partial(work, item)))
             while pending and (pending[0].done() or len(pending) > 4 * num_workers):
                 yield pending.popleft().result()
         while pending:
@@ -55,13 +57,15 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers:
         for future in pending:  # there are some after an error, and nobody may write to their tensors any more
             future.cancel()
         wait(pending)
-        torch.set_num_threads(num_threads)
+        _set_num_threads(num_threads)
 
 
 def together(works: list[Callable[[], None]]) -> None:
     """Do several things at once that are no operations of PyTorch, each in a thread, the last one in this one."""
-    pending = [_pool(len(works) - 1).submit(work) for work in works[:-1]]
+    pending: list[Future[None]] = []
     try:
+        for work in works[:-1]:
+            pending.append(_start(work, len(works) - 1))
         works[-1]()
     finally:
         if pending:
@@ -70,9 +74,32 @@ def together(works: list[Callable[[], None]]) -> None:
         future.result()
 
 
+def _start(work: Callable[[], Result], num_workers: int) -> Future[Result]:
+    """`work` in one of `num_workers` threads, or here if no thread begins any more as the interpreter shuts down."""
+    try:
+        return _pool(num_workers).submit(work)
+    except RuntimeError:
+        return _done(work)
+
+
+def _done(work: Callable[[], Result]) -> Future[Result]:
+    future: Future[Result] = Future()
+    future.set_result(work())
+    return future
+
+
+def _set_num_threads(num_threads: int) -> None:
+    """`torch.set_num_threads` for this thread alone; that one reaches threads that have not used PyTorch yet, too."""
+    torch.get_num_threads()  # a thread's first use sets its number
+    for set_number in filter(None, _SETTERS):
+        set_number(num_threads)
+    if torch.get_num_threads() != num_threads:  # OpenMP is not among these libraries, as on Windows
+        torch.set_num_threads(num_threads)
+
+
 @cache
 def _pool(num_workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_workers, "hf_sparse_attn", torch.set_num_threads, (1,))
+    return ThreadPoolExecutor(num_workers, "hf_sparse_attn", _set_num_threads, (1,))
 
 
 if hasattr(os, "register_at_fork"):

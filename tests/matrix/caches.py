@@ -7,7 +7,6 @@ from attention_checks import (
     FAMILIES,
     assert_specified,
     check_chunks,
-    packed_documents,
     padded_batch,
     tiny_model,
     tokens,
@@ -116,21 +115,6 @@ def check_padded_cache(family, side, new_cache):
         assert_specified(together[i][mask[i].bool()], family, row)
 
 
-def packed_cache(family):
-    """Documents are packed into a prefill and the last one is continued."""
-    rows, position_ids = packed_documents()
-    for new_cache in (new_dynamic, new_keeping_everything, new_static, new_sparse):
-        model = tiny_model(family)
-        cache = new_cache(model.config)
-        ids, cut = torch.cat(rows)[None], 55
-        with torch.no_grad():
-            pieces = []
-            for start, stop in [(0, cut), *((i, i + 1) for i in range(cut, ids.shape[1]))]:
-                inputs = {"position_ids": position_ids[:, start:stop], "past_key_values": cache, "use_cache": True}
-                pieces.append(model(ids[:, start:stop], **inputs).logits)
-        assert_specified(torch.cat(pieces, 1)[0, -len(rows[-1]) :], family, rows[-1])
-
-
 def cropped_cache(family):
     """Tokens are taken back with `cache.crop` and others follow, as in assisted generation."""
     ids, other = tokens(40), tokens(40, seed=1)
@@ -176,7 +160,6 @@ PATHS = {
     "static cache": static_cache,
     "left-padded batch in a cache": left_padded_cache,
     "right-padded batch in a cache": right_padded_cache,
-    "packed documents in a cache": packed_cache,
     "cropped cache": cropped_cache,
     "rows of a cache": rows_of_a_cache,
 }
