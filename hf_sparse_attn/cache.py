@@ -60,8 +60,9 @@ class SparseCache(DynamicCache):
         if isinstance(switch, int):
             tell_once(
                 text_config,
-                f"{text_config.model_type} changes its rotary embeddings beyond {switch} tokens: when a text that began "
-                "below grows beyond, generate() reads it anew and drops the cache that it was given, its policy as well",
+                f"{text_config.model_type} changes its rotary embeddings beyond {switch} tokens: when a text that "
+                "began below grows beyond, generate() reads it anew and drops the cache that it was given, with its "
+                "policy",
             )
         if policy is None and budget is None:
             super().__init__(config=config)

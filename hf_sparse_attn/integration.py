@@ -122,7 +122,7 @@ def sparse_attention_forward(
 
 
 def _packed_documents(module: nn.Module, position_ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The number of each token's document [1 or batch, Q] by Transformers' own rule, for families that do not ask it."""
+    """Number of each token's document [1 or batch, Q] by Transformers' own rule, for families that do not ask it."""
     if asks_what_is_packed(module.config) or query.shape[2] != key.shape[2]:
         return None
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:

@@ -114,7 +114,7 @@ def signed_positions(
 
 
 def asks_what_is_packed(config: Any) -> bool:
-    """Whether the models of a family tell Transformers' mask functions their position_ids, which show what is packed."""
+    """Whether a family's models tell Transformers' mask functions their position_ids, which show what is packed."""
     return getattr(config, "model_type", None) not in ("afmoe", "gpt_oss", "granitemoehybrid")
 
 
