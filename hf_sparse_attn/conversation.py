@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from hf_sparse_attn.cache import SparseCache
+from hf_sparse_attn.cache import SparseCache, SparseLayer
+from hf_sparse_attn.loading import library_errors
 
 
 @dataclass(frozen=True)
@@ -56,22 +57,30 @@ class Conversation:
     ) -> None:
         check_chat_template(tokenizer)
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
-        self.cache = SparseCache(model.config)
         self._document = document
         self._messages: list[dict[str, str]] = []
+        self.cache = SparseCache(model.config)
         self._cached: list[int] = []  # tokens whose keys the cache holds
 
     def ask(self, question: str, streamer: BaseStreamer | None = None) -> Answer:
-        """The model's answer, greedy; `streamer` is shown its tokens as they come."""
+        """The model's answer, greedy; `streamer` is shown its tokens as they come.
+
+        After an error or Ctrl-C the question counts as not asked, and the next one reads the conversation anew.
+        """
+        try:
+            return self._ask(question, streamer)
+        except BaseException:
+            self._forget()  # nobody knows how far the layers of the cache have come
+            raise
+
+    def _ask(self, question: str, streamer: BaseStreamer | None) -> Answer:
         begun = self._messages or not self._document
         text = question if begun else f"{self._document}\n\n{question}"
         messages = [*self._messages, {"role": "user", "content": text}]
         prompt: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        # An answer may be spelt in other tokens once it stands in the conversation.
-        same = _common_prefix(self._cached, ids[:-1])
-        if same < len(self._cached):
-            self.cache.crop(same - len(self._cached))
+        # An answer may be spelt in other tokens once it stands in the conversation, or be rewritten by the template.
+        same = self._keep(_common_prefix(self._cached, ids[:-1]))
         clock = _Clock(streamer)
         start = time.perf_counter()
         inputs = torch.tensor([ids], device=self.model.device)
@@ -93,15 +102,31 @@ class Conversation:
         pace = 1e3 * (last - first) / (generated - 1) if generated > 1 else float("nan")
         return Answer(answer, len(sequence), len(ids) - same, first - start, generated, pace)
 
+    def _keep(self, num_tokens: int) -> int:
+        """Shorten the cache to its first tokens, or forget all where layers hold no more than a window or a state."""
+        if num_tokens < len(self._cached):
+            if all(isinstance(layer, SparseLayer) for layer in self.cache.layers):
+                self.cache.crop(num_tokens - len(self._cached))
+                self._cached = self._cached[:num_tokens]
+            else:
+                self._forget()
+        return len(self._cached)
+
+    def _forget(self) -> None:
+        self.cache, self._cached = SparseCache(self.model.config), []
+
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Whether a model's tokenizer knows how a chat is written.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or its template cannot be used.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; take a model that was tuned for chat")
+    with library_errors("the tokenizer's chat template"):
+        messages = [{"role": "user", "content": "Hello"}]
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 class _Clock(BaseStreamer):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_sparse_attn.allocation import Allocation
 from hf_sparse_attn.config import SparseAttentionConfig
+
+_HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 
 
 def write_model_card(
@@ -23,7 +26,7 @@ def write_model_card(
     result: dict[str, Any] | None,
     environment: dict[str, Any],
 ) -> None:
-    """Fill `template` (Jinja, Markdown) and write it to `path`.
+    """Fill `template` (Jinja, Markdown) and write it to `path`; texts, such as names of documents, stay mere text.
 
     Args:
         source: the dense checkpoint that was converted.
@@ -37,22 +40,36 @@ def write_model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    directory = Path(source).expanduser()
+    is_local = directory.exists() and source != "demo"
+    name = "SmolLM2-135M-Instruct" if source == "demo" else directory.resolve().name if is_local else source
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["sparse-attention", "long-context", "hf_sparse_attn"],
-        base_model=None if source == "demo" or Path(source).exists() else source,
+        base_model=source if not is_local and source != "demo" and re.fullmatch(_HUB_ID, source) else None,
     )
     card = ModelCard.from_template(
         data,
         template_path=str(template),
-        source="SmolLM2-135M-Instruct" if source == "demo" else Path(source).name if Path(source).exists() else source,
         config=config,
         budgets=budgets,
         trade=trade,
         choice=choice,
-        calibration=calibration,
-        result=result,
-        environment=environment,
+        **escaped({"source": name, "calibration": calibration, "result": result, "environment": environment}),
     )
-    path.write_text(str(card) + "\n", encoding="utf-8")
+    path.write_text(str(card) + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def escaped(value: Any) -> Any:
+    """All texts among JSON-ready values as Markdown that shows them: in one line, without markup, links or HTML."""
+    if isinstance(value, dict):
+        return {name: escaped(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [escaped(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    line = " ".join("".join(c if c.isprintable() else " " for c in value).split())
+    for special, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        line = line.replace(special, entity)
+    return re.sub(r"([\\`*_{}\[\]()|~$])", r"\\\1", line)

@@ -10,27 +10,36 @@ With --model, the attention gets the queries, keys and values of one of its laye
 random ones, which are the hardest: neighbouring rows have no keys in common, and no key is light enough to be left out.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from hf_sparse_attn.command_line import (
-    OneLineErrors,
-    UserError,
-    argument,
-    check_output_file,
-    json_object,
-    positive_int,
-    print_table,
-    read_checkpoint,
-    run,
-    write_json,
-)
+try:
+    from hf_sparse_attn.command_line import (
+        PICTURE_SUFFIXES,
+        OneLineErrors,
+        UserError,
+        argument,
+        choose_device,
+        choose_dtype,
+        json_object,
+        load_model,
+        output_file,
+        picture_file,
+        positive_int,
+        print_table,
+        read_checkpoint,
+        replaced,
+        run,
+        write_json,
+    )
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 PASSES = ("forward", "forward_backward", "stages", "decode", "prefill", "training_step", "generation")
 OF_A_MODEL = PASSES[4:]
 SHAPE = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
 BACKENDS = ("flash", "cudnn", "efficient", "flex")
-SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def parse_arguments() -> Any:
@@ -63,25 +72,24 @@ def parse_arguments() -> Any:
         help="also time these backends of SDPA, and flex: FlexAttention over window and globals alone; "
         "the speedup is over the fastest dense one",
     )
-    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to set")
+    parser.add_argument(
+        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to set, or @FILE"
+    )
     parser.add_argument("--dtype", default="float32", help="default: %(default)s")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--picture", help="time against length to draw: " + ", ".join(SUFFIXES))
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
+    parser.add_argument(
+        "--picture", type=picture_file, help="time against length to draw: " + ", ".join(PICTURE_SUFFIXES)
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.output:
-        with argument("--output"):
-            check_output_file(arguments.output)
+    arguments.seq_lens = list(dict.fromkeys(arguments.seq_lens))
     if arguments.picture:
         with argument("--picture"):
-            picture = check_output_file(arguments.picture)
-            if picture.suffix not in SUFFIXES:
-                raise ValueError(f"{arguments.picture!r} must end in one of {', '.join(SUFFIXES)}")
-            if len(set(arguments.seq_lens)) < 2:
+            if len(arguments.seq_lens) < 2:
                 raise ValueError("a picture of time against length needs two of --seq-lens")
             if arguments.passes == "stages":
                 raise ValueError("stages have no picture")
@@ -106,37 +114,47 @@ def main() -> None:
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.speed import make_inputs
-    from hf_sparse_attn.loading import parse_device, parse_dtype
     from hf_sparse_attn.ops import check_implementation
     from hf_sparse_attn.visualization import plot_times
 
-    with argument("--device"):
-        device = parse_device(arguments.device)
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype)
     with argument("--dtype"):
-        dtype = parse_dtype(arguments.dtype)
         if isinstance(dtype, str):
             raise ValueError("auto means a checkpoint's own dtype; give one")
     with argument("--sparse-attention"):
         config = SparseAttentionConfig.from_dict(arguments.sparse_attention)
         check_implementation(config.implementation, device)
+    if arguments.passes == "stages":
+        with argument("--pass stages"):
+            check_implementation("numba", device)
 
     progress = partial(tqdm, arguments.seq_lens, desc="benchmarking", unit="length")
     if arguments.model or arguments.random_model:
-        source, config, rows = measure_model(arguments, device, dtype, progress)
+        source, config, measured = measure_model(arguments, device, dtype, progress)
     else:
         source = {"inputs": "random", **shape}
-        rows = [
+        check_stages(arguments, config)
+        measured = (
             measure_attention(
                 arguments, make_inputs(seq_len + tokens_behind(arguments), *shape.values(), dtype, device), config
             )
             for seq_len in progress()
-        ]
-    if arguments.output:
-        result = {"rows": rows, "source": source | {"dtype": arguments.dtype}, "sparse_attention": config.to_dict()}
-        write_json(arguments.output, result | {"environment": describe_environment(device)})
+        )
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in measured:
+            rows.append(row)
+            if arguments.output:  # each time: the next length may need more memory than there is
+                result = {"rows": rows, "source": source | {"dtype": arguments.dtype}}
+                result |= {"sparse_attention": config.to_dict(), "environment": describe_environment(device)}
+                write_json(arguments.output, result)
+    finally:
+        if rows:
+            print_rows(rows)
     if arguments.picture:
-        plot_times(rows, picture)
-    print_rows(rows)
+        with replaced(arguments.picture) as picture:
+            plot_times(rows, picture)
 
 
 def tokens_behind(arguments: Any) -> int:
@@ -146,6 +164,14 @@ def tokens_behind(arguments: Any) -> int:
     return decoded_tokens(arguments.repeats) if arguments.passes == "decode" else 0
 
 
+def check_stages(arguments: Any, config: Any, layer: int = 0) -> None:
+    """Whether every length has sparse rows, if it is their stages that are measured."""
+    with argument("--seq-lens"):
+        shortest = min(arguments.seq_lens)
+        if arguments.passes == "stages" and (layer in config.dense_layers or shortest <= config.dense_below):
+            raise ValueError(f"all of the {shortest} rows are dense, there are no stages")
+
+
 def measure_attention(arguments: Any, inputs: Any, config: Any, layer: int = 0) -> dict[str, Any]:
     from hf_sparse_attn.evaluation.decoding import compare_decoding
     from hf_sparse_attn.evaluation.speed import compare_speed, measure_stages
@@ -153,8 +179,7 @@ def measure_attention(arguments: Any, inputs: Any, config: Any, layer: int = 0) 
     if arguments.passes == "decode":
         return compare_decoding(inputs, config=config, layer_idx=layer, repeats=arguments.repeats)
     if arguments.passes == "stages":
-        with argument("--seq-lens"):
-            return measure_stages(inputs, config=config, layer_idx=layer, repeats=arguments.repeats)
+        return measure_stages(inputs, config=config, layer_idx=layer, repeats=arguments.repeats)
     return compare_speed(
         inputs,
         config=config,
@@ -167,21 +192,22 @@ def measure_attention(arguments: Any, inputs: Any, config: Any, layer: int = 0) 
 
 def measure_model(
     arguments: Any, device: Any, dtype: Any, progress: Any
-) -> tuple[dict[str, Any], Any, list[dict[str, Any]]]:
-    """What was measured, the model's configuration, and the rows."""
+) -> tuple[dict[str, Any], Any, Iterator[dict[str, Any]]]:
+    """What is measured, the model's configuration, and the rows, each measured when it is asked for."""
     import torch
 
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
     from hf_sparse_attn.evaluation.speed import layer_inputs
-    from hf_sparse_attn.loading import load_sparse_model, random_sparse_model
+    from hf_sparse_attn.integration import text_config
+    from hf_sparse_attn.loading import random_sparse_model
 
     if arguments.random_model:
         with argument("--random-model"):
             model = random_sparse_model(arguments.random_model, arguments.sparse_attention, dtype, device)
-        config = SparseAttentionConfig.from_dict(model.config.sparse_attention)
-        tokens = torch.randint(model.config.vocab_size, (1, max(arguments.seq_lens)), device=device)
-        rows = [measure_whole(arguments, model, tokens[:, :seq_len]) for seq_len in progress()]
+        config = SparseAttentionConfig.from_dict(text_config(model.config).sparse_attention)
+        tokens = torch.randint(text_config(model.config).vocab_size, (1, max(arguments.seq_lens)), device=device)
+        rows = (measure_whole(arguments, model, tokens[:, :seq_len]) for seq_len in progress())
         return {"inputs": "random tokens", "model": f"{arguments.random_model}, random weights"}, config, rows
     path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     config = SparseAttentionConfig.from_dict(sparse_attention)
@@ -190,24 +216,25 @@ def measure_model(
     with argument("--layer"):
         if not 0 <= layer < num_layers:
             raise ValueError(f"must be from 0 to {num_layers - 1}, got {layer}")
+    check_stages(arguments, config, layer)
     text = "\n\n".join(load_documents("demo", "validation")["text"])
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device=device)
     behind = tokens_behind(arguments)
     with argument("--seq-lens"):
         if max(arguments.seq_lens) + behind > len(tokens):
             raise ValueError(f"the text has {len(tokens)} tokens, not {max(arguments.seq_lens) + behind}")
-    with argument(f"--model {arguments.model}"):
-        model = load_sparse_model(path, arguments.sparse_attention, dtype=dtype).to(device).eval()
-    rows = []
-    for seq_len in progress():
+    model = load_model(arguments.model, path, arguments.sparse_attention, device=device, dtype=dtype)
+
+    def measure(seq_len: int) -> dict[str, Any]:
         ids = tokens[None, : seq_len + behind]
         if arguments.passes in OF_A_MODEL:
-            rows.append(measure_whole(arguments, model, ids))
-        else:
+            return measure_whole(arguments, model, ids)
+        with argument("--layer"):
             inputs = tuple(x.to(dtype) for x in layer_inputs(model, ids, layer))
-            rows.append(measure_attention(arguments, inputs, config, layer))
+        return measure_attention(arguments, inputs, config, layer)
+
     source = {"inputs": "demo text", "model": arguments.model}
-    return source | ({"layer": layer} if arguments.passes not in OF_A_MODEL else {}), config, rows
+    return source | ({"layer": layer} if arguments.passes not in OF_A_MODEL else {}), config, map(measure, progress())
 
 
 def measure_whole(arguments: Any, model: Any, ids: Any) -> dict[str, Any]:

@@ -7,19 +7,25 @@ Without --question they are read from the terminal, until an empty line. After e
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.command_line import (
-    OneLineErrors,
-    argument,
-    check_output_file,
-    json_object,
-    positive_int,
-    read_checkpoint,
-    run,
-    write_json,
-)
+try:
+    from hf_sparse_attn.command_line import (
+        OneLineErrors,
+        argument,
+        choose_device,
+        choose_dtype,
+        json_object,
+        load_model,
+        output_file,
+        positive_int,
+        read_checkpoint,
+        run,
+        write_json,
+    )
+    from hf_sparse_attn.data import read_text
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 
 def parse_arguments() -> Any:
@@ -30,10 +36,12 @@ def parse_arguments() -> Any:
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=200, help="of each answer (default: %(default)s)"
     )
-    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to override")
+    parser.add_argument(
+        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to override, or @FILE"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ... (default: the checkpoint's own)")
-    parser.add_argument("--output", help="JSON file to write, when all is asked")
+    parser.add_argument("--output", type=output_file, help="JSON file to write, after each answer")
     return parser.parse_args()
 
 
@@ -54,13 +62,12 @@ def _typed() -> str:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.output:
-        with argument("--output"):
-            check_output_file(arguments.output)
     document = ""
     if arguments.document:
         with argument("--document"):
-            document = Path(arguments.document).read_text(encoding="utf-8")
+            document = read_text(arguments.document)
+            if not document.strip():
+                raise ValueError(f"{arguments.document} is empty: it holds no text")
 
     from dataclasses import asdict
 
@@ -68,31 +75,32 @@ def main() -> None:
 
     from hf_sparse_attn.conversation import Conversation, check_chat_template
     from hf_sparse_attn.environment import describe_environment
-    from hf_sparse_attn.loading import load_sparse_model, parse_device, parse_dtype
 
-    with argument("--device"):
-        device = parse_device(arguments.device)
-    with argument("--dtype"):
-        dtype = parse_dtype(arguments.dtype)
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype)
     path, _, tokenizer, _ = read_checkpoint(arguments.model, arguments.sparse_attention)
     with argument(f"--model {arguments.model}"):
         check_chat_template(tokenizer)
-        model = load_sparse_model(path, arguments.sparse_attention, dtype=dtype).to(device).eval()
+    num_tokens = len(tokenizer(document, verbose=False)["input_ids"])
+    model = load_model(
+        arguments.model, path, arguments.sparse_attention, device=device, num_tokens=num_tokens, dtype=dtype
+    )
     conversation = Conversation(model, tokenizer, document, arguments.max_new_tokens)
     turns = []
     for question in questions(arguments.question):
         if arguments.question:
             print(f"> {question}")
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        answer = conversation.ask(question, streamer)
+        with argument(f"--model {arguments.model}"):
+            answer = conversation.ask(question, streamer)
         turns.append({"question": question, **asdict(answer)})
+        if arguments.output:
+            environment = describe_environment(device)
+            write_json(arguments.output, {"model": arguments.model, "turns": turns, "environment": environment})
         print(
             f"[{answer.read} tokens read in {answer.reading_seconds:.1f} s; {answer.generated} more, "
             f"{answer.ms_per_token:.0f} ms each; {answer.context} in all]\n"
         )
-    if arguments.output:
-        environment = describe_environment(device)
-        write_json(arguments.output, {"model": arguments.model, "turns": turns, "environment": environment})
 
 
 if __name__ == "__main__":

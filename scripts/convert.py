@@ -6,32 +6,58 @@
     python scripts/convert.py --model meta-llama/Llama-3.2-1B --output converted --calibration-dataset books.jsonl
 
 The weights stay as they are. The output directory loads with stock `from_pretrained(DIR, attn_implementation="sparse")`
-once `hf_sparse_attn` is imported, and as an ordinary dense model without it.
+once `hf_sparse_attn` is imported, and as an ordinary dense model without it. Where it cannot be finished, what was
+fitted stays in a file beside it, which other scripts take as `--sparse-attention @FILE`.
 """
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.command_line import (
-    OneLineErrors,
-    argument,
-    check_output_directory,
-    json_object,
-    positive_int,
-    print_table,
-    run,
-)
+try:
+    from hf_sparse_attn.command_line import (
+        OneLineErrors,
+        RunError,
+        argument,
+        check_space,
+        choose_device,
+        count,
+        json_object,
+        kept_on_failure,
+        load_model,
+        one_line,
+        output_directory,
+        positive_int,
+        positive_number,
+        print_table,
+        read_checkpoint,
+        reason,
+        run,
+        share,
+        warn,
+    )
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 TARGET_DENSITY = 0.19
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 
 
+def positions_or_auto(text: str) -> int | str:
+    """The type of --dense-below."""
+    return text if text == "auto" else count(text)
+
+
 def parse_arguments() -> Any:
     parser = OneLineErrors(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="Hub id, directory, or demo")
-    parser.add_argument("--output", required=True, help="directory to write; must not exist or be empty")
+    parser.add_argument(
+        "--output", type=output_directory, required=True, help="directory to write; must not exist or be empty"
+    )
     parser.add_argument(
         "--calibration-dataset", default="demo", help="Hub id[:config[:split[:column]]], file, directory, or demo"
     )
@@ -40,12 +66,12 @@ def parse_arguments() -> Any:
     aim = parser.add_mutually_exclusive_group()
     aim.add_argument(
         "--target-density",
-        type=float,
+        type=share,
         help=f"share of the (row, key) pairs that may be read, 0 to 1 (default: {TARGET_DENSITY})",
     )
     aim.add_argument(
         "--max-loss",
-        type=float,
+        type=positive_number,
         help="instead: read as little as keeps the loss of a calibration document from rising by more, nats per token",
     )
     parser.add_argument(
@@ -55,14 +81,17 @@ def parse_arguments() -> Any:
         help="keys that may be found for a row, mean over layers and KV heads: time, where density is what is read "
         "(default: %(default)s)",
     )
-    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to set")
+    parser.add_argument(
+        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to set, or @FILE"
+    )
     parser.add_argument(
         "--dense-below",
+        type=positions_or_auto,
         help='rows at positions under it read everything: a number, or "auto" to measure where sparse starts to win',
     )
     parser.add_argument(
         "--num-evaluation-documents",
-        type=int,
+        type=count,
         default=1,
         help="documents for the model card's figures; 0 leaves them out (default: %(default)s)",
     )
@@ -72,20 +101,17 @@ def parse_arguments() -> Any:
 
 def main() -> None:
     arguments = parse_arguments()
-    with argument("--output"):
-        output = check_output_directory(arguments.output)
 
+    import matplotlib  # noqa: F401  whether it is there is to be known before the work
     import torch
     from tqdm import tqdm
-    from transformers import AutoConfig, AutoTokenizer
 
     from hf_sparse_attn.allocation import FIXED, least_density
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.conversion import calibrate, choose_by_loss, describe_budgets, num_steps
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
-    from hf_sparse_attn.evaluation.perplexity import compare_perplexity
-    from hf_sparse_attn.loading import load_sparse_model, parse_device, resolve_model
+    from hf_sparse_attn.integration import text_config
     from hf_sparse_attn.model_card import write_model_card
     from hf_sparse_attn.visualization import plot_trade
 
@@ -94,29 +120,19 @@ def main() -> None:
             if name in arguments.sparse_attention:
                 raise ValueError(f"{name} is what the conversion fits; use --target-density, --max-loss, --key-budget")
         base = SparseAttentionConfig.from_dict(arguments.sparse_attention)
-    with argument("--target-density"):
-        density = TARGET_DENSITY if arguments.target_density is None else arguments.target_density
-        if not 0 < density <= 1:
-            raise ValueError(f"must be over 0 and at most 1, got {density}")
-    with argument("--max-loss"):
-        if arguments.max_loss is not None and not arguments.max_loss > 0:
-            raise ValueError(f"must be over 0, got {arguments.max_loss}")
-    with argument("--num-evaluation-documents"):
-        if arguments.num_evaluation_documents < 0:
-            raise ValueError(f"must be at least 0, got {arguments.num_evaluation_documents}")
-    with argument("--dense-below"):
-        dense_below = parse_dense_below(arguments.dense_below)
-    with argument("--device"):
-        device = parse_device(arguments.device)
+    density = TARGET_DENSITY if arguments.target_density is None else arguments.target_density
+    dense_below = arguments.dense_below
+    device = choose_device(arguments.device)
     with argument("--calibration-dataset"):
         texts = load_documents(arguments.calibration_dataset, "train")
-    with argument(f"--model {arguments.model}"):
-        path = resolve_model(arguments.model)
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    path, config, tokenizer, _ = read_checkpoint(arguments.model, {})
     if isinstance(dense_below, int):
         base = base.replace(dense_below=dense_below)
     check_context_length(arguments.context_length, base)
+    with argument("--calibration-dataset"):
+        documents = long_documents(
+            texts, tokenizer, arguments.context_length, max_documents=arguments.num_calibration_documents
+        )
     with argument("--target-density"):
         least = least_density(base, config.get_text_config().num_hidden_layers, arguments.context_length)
         if arguments.max_loss is None and density < least:
@@ -124,12 +140,12 @@ def main() -> None:
                 f"must be at least {least:.4f} at {arguments.context_length} tokens: {FIXED} take that; see "
                 "--sparse-attention"
             )
-    with argument("--calibration-dataset"):
-        documents = long_documents(
-            texts, tokenizer, arguments.context_length, max_documents=arguments.num_calibration_documents
-        )
+    held_out = evaluation_documents(arguments, documents, tokenizer)
+    model = load_model(arguments.model, path, device=device, num_tokens=arguments.context_length)
     with argument(f"--model {arguments.model}"):
-        model = load_sparse_model(path).to(device).eval()
+        model.generation_config.validate(strict=True)  # one that is not valid cannot be saved
+    with argument("--output"):
+        check_space(arguments.output, model.get_memory_footprint())
     if dense_below == "auto":
         measured = measure_on_model(model, documents[0]["input_ids"], base.replace(key_budget=arguments.key_budget))
         print(f"sparse attention starts to win at {measured} tokens here")
@@ -142,48 +158,46 @@ def main() -> None:
             bar.set_postfix_str(step)
 
         rows = [torch.tensor(document["input_ids"]) for document in documents]
-        calibration = calibrate(model, rows, base, progress)
+        try:
+            calibration = calibrate(model, rows, base, progress)
+        except torch.linalg.LinAlgError as error:
+            raise RunError(f"what the model computes on these documents cannot be calibrated on: {error}") from error
         bar.update()
-    if arguments.max_loss is None:
-        with argument("--target-density"):
-            fitted, choice = calibration.choose(density, arguments.key_budget)
-    else:
-        with argument("--max-loss"):
-            fitted, choice = choose_by_loss(
-                model, calibration, rows[-1], arguments.max_loss, arguments.key_budget, progress=print
+    kept = arguments.output.with_name(f"{arguments.output.name}-{os.getpid()}.sparse_attention.json")
+    unfinished = unfinished_directory(arguments.output)
+    with kept_on_failure(kept, "what was fitted, for --sparse-attention @FILE,") as keep:
+        reachable = max(density, calibration.costs.least_density)
+        keep(calibration.choose(reachable, arguments.key_budget)[0].to_dict())
+        if arguments.max_loss is None:
+            with argument("--target-density"):
+                fitted, choice = calibration.choose(density, arguments.key_budget)
+        else:
+            with argument("--max-loss"):
+                fitted, choice = choose_by_loss(
+                    model, calibration, rows[-1], arguments.max_loss, arguments.key_budget, progress=print
+                )
+        keep(fitted.to_dict())
+        trade = calibration.trade(arguments.key_budget)
+        text_config(model.config).sparse_attention = fitted.to_dict()
+        result = evaluate(model, held_out)
+        with removed_on_failure(unfinished):
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            plot_trade(trade, choice, unfinished / "trade.png")
+            write_model_card(
+                unfinished / "README.md",
+                TEMPLATE,
+                source=arguments.model,
+                config=fitted,
+                budgets=describe_budgets(choice),
+                trade=trade,
+                choice=choice,
+                calibration=[document["name"] for document in documents],
+                result=result,
+                environment=describe_environment(device),
             )
-    trade = calibration.trade(arguments.key_budget)
-    model.config.sparse_attention = fitted.to_dict()
-
-    result = None
-    if arguments.num_evaluation_documents > 0:
-        held_out = evaluation_documents(arguments, documents, tokenizer)
-        if held_out:
-            result = compare_perplexity(model, held_out, progress=lambda steps: tqdm(steps, desc="evaluating"))
-
-    unfinished = output.with_name(f".{output.name}.unfinished-{os.getpid()}")
-    try:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        plot_trade(trade, choice, unfinished / "trade.png")
-        write_model_card(
-            unfinished / "README.md",
-            TEMPLATE,
-            source=arguments.model,
-            config=fitted,
-            budgets=describe_budgets(choice),
-            trade=trade,
-            choice=choice,
-            calibration=[document["name"] for document in documents],
-            result=result,
-            environment=describe_environment(device),
-        )
-        if output.exists():
-            output.rmdir()
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    report(output, fitted, trade, choice, result)
+    put_in_place(unfinished, arguments.output)
+    report(arguments.output, fitted, trade, choice, result)
 
 
 def check_context_length(context_length: int, config: Any) -> None:
@@ -205,26 +219,76 @@ def measure_on_model(model: Any, input_ids: list[int], config: Any) -> int:
     return measure_dense_below(config, layer_inputs(model, ids, layer), layer)
 
 
-def parse_dense_below(text: str | None) -> int | str | None:
-    if text is None or text == "auto":
-        return text
-    if not text.isdigit():
-        raise ValueError(f'expected a number of positions or "auto", got {text!r}')
-    return int(text)
-
-
 def evaluation_documents(arguments: Any, calibration: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
     """Documents of the validation split, or later ones of a dataset without splits; none that calibrated anything."""
     from hf_sparse_attn.data import load_documents, long_documents
 
     used = {document["name"] for document in calibration}
     wanted = arguments.num_evaluation_documents
+    if not wanted:
+        return []
     try:
         texts = load_documents(arguments.calibration_dataset, "validation")
         found = long_documents(texts, tokenizer, arguments.context_length, max_documents=wanted + len(used))
     except ValueError:
         return []
     return [document for document in found if document["name"] not in used][:wanted]
+
+
+def evaluate(model: Any, documents: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The model card's figures, if there are documents for them and the losses are finite."""
+    from tqdm import tqdm
+
+    from hf_sparse_attn.evaluation.perplexity import compare_perplexity
+
+    try:
+        return compare_perplexity(model, documents, progress=partial(tqdm, desc="evaluating")) if documents else None
+    except ValueError as error:
+        warn(f"not evaluated: {one_line(error)}")
+        return None
+
+
+def unfinished_directory(output: Path) -> Path:
+    """Where the model is written before it is in its place: inside a directory that is there already, or beside."""
+    return (output if output.exists() else output.parent) / f".{output.name}.unfinished-{os.getpid()}"
+
+
+@contextmanager
+def removed_on_failure(directory: Path) -> Iterator[None]:
+    """Write a directory; what cannot be finished is removed.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write {str(directory)!r}: {reason(error)}") from error
+        raise
+
+
+def put_in_place(finished: Path, output: Path) -> None:
+    """Rename a finished directory; of an output that is there already, if still empty, the files become part.
+
+    Raises:
+        RunError: it cannot be done, and the finished directory stays where it is.
+    """
+    try:
+        if not output.exists():
+            finished.rename(output)
+            return
+        if any(entry != finished for entry in output.iterdir()):
+            raise FileExistsError("it was filled meanwhile")
+        for file in sorted(
+            finished.iterdir(), key=lambda file: file.name == "config.json"
+        ):  # the last makes it a model
+            file.rename(output / file.name)
+        finished.rmdir()
+    except OSError as error:
+        message = f"cannot write to {str(output)!r}: {reason(error)}; the finished model is in {str(finished)!r}"
+        raise RunError(message) from error
 
 
 def report(output: Path, config: Any, trade: list[Any], choice: Any, result: dict[str, Any] | None) -> None:

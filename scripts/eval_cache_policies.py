@@ -13,20 +13,26 @@ beside keys would take the peak beyond 1.08 times that share. The first two rows
 from functools import partial
 from typing import Any
 
-from hf_sparse_attn.command_line import (
-    OneLineErrors,
-    UserError,
-    argument,
-    check_output_file,
-    fraction,
-    json_object,
-    positive_int,
-    print_table,
-    read_checkpoint,
-    run,
-    write_json,
-    written_fields,
-)
+try:
+    from hf_sparse_attn.command_line import (
+        OneLineErrors,
+        UserError,
+        argument,
+        choose_device,
+        choose_dtype,
+        fraction,
+        json_object,
+        load_model,
+        output_file,
+        positive_int,
+        print_table,
+        read_checkpoint,
+        report,
+        run,
+        written_fields,
+    )
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 
 def parse_arguments() -> Any:
@@ -54,10 +60,12 @@ def parse_arguments() -> Any:
         "--needles-per-depth", type=positive_int, default=2, help="facts at each depth (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="which facts are hidden (default: %(default)s)")
-    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to override")
+    parser.add_argument(
+        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to override, or @FILE"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ... (default: the checkpoint's own)")
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
     arguments = parser.parse_args()
     if arguments.context_length < 2:
         raise UserError("argument --context-length: must be at least 2: the first token is not predicted")
@@ -66,9 +74,6 @@ def parse_arguments() -> Any:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.output:
-        with argument("--output"):
-            check_output_file(arguments.output)
 
     import torch
     from tqdm import tqdm
@@ -78,17 +83,14 @@ def main() -> None:
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.cache_policies import POLICIES, check_budgets, compare_policies
     from hf_sparse_attn.evaluation.haystack import MAX_NEEDLES, make_contexts
-    from hf_sparse_attn.loading import load_sparse_model, parse_device, parse_dtype
 
     names = list(dict.fromkeys(arguments.policies or POLICIES))
     with argument("--policies"):
         for name in names:
             if name not in POLICIES:
                 raise ValueError(f"{name!r} is none of {', '.join(POLICIES)}")
-    with argument("--device"):
-        device = parse_device(arguments.device)
-    with argument("--dtype"):
-        dtype = parse_dtype(arguments.dtype)
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype)
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
     path, config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
@@ -119,8 +121,10 @@ def main() -> None:
         keys = config.get_text_config(decoder=True).dtype or torch.float32 if dtype == "auto" else dtype
         every_length = [arguments.context_length, *lengths]
         check_budgets(config, keys, names, arguments.budget, every_length, arguments.chunk_size)
-    with argument(f"--model {arguments.model}"):
-        model = load_sparse_model(path, arguments.sparse_attention, dtype=dtype).to(device).eval()
+    num_tokens = max(every_length)
+    model = load_model(
+        arguments.model, path, arguments.sparse_attention, device=device, num_tokens=num_tokens, dtype=dtype
+    )
     with argument(f"--model {arguments.model}"):
         progress = partial(tqdm, desc="evaluating", unit="document")
         result = compare_policies(
@@ -133,9 +137,7 @@ def main() -> None:
         "sparse_attention": written_fields(sparse_attention),
         "environment": describe_environment(device),
     }
-    if arguments.output:
-        write_json(arguments.output, result)
-    print_result(result)
+    report(result, arguments.output, print_result)
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -13,26 +13,29 @@ depth 1 the last one outside the window of the question.
 from functools import partial
 from typing import Any
 
-from hf_sparse_attn.command_line import (
-    OneLineErrors,
-    argument,
-    check_output_file,
-    fraction,
-    json_object,
-    positive_int,
-    print_table,
-    read_checkpoint,
-    run,
-    write_json,
-    written_fields,
-)
-
-SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def count(text: str) -> int:
-    """The type of a number that may be 0."""
-    return 0 if text == "0" else positive_int(text)
+try:
+    from hf_sparse_attn.command_line import (
+        PICTURE_SUFFIXES,
+        OneLineErrors,
+        argument,
+        choose_device,
+        choose_dtype,
+        count,
+        fraction,
+        json_object,
+        load_model,
+        output_file,
+        picture_file,
+        positive_int,
+        print_table,
+        read_checkpoint,
+        replaced,
+        report,
+        run,
+        written_fields,
+    )
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 
 def parse_arguments() -> Any:
@@ -63,24 +66,18 @@ def parse_arguments() -> Any:
         "--num-single", type=count, default=1, help="one-fact contexts per depth and length (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="which facts are hidden (default: %(default)s)")
-    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to override")
+    parser.add_argument(
+        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to override, or @FILE"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ... (default: the checkpoint's own)")
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--picture", help="heat maps to write: " + ", ".join(SUFFIXES))
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
+    parser.add_argument("--picture", type=picture_file, help="heat maps to write: " + ", ".join(PICTURE_SUFFIXES))
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.output:
-        with argument("--output"):
-            check_output_file(arguments.output)
-    if arguments.picture:
-        with argument("--picture"):
-            picture = check_output_file(arguments.picture)
-            if picture.suffix not in SUFFIXES:
-                raise ValueError(f"{arguments.picture!r} must end in one of {', '.join(SUFFIXES)}")
 
     from tqdm import tqdm
 
@@ -89,12 +86,9 @@ def main() -> None:
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.haystack import MAX_NEEDLES, make_contexts
     from hf_sparse_attn.evaluation.needle import compare_retrieval, plot_retrieval
-    from hf_sparse_attn.loading import load_sparse_model, parse_device, parse_dtype
 
-    with argument("--device"):
-        device = parse_device(arguments.device)
-    with argument("--dtype"):
-        dtype = parse_dtype(arguments.dtype)
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype)
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
     path, _, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
@@ -120,8 +114,11 @@ def main() -> None:
                 num_single=arguments.num_single,
                 seed=arguments.seed,
             )
+    num_tokens = max(arguments.context_lengths)
+    model = load_model(
+        arguments.model, path, arguments.sparse_attention, device=device, num_tokens=num_tokens, dtype=dtype
+    )
     with argument(f"--model {arguments.model}"):
-        model = load_sparse_model(path, arguments.sparse_attention, dtype=dtype).to(device).eval()
         result = compare_retrieval(model, contexts, progress=partial(tqdm, desc="asking", unit="prefill"))
     result |= {
         "model": arguments.model,
@@ -130,11 +127,10 @@ def main() -> None:
         "sparse_attention": written_fields(sparse_attention),
         "environment": describe_environment(device),
     }
-    if arguments.output:
-        write_json(arguments.output, result)
+    report(result, arguments.output, print_result)
     if arguments.picture:
-        plot_retrieval(result["cells"], picture)
-    print_result(result)
+        with replaced(arguments.picture) as picture:
+            plot_retrieval(result["cells"], picture)
 
 
 def print_result(result: dict[str, Any]) -> None:

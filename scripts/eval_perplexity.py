@@ -10,19 +10,25 @@ Each document is cut to its first --context-length tokens; shorter documents are
 from functools import partial
 from typing import Any
 
-from hf_sparse_attn.command_line import (
-    OneLineErrors,
-    UserError,
-    argument,
-    check_output_file,
-    json_object,
-    positive_int,
-    print_table,
-    read_checkpoint,
-    run,
-    write_json,
-    written_fields,
-)
+try:
+    from hf_sparse_attn.command_line import (
+        OneLineErrors,
+        UserError,
+        argument,
+        choose_device,
+        choose_dtype,
+        json_object,
+        load_model,
+        output_file,
+        positive_int,
+        print_table,
+        read_checkpoint,
+        report,
+        run,
+        written_fields,
+    )
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 
 def parse_arguments() -> Any:
@@ -32,10 +38,12 @@ def parse_arguments() -> Any:
     parser.add_argument("--split", default="validation", help="where a dataset has splits (default: %(default)s)")
     parser.add_argument("--context-length", type=positive_int, required=True, help="tokens read of each document")
     parser.add_argument("--max-documents", type=positive_int, default=4, help="default: %(default)s")
-    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to override")
+    parser.add_argument(
+        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to override, or @FILE"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ... (default: the checkpoint's own)")
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
     arguments = parser.parse_args()
     if arguments.context_length < 2:
         raise UserError("argument --context-length: must be at least 2: the first token is not predicted")
@@ -44,29 +52,24 @@ def parse_arguments() -> Any:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.output:
-        with argument("--output"):
-            check_output_file(arguments.output)
 
     from tqdm import tqdm
 
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
-    from hf_sparse_attn.loading import load_sparse_model, parse_device, parse_dtype
 
-    with argument("--device"):
-        device = parse_device(arguments.device)
-    with argument("--dtype"):
-        dtype = parse_dtype(arguments.dtype)
+    device = choose_device(arguments.device)
+    dtype = choose_dtype(arguments.dtype)
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
     path, _, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     with argument("--dataset"):
         documents = long_documents(texts, tokenizer, arguments.context_length, arguments.max_documents)
-    with argument(f"--model {arguments.model}"):
-        model = load_sparse_model(path, arguments.sparse_attention, dtype=dtype).to(device).eval()
-
+    num_tokens = arguments.context_length
+    model = load_model(
+        arguments.model, path, arguments.sparse_attention, device=device, num_tokens=num_tokens, dtype=dtype
+    )
     with argument(f"--model {arguments.model}"):
         result = compare_perplexity(model, documents, progress=partial(tqdm, desc="evaluating", unit="forward"))
     result |= {
@@ -75,9 +78,7 @@ def main() -> None:
         "sparse_attention": written_fields(sparse_attention),
         "environment": describe_environment(device),
     }
-    if arguments.output:
-        write_json(arguments.output, result)
-    print_result(result)
+    report(result, arguments.output, print_result)
 
 
 def print_result(result: dict[str, Any]) -> None:

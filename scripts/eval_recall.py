@@ -11,20 +11,26 @@ hyperplanes, or none (window and static keys alone). `hf_sparse_attn/evaluation/
 from functools import partial
 from typing import Any
 
-from hf_sparse_attn.command_line import (
-    OneLineErrors,
-    argument,
-    check_output_file,
-    json_object,
-    positive_int,
-    print_table,
-    read_checkpoint,
-    run,
-    write_json,
-)
-from hf_sparse_attn.config import HASHES
-
-SUFFIXES = (".png", ".svg", ".pdf")
+try:
+    from hf_sparse_attn.command_line import (
+        PICTURE_SUFFIXES,
+        OneLineErrors,
+        argument,
+        choose_device,
+        json_object,
+        load_model,
+        output_file,
+        picture_file,
+        positive_int,
+        print_table,
+        read_checkpoint,
+        replaced,
+        report,
+        run,
+    )
+    from hf_sparse_attn.config import HASHES
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 
 def parse_arguments() -> Any:
@@ -44,23 +50,17 @@ def parse_arguments() -> Any:
         choices=[*HASHES, "none"],
         help="beside the model's own (default: all it has)",
     )
-    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to override")
+    parser.add_argument(
+        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to override, or @FILE"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--picture", help="heat maps to write: " + ", ".join(SUFFIXES))
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
+    parser.add_argument("--picture", type=picture_file, help="heat maps to write: " + ", ".join(PICTURE_SUFFIXES))
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.output:
-        with argument("--output"):
-            check_output_file(arguments.output)
-    if arguments.picture:
-        with argument("--picture"):
-            picture = check_output_file(arguments.picture)
-            if picture.suffix not in SUFFIXES:
-                raise ValueError(f"{arguments.picture!r} must end in one of {', '.join(SUFFIXES)}")
 
     import torch
     from tqdm import tqdm
@@ -70,17 +70,15 @@ def main() -> None:
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.recall import hash_families, measure_recall
-    from hf_sparse_attn.loading import load_sparse_model, parse_device
     from hf_sparse_attn.visualization import plot_heads
 
-    with argument("--device"):
-        device = parse_device(arguments.device)
+    device = choose_device(arguments.device)
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
     path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     config = SparseAttentionConfig.from_dict(sparse_attention)
     with argument("--sparse-attention"):
-        if set(config.dense_layers) >= set(range(model_config.num_hidden_layers)):
+        if set(config.dense_layers) >= set(range(model_config.get_text_config(decoder=True).num_hidden_layers)):
             raise ValueError("every layer is dense: there is nothing to measure")
     with argument("--hashes"):
         configs = hash_families(config, arguments.hashes)
@@ -90,13 +88,14 @@ def main() -> None:
             raise ValueError(f"must be at least {sparse_from + 64}: rows below {sparse_from} read nearly everything")
     with argument("--dataset"):
         documents = long_documents(texts, tokenizer, arguments.context_length, arguments.max_documents)
+    num_tokens = arguments.context_length
+    model = load_model(arguments.model, path, arguments.sparse_attention, device=device, num_tokens=num_tokens)
     with argument(f"--model {arguments.model}"):
-        model = load_sparse_model(path, arguments.sparse_attention).to(device).eval()
         families = measure_recall(
             model,
             [torch.tensor(document["input_ids"]) for document in documents],
             configs,
-            arguments.num_rows,
+            min(arguments.num_rows, arguments.context_length - sparse_from),
             arguments.top_keys,
             progress=partial(tqdm, desc="measuring", unit="document"),
         )
@@ -110,13 +109,12 @@ def main() -> None:
         "context_length": arguments.context_length,
         "environment": describe_environment(device),
     }
-    if arguments.output:
-        write_json(arguments.output, result)
+    report(result, arguments.output, print_result)
     if arguments.picture:
         maps = [head_map(family["layers"], name) for name in ("ratio", "recall") for family in families.values()]
         titles = [f"{name}: {what}" for what in ("kept / best", "recall") for name in families]
-        plot_heads(torch.tensor(maps), titles, picture, num_columns=len(families))
-    print_result(result)
+        with replaced(arguments.picture) as picture:
+            plot_heads(torch.tensor(maps), titles, picture, num_columns=len(families))
 
 
 def head_map(layers: list[Any], name: str) -> list[list[float]]:

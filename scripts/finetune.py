@@ -4,29 +4,37 @@
     python scripts/finetune.py --model converted --dataset demo --context-length 2048 --output tuned --max-steps 40 \
         --resume_from_checkpoint last
 
-Every argument of Transformers' TrainingArguments is accepted as well, with dashes or underscores.
+Every argument of Transformers' TrainingArguments is accepted as well, with dashes or underscores. Ctrl-C ends the
+training after the step at hand, with a checkpoint; `--resume_from_checkpoint last` takes the last one that is whole.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
+try:
+    from transformers import HfArgumentParser
 
-from hf_sparse_attn.command_line import (
-    OneLineErrors,
-    UserError,
-    argument,
-    check_output_directory,
-    json_object,
-    print_table,
-    read_checkpoint,
-    run,
-)
-from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
-from hf_sparse_attn.loading import load_sparse_model, parse_dtype
-from hf_sparse_attn.training import FinetuneArguments, finetune
+    from hf_sparse_attn.command_line import (
+        OneLineErrors,
+        UserError,
+        argument,
+        check_output_directory,
+        check_space,
+        choose_dtype,
+        json_object,
+        load_model,
+        one_line,
+        print_table,
+        read_checkpoint,
+        run,
+        warn,
+    )
+    from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
+    from hf_sparse_attn.loading import library_errors
+    from hf_sparse_attn.training import FinetuneArguments, check_resumable, checkpoints, damage, make_trainer, train
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 
 @dataclass
@@ -41,7 +49,7 @@ class ScriptArguments:
         default=None, metadata={"help": "dataset (its validation split) for the loss before and after training"}
     )
     eval_rows: int = field(default=8, metadata={"help": "rows of --eval-dataset to use"})
-    sparse_attention: str = field(default="{}", metadata={"help": "JSON object of fields to override"})
+    sparse_attention: str = field(default="{}", metadata={"help": "JSON object of fields to override, or @FILE"})
     dtype: str = field(default="float32", metadata={"help": "dtype of the weights in training"})
 
 
@@ -53,8 +61,10 @@ def parse_arguments() -> tuple[ScriptArguments, FinetuneArguments]:
     parser = Parser([ScriptArguments, FinetuneArguments], description=__doc__.splitlines()[0], allow_abbrev=False)
     try:
         script, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error).splitlines()[0]) from error
+    except UserError:
+        raise
+    except Exception as error:  # of many types, by which TrainingArguments refuses values
+        raise UserError(one_line(error)) from error
     if unknown:
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}")
     if script.context_length < 2:
@@ -65,31 +75,50 @@ def parse_arguments() -> tuple[ScriptArguments, FinetuneArguments]:
 
 
 def resolve_checkpoint(training: FinetuneArguments) -> None:
-    """Check the output directory against `--resume_from_checkpoint`, where "last" means the last one in it."""
+    """Check the output directory against `--resume_from_checkpoint`, where "last" means the last whole one in it."""
+    output = Path(str(training.output_dir))
     resume = training.resume_from_checkpoint
     if resume is None:
         with argument("--output"):
-            check_output_directory(training.output_dir)
+            training.output_dir = str(check_output_directory(output))
         return
     with argument("--resume_from_checkpoint"):
-        output = Path(training.output_dir)
-        checkpoint = resume
         if resume.lower() in ("last", "true"):
-            checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
-            raise FileNotFoundError(f"no checkpoint {resume!r} (of --output {training.output_dir!r}) to resume from")
-    training.resume_from_checkpoint = checkpoint
+            training.resume_from_checkpoint = str(last_checkpoint(output))
+            return
+        checkpoint = Path(resume).expanduser()
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise FileNotFoundError(f"no checkpoint {resume!r} to resume from: it holds no trainer_state.json")
+        if damaged := damage(checkpoint):
+            raise ValueError(f"{resume!r} cannot be resumed from: {damaged}")
+        training.resume_from_checkpoint = str(checkpoint)
+    if output.resolve() not in checkpoint.resolve().parents:
+        with argument("--output"):
+            training.output_dir = str(check_output_directory(output))
+
+
+def last_checkpoint(output: Path) -> Path:
+    """The newest checkpoint that is whole; those that are not are told."""
+    damaged = {}
+    for checkpoint in checkpoints(output):
+        reason = damage(checkpoint)
+        if reason is None:
+            for skipped in damaged:
+                warn(f"{skipped} was skipped: {damaged[skipped]}")
+            return checkpoint
+        damaged[checkpoint] = reason
+    found = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged.items())
+    raise FileNotFoundError(
+        f"no checkpoint 'last' (of --output {str(output)!r}) to resume from{found and f' ({found})'}"
+    )
 
 
 def main() -> None:
     script, training = parse_arguments()
     resolve_checkpoint(training)
-    overrides = {}
-    if script.sparse_attention:
-        with argument("--sparse-attention"):
-            overrides = json_object(script.sparse_attention)
-    with argument("--dtype"):
-        dtype = parse_dtype(script.dtype)
+    with argument("--sparse-attention"):
+        overrides = json_object(script.sparse_attention)
+    dtype = choose_dtype(script.dtype)
     with argument("--dataset"):
         documents = load_documents(script.dataset, "train")
     path, _, tokenizer, _ = read_checkpoint(script.model, overrides)
@@ -105,19 +134,31 @@ def main() -> None:
             )
             # Spread over the documents: the first rows are all of the first one.
             eval_rows = eval_rows.select(range(0, len(eval_rows), -(-len(eval_rows) // script.eval_rows)))
+    model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype)
     with argument(f"--model {script.model}"):
-        model = load_sparse_model(path, overrides, dtype=dtype)
+        model.generation_config.validate(strict=True)  # one that is not valid cannot be saved
+    with argument("--output"):
+        check_space(Path(training.output_dir), model.get_memory_footprint())
+    if training.resume_from_checkpoint is not None:
+        with argument("--resume_from_checkpoint"):
+            check_resumable(Path(training.resume_from_checkpoint), model)
+    with argument("of TrainingArguments"), library_errors("what was given"):
+        trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows)
 
-    results = finetune(model, tokenizer, train_rows, training, eval_rows)
+    results = train(trainer)
     rows = [
         ["rows in the dataset", f"{len(train_rows)} of {script.context_length} tokens"],
         ["steps", str(results["steps"])],
-        ["loss, first to last", f"{results['first_loss']:.4f} -> {results['last_loss']:.4f}"],
+        ["loss, first to last", change(results["first_loss"], results["last_loss"])],
     ]
     if eval_rows is not None:
-        before, after = results["eval_loss_before"], results["eval_loss_after"]
-        rows.append([f"loss on {len(eval_rows)} held-out rows", f"{before:.4f} -> {after:.4f}"])
+        held_out = change(results["eval_loss_before"], results["eval_loss_after"])
+        rows.append([f"loss on {len(eval_rows)} held-out rows", held_out])
     print_table(f"Saved to {training.output_dir}", ["", ""], rows)
+
+
+def change(*losses: float | None) -> str:
+    return " -> ".join("not logged" if loss is None else f"{loss:.4f}" for loss in losses)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,23 @@
 
 from typing import Any
 
-from hf_sparse_attn.command_line import (
-    OneLineErrors,
-    UserError,
-    argument,
-    check_output_file,
-    json_object,
-    positive_int,
-    read_checkpoint,
-    run,
-)
-
-SUFFIXES = (".png", ".svg", ".pdf")
+try:
+    from hf_sparse_attn.command_line import (
+        PICTURE_SUFFIXES,
+        OneLineErrors,
+        UserError,
+        argument,
+        choose_device,
+        json_object,
+        load_model,
+        picture_file,
+        positive_int,
+        read_checkpoint,
+        replaced,
+        run,
+    )
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 
 def parse_arguments() -> Any:
@@ -30,9 +35,13 @@ def parse_arguments() -> Any:
     parser.add_argument("--layers", type=int, nargs="+", help="layer indices (default: three across the depth)")
     parser.add_argument("--heads", type=int, nargs="+", help="query head indices (default: three across the heads)")
     parser.add_argument("--bins", type=positive_int, default=128, help="cells a side (default: %(default)s)")
-    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to override")
+    parser.add_argument(
+        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to override, or @FILE"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--output", required=True, help="picture to write: " + ", ".join(SUFFIXES))
+    parser.add_argument(
+        "--output", type=picture_file, required=True, help="picture to write: " + ", ".join(PICTURE_SUFFIXES)
+    )
     return parser.parse_args()
 
 
@@ -43,48 +52,46 @@ def choose(name: str, given: list[int] | None, count: int) -> list[int]:
     for index in given:
         if not 0 <= index < count:
             raise UserError(f"argument {name}: {index} is out of range; the model has 0 to {count - 1}")
-    return given
+    return list(dict.fromkeys(given))
 
 
 def main() -> None:
     arguments = parse_arguments()
-    with argument("--output"):
-        output = check_output_file(arguments.output)
-        if output.suffix not in SUFFIXES:
-            raise ValueError(f"{arguments.output!r} must end in one of {', '.join(SUFFIXES)}")
 
     import torch
 
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.integration import record
-    from hf_sparse_attn.loading import load_sparse_model, parse_device
     from hf_sparse_attn.visualization import PatternRecorder, plot_pattern
 
-    with argument("--device"):
-        device = parse_device(arguments.device)
+    device = choose_device(arguments.device)
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
     path, config, tokenizer, _ = read_checkpoint(arguments.model, arguments.sparse_attention)
+    config = config.get_text_config(decoder=True)
     layers = choose("--layers", arguments.layers, config.num_hidden_layers)
     heads = choose("--heads", arguments.heads, config.num_attention_heads)
     with argument("--dataset"):
         (document,) = long_documents(texts, tokenizer, arguments.context_length, max_documents=1)
-    with argument(f"--model {arguments.model}"):
-        model = load_sparse_model(path, arguments.sparse_attention).to(device).eval()
+    num_tokens = arguments.context_length
+    model = load_model(arguments.model, path, arguments.sparse_attention, device=device, num_tokens=num_tokens)
 
     input_ids = torch.tensor([document["input_ids"]], device=device)
-    num_tokens = input_ids.shape[1]
     recorder = PatternRecorder(num_tokens, min(arguments.bins, num_tokens), layers)
     with torch.no_grad(), record(model, recorder):
         model.base_model(input_ids=input_ids, use_cache=False)
-    plot_pattern(
-        torch.stack([recorder.counts[layer, head] for layer in layers for head in heads]),
-        num_tokens,
-        [f"layer {layer}, head {head}" for layer in layers for head in heads],
-        output,
-        num_columns=len(heads),
-    )
-    print(f"{output}: {document['name']}, {num_tokens} tokens, layers {layers}, heads {heads}")
+    for layer in layers:
+        if (layer, heads[0]) not in recorder.counts:
+            raise UserError(f"argument --layers: layer {layer} of the model has no attention")
+    with replaced(arguments.output) as picture:
+        plot_pattern(
+            torch.stack([recorder.counts[layer, head] for layer in layers for head in heads]),
+            num_tokens,
+            [f"layer {layer}, head {head}" for layer in layers for head in heads],
+            picture,
+            num_columns=len(heads),
+        )
+    print(f"{arguments.output}: {document['name']}, {num_tokens} tokens, layers {layers}, heads {heads}")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,21 @@ queries and keys, the worst case; the shape is Llama-3-8B's attention. Where the
 from dataclasses import asdict
 from typing import Any
 
-from hf_sparse_attn.command_line import (
-    OneLineErrors,
-    argument,
-    check_output_file,
-    json_object,
-    positive_int,
-    print_table,
-    read_checkpoint,
-    run,
-    write_json,
-)
+try:
+    from hf_sparse_attn.command_line import (
+        OneLineErrors,
+        argument,
+        json_object,
+        load_model,
+        output_file,
+        positive_int,
+        print_table,
+        read_checkpoint,
+        run,
+        write_json,
+    )
+except KeyboardInterrupt:  # these imports take seconds
+    raise SystemExit(130) from None
 
 SHAPE = (32, 8, 128)
 
@@ -32,16 +36,15 @@ def parse_arguments() -> Any:
     parser.add_argument("--pass", dest="passes", default="forward", choices=("forward", "forward_backward"))
     parser.add_argument("--model", help="Hub id, directory, or demo: whose queries and keys are counted, else random")
     parser.add_argument("--counted-tokens", type=positive_int, default=32768, help="default: %(default)s")
-    parser.add_argument("--sparse-attention", type=json_object, default={}, help="JSON object of fields to set")
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument(
+        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to set, or @FILE"
+    )
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.output:
-        with argument("--output"):
-            check_output_file(arguments.output)
 
     import torch
 
@@ -58,20 +61,20 @@ def main() -> None:
     counts = count(arguments, rows)
     backward, ceilings = arguments.passes == "forward_backward", Ceilings()
     chunk_rows = triton.BACKWARD_CHUNK_ROWS if backward else None
-    results = []
-    for num_tokens in arguments.seq_lens:
+    source = {"inputs": arguments.model or "random", "counted_tokens": arguments.counted_tokens}
+    tables = {"tile": asdict(counts), "ceilings": asdict(ceilings), "source": source}
+    results: list[dict[str, Any]] = []
+    for num_tokens in dict.fromkeys(arguments.seq_lens):
         stages = count_stages(num_tokens, *SHAPE, config, counts, ceilings, chunk_rows)
         row = {"seq_len": num_tokens, "stages": stages, "floor_ms": sum(stage["floor_ms"] for stage in stages)}
         row["dense_floor_ms"] = dense_floor_ms(num_tokens, num_heads, head_dim, ceilings, backward)
         if torch.cuda.is_available():
             row["kernel_ms"] = measure(num_tokens, config, backward)
         results.append(row)
+        if arguments.output:
+            written = {"pass": arguments.passes, "shape": SHAPE, **tables, "rows": results}
+            write_json(arguments.output, written | {"environment": describe_environment(half.device)})
         print_stages(row)
-    if arguments.output:
-        source = {"inputs": arguments.model or "random", "counted_tokens": arguments.counted_tokens}
-        tables = {"tile": asdict(counts), "ceilings": asdict(ceilings), "source": source}
-        written = {"pass": arguments.passes, "shape": SHAPE, **tables, "rows": results}
-        write_json(arguments.output, written | {"environment": describe_environment(half.device)})
 
 
 def count(arguments: Any, rows: int) -> Any:
@@ -82,7 +85,6 @@ def count(arguments: Any, rows: int) -> Any:
     from hf_sparse_attn.data import load_documents
     from hf_sparse_attn.evaluation.roofline import TileCounts, count_tiles
     from hf_sparse_attn.evaluation.speed import layer_inputs, make_inputs
-    from hf_sparse_attn.loading import load_sparse_model
     from hf_sparse_attn.routing import layer_pattern
 
     length, device = arguments.counted_tokens, torch.device("cpu")
@@ -99,8 +101,7 @@ def count(arguments: Any, rows: int) -> Any:
     with argument("--counted-tokens"):
         if tokens.shape[1] < length:
             raise ValueError(f"the text has {tokens.shape[1]} tokens, not {length}")
-    with argument(f"--model {arguments.model}"):
-        model = load_sparse_model(path, arguments.sparse_attention, dtype=torch.float32).eval()
+    model = load_model(arguments.model, path, arguments.sparse_attention, device=device, dtype=torch.float32)
     num_layers = model_config.get_text_config().num_hidden_layers
     found = []
     for layer in (num_layers // 6, num_layers // 2, num_layers - 1 - num_layers // 6):

@@ -117,3 +117,42 @@ def test_a_local_source_does_not_tell_where_it_was(tmp_path):
     assert "# mine, converted" in body
     assert "base_model" not in front
     assert str(tmp_path) not in body
+
+
+def test_source_given_as_a_dot_or_from_home(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source in (".", "~/mine"):
+        front, body = card(tmp_path, source=source)
+        assert "# mine, converted" in body
+        assert "base_model" not in front
+
+
+HOSTILE = {
+    "a|b": r"a\|b",
+    "a\nb\r\n\n# c": "a b # c",
+    "<script>alert(1)</script>": r"&lt;script&gt;alert\(1\)&lt;/script&gt;",
+    "`code`": r"\`code\`",
+    "[x](javascript:alert)": r"\[x\]\(javascript:alert\)",
+    "![x](http://y)": r"!\[x\]\(http://y\)",
+    "&lt; *b* __i__ ~s~ $$m$$ \\": r"&amp;lt; \*b\* \_\_i\_\_ \~s\~ \$\$m\$\$ \\",
+    "---\nbase_model: other": r"--- base\_model: other",
+    "\u202e\x00\x1b[31m": r"\[31m",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_stay_mere_text(tmp_path, name):
+    document = RESULT["documents"][0] | {"name": name}
+    result = RESULT | {"documents": [document], "worst_document": name}
+    front, body = card(tmp_path, calibration=[name], result=result, source=name)
+    safe = HOSTILE[name]
+    assert f"| {safe} | 2.1000 | 2.2000 | 1.1052 |" in body.splitlines()
+    assert f"# {safe}, converted to sparse attention" in body.splitlines()
+    words = " ".join(body.split())
+    assert f"calibrated nothing ({safe})" in words
+    assert f"Worst document: {safe}." in words
+    assert f"document(s): {safe}. 2026" in words
+    assert "base_model" not in front
+    assert name not in body.replace(safe, "")

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,11 +180,10 @@ def test_impossible_max_loss(run_script, arguments, monkeypatch, tmp_path):
     from hf_sparse_attn import conversion
 
     monkeypatch.setattr(conversion, "compare_perplexity", lambda *_: {"delta_nll": {"mean": 1.0}})
-    before = sorted(tmp_path.rglob("*"))
     finished = run_script(SCRIPT, *flat(arguments | {"--target-density": None, "--max-loss": 0.01}))
     assert finished.status == 2
     assert "argument --max-loss: a rise of the loss by at most 0.01 was not reached" in finished.stderr
-    assert sorted(tmp_path.rglob("*")) == before
+    assert kept_file(finished, tmp_path)
 
 
 def test_damaged_hash_is_one_clear_line(convert, run_script, assert_refused, arguments, text_directory):
@@ -218,15 +219,134 @@ def test_dense_below_auto_writes_a_number(convert, monkeypatch):
     assert "positions under 40 read everything" in card
 
 
-def test_a_failure_leaves_nothing_behind(run_script, arguments, monkeypatch, tmp_path):
+def kept_file(finished, tmp_path):
+    """The one file that a failed conversion left, and told of in the last line; no weights."""
+    last = finished.stderr.splitlines()[-1]
+    kept = Path(re.search(r"what was fitted, for --sparse-attention @FILE, is in '(.*)'", last)[1])
+    assert sorted(tmp_path.iterdir()) == sorted(
+        {tmp_path / "documents", kept} if kept.parent == tmp_path else {tmp_path / "documents"}
+    )
+    assert json.loads(kept.read_text())["hash"] == "calibrated"
+    return kept
+
+
+def failing(error):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "status", "words"),
+    [
+        ("model_card.write_model_card", KeyboardInterrupt(), 130, "interrupted; "),
+        ("evaluation.perplexity.compare_perplexity", KeyboardInterrupt(), 130, "interrupted; "),
+        ("visualization.plot_trade", OSError(28, os.strerror(28)), 1, ": No space left on device; "),
+        ("model_card.write_model_card", MemoryError(), 1, "error: there is too little memory: MemoryError; "),
+    ],
+    ids=["interrupted", "interrupted in evaluation", "full disk", "memory"],
+)
+def test_what_was_fitted_is_kept(
+    run_script, arguments, monkeypatch, tmp_path, text_directory, function, error, status, words
+):
+    monkeypatch.setattr(f"hf_sparse_attn.{function}", failing(error))
+    finished = run_script(SCRIPT, *flat(arguments | {"--num-evaluation-documents": 1}))
+    assert finished.status == status
+    assert words in finished.stderr.splitlines()[-1]
+    kept = kept_file(finished, tmp_path)
+
+    monkeypatch.undo()
+    fields = ("--sparse-attention", f"@{kept}", "--context-length", 128)
+    finished = run_script("eval_perplexity.py", "--model", arguments["--model"], "--dataset", text_directory, *fields)
+    assert finished.status == 0, finished.stderr
+
+
+def test_what_was_fitted_is_kept_where_the_disk_is_full(run_script, arguments, monkeypatch, tmp_path):
+    """The disk of the output, that is."""
+    from hf_sparse_attn import conversion
+
+    calibrate = conversion.calibrate
+
+    def fill_the_disk(*args):
+        result = calibrate(*args)
+        (tmp_path / "deep").write_text("in the way")
+        return result
+
+    monkeypatch.setattr(conversion, "calibrate", fill_the_disk)
+    finished = run_script(SCRIPT, *flat(arguments | {"--output": tmp_path / "deep" / "converted"}))
+    assert finished.status == 1
+    told = re.search(r"error: cannot write '.*': Not a directory; what was fitted, .* is in '(.*)'$", finished.stderr)
+    kept = Path(told[1])
+    assert json.loads(kept.read_text())["hash"] == "calibrated"
+    kept.unlink()
+
+
+def test_evaluation_that_fails_costs_its_figures_alone(run_script, arguments, monkeypatch):
+    failure = failing(ValueError("the loss of document '2.txt' is not finite with sparse attention"))
+    monkeypatch.setattr("hf_sparse_attn.evaluation.perplexity.compare_perplexity", failure)
+    finished = run_script(SCRIPT, *flat(arguments | {"--num-evaluation-documents": 1}))
+    assert finished.status == 0, finished.stderr
+    assert "warning: not evaluated: the loss of document '2.txt' is not finite" in finished.stderr
+    assert "Not measured" in (arguments["--output"] / "README.md").read_text()
+
+
+def test_output_that_was_filled_meanwhile(run_script, arguments, monkeypatch, tmp_path):
     from hf_sparse_attn import model_card
 
-    def interrupt(*_args, **_kwargs):
-        raise KeyboardInterrupt
+    write = model_card.write_model_card
 
-    monkeypatch.setattr(model_card, "write_model_card", interrupt)
-    assert run_script(SCRIPT, *flat(arguments)).status == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["documents"]
+    def fill(*args, **kwargs):
+        write(*args, **kwargs)
+        arguments["--output"].mkdir()
+        (arguments["--output"] / "precious").write_text("kept")
+
+    monkeypatch.setattr(model_card, "write_model_card", fill)
+    finished = run_script(SCRIPT, *flat(arguments))
+    assert finished.status == 1
+    told = re.search(r"error: cannot write to '.*converted': .*; the finished model is in '(.*)'$", finished.stderr)
+    AutoModelForCausalLM.from_pretrained(told[1], attn_implementation="sparse")
+    assert (Path(told[1]) / "README.md").is_file()
+    assert [path.name for path in arguments["--output"].iterdir()] == ["precious"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("given", [".", "link", "dangling", "deep/er"])
+def test_output_that_is_no_plain_new_directory(run_script, arguments, monkeypatch, tmp_path, given):
+    """Files are written into a directory that is there, and a link goes on leading to it."""
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "link").symlink_to(place)
+    (tmp_path / "links" / "dangling").symlink_to(tmp_path / "absent")
+    output = {"link": tmp_path / "links" / "link", "dangling": tmp_path / "links" / "dangling"}.get(given, given)
+    inode = place.stat().st_ino
+    finished = run_script(SCRIPT, *flat(arguments | {"--output": output}))
+    assert finished.status == 0, finished.stderr
+    written = {"dangling": tmp_path / "absent", "deep/er": place / "deep" / "er"}.get(given, place)
+    AutoModelForCausalLM.from_pretrained(written, attn_implementation="sparse")
+    assert not any(path.name.startswith(".") for path in written.iterdir())
+    assert place.stat().st_ino == inode
+    assert Path(output).exists()
+
+
+@pytest.mark.parametrize("given", ["..", "/", "loop"])
+def test_output_that_cannot_be_filled_is_refused(run_script, assert_refused, arguments, monkeypatch, tmp_path, given):
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "loop").symlink_to(place / "loop")
+    monkeypatch.chdir(place)
+    assert_refused(run_script(SCRIPT, *flat(arguments | {"--output": given})), "--output")
+
+
+def test_names_cannot_inject_anything_into_the_card(convert, text_directory):
+    (text_directory / "0.txt").rename(text_directory / "0 <b> [x](javascript:alert) `c` a|b.txt")
+    _, card, _ = convert()
+    assert (
+        r"Calibrated on 2 document\(s\): 0 &lt;b&gt; \[x\]\(javascript:alert\) \`c\` a\|b.txt, 1.txt."
+        in card.replace("document(s)", r"document\(s\)").replace("\n", " ")
+    )
 
 
 @pytest.mark.parametrize(
@@ -249,7 +369,13 @@ def test_a_failure_leaves_nothing_behind(run_script, arguments, monkeypatch, tmp
         ({"--sparse-attention": '{"min_weight": 0.1}'}, ["--sparse-attention", "min_weight"]),
         ({"--sparse-attention": '{"windw_size": 4}'}, ["--sparse-attention", "windw_size"]),
         ({"--dense-below": "soon"}, ["--dense-below", "soon"]),
+        ({"--dense-below": 10**30}, ["--dense-below", "at most"]),
         ({"--num-evaluation-documents": -1}, ["--num-evaluation-documents", "-1"]),
+        ({"--output": ""}, ["--output", "''"]),
+        ({"--model": ""}, ["--model", "''"]),
+        ({"--device": "meta"}, ["--device", "'meta'"]),
+        ({"--target-density": None, "--max-loss": "inf"}, ["--max-loss", "over 0"]),
+        ({"--sparse-attention": "[" * 100_000}, ["--sparse-attention", "nested too deeply"]),
     ],
     ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) and len(value) == 1 else None,
 )

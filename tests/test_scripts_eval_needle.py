@@ -51,6 +51,7 @@ def test_writes_the_report_and_the_picture_and_prints_the_table(run_script, argu
     ]
     assert [context["document"] for context in result["contexts"]] == ["0.txt", "1.txt", "0.txt", "0.txt"] * 2
     assert arguments["--picture"][0].read_bytes().startswith(b"\x89PNG")
+    assert finished.stderr.count("1200 tokens are more than the 512 that the model was made for") == 1
     for shown in (f"{result['sparse']['density']:.4f}", f"{result['difference']['margin']:+.3f}"):
         assert shown in finished.stdout
 

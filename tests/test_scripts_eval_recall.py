@@ -89,16 +89,28 @@ def test_top_keys_is_the_number_that_recall_counts(measure):
 
 def test_dense_layers_are_marked(measure, monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr("hf_sparse_attn.visualization.plot_heads", lambda *arguments, **_: drawn.append(arguments))
+
+    def draw(*arguments, **_):
+        drawn.append(arguments)
+        arguments[2].write_text("a picture")
+
+    monkeypatch.setattr("hf_sparse_attn.visualization.plot_heads", draw)
     result, stdout = measure(dense_layers=[0])
     assert result["layers"][0] == {"dense": True}
     assert table_rows(stdout)["0"] == ["dense", "", "", "", ""]
-    ((maps, titles, picture),) = drawn
+    ((maps, titles, _),) = drawn
     assert titles == ["random: kept / best", "none: kept / best", "random: recall", "none: recall"]
-    assert picture == tmp_path / "recall.png"
+    assert (tmp_path / "recall.png").read_text() == "a picture"
     assert maps.isnan().all(-1).tolist() == [[True, False]] * 4
     second = result["families"]["none"]["layers"][1]
     torch.testing.assert_close(maps[3, 1], torch.tensor([head["recall"] for head in second]))
+
+
+def test_rows_are_capped_by_those_that_there_are(measure):
+    """Every sparse row is read at most once or so, whatever is asked for."""
+    most, _ = measure("--num-rows", 2**31 - 1)
+    some, _ = measure("--num-rows", 200 - 32)
+    assert most["kept"] == some["kept"]
 
 
 @pytest.mark.parametrize(

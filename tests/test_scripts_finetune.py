@@ -1,7 +1,10 @@
 import json
+import os
+import shutil
+import signal
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 SCRIPT = "finetune.py"
 
@@ -37,6 +40,104 @@ def test_trains_saves_and_resumes(run_script, arguments, tmp_path):
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 6
 
 
+@pytest.fixture
+def half_written(run_script, arguments):
+    """An output directory whose newest checkpoint, the third, lost the end of its weights."""
+    finished = run_script(SCRIPT, *flat(arguments | {"--save-steps": 1, "--save-total-limit": 5, "--max-steps": 3}))
+    assert finished.status == 0, finished.stderr
+    weights = arguments["--output"] / "checkpoint-3" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    return arguments["--output"]
+
+
+def test_last_checkpoint_is_the_last_whole_one(run_script, arguments, half_written):
+    finished = run_script(SCRIPT, *flat(arguments | {"--resume_from_checkpoint": "last"}))
+    assert finished.status == 0, finished.stderr
+    warning = f"finetune.py: warning: {half_written / 'checkpoint-3'} was skipped: its model.safetensors is damaged"
+    assert warning in finished.stderr.splitlines()
+    assert json.loads((half_written / "trainer_state.json").read_text())["global_step"] == 4
+
+    for folder in half_written.glob("checkpoint-*"):
+        (folder / "trainer_state.json").unlink()
+    finished = run_script(SCRIPT, *flat(arguments | {"--resume_from_checkpoint": "last"}))
+    assert finished.status == 2
+    assert "argument --resume_from_checkpoint: no checkpoint 'last'" in finished.stderr
+    assert "checkpoint-4: it has no trainer_state.json; checkpoint-3: " in finished.stderr
+
+
+def test_damaged_checkpoint_that_was_asked_for_is_refused(run_script, assert_refused, arguments, half_written):
+    given = {"--resume_from_checkpoint": half_written / "checkpoint-3"}
+    words = ("--resume_from_checkpoint", str(half_written / "checkpoint-3"), "model.safetensors is damaged")
+    assert_refused(run_script(SCRIPT, *flat(arguments | given)), *words)
+
+
+def test_checkpoint_of_another_shape_is_refused(
+    run_script, assert_refused, arguments, half_written, tmp_path, tiny_llama_config, tiny_model_path
+):
+    larger = tmp_path / "larger"
+    shutil.copytree(tiny_model_path, larger)
+    config = type(tiny_llama_config)(**tiny_llama_config.to_dict() | {"num_hidden_layers": 3})
+    LlamaForCausalLM(config).save_pretrained(larger)
+    given = {"--model": larger, "--resume_from_checkpoint": half_written / "checkpoint-2"}
+    finished = run_script(SCRIPT, *flat(arguments | given))
+    assert_refused(finished, "--resume_from_checkpoint", "checkpoint-2' is of another model: its num_hidden_layers")
+
+
+def test_output_is_checked_where_a_checkpoint_lies_elsewhere(
+    run_script, assert_refused, arguments, half_written, tmp_path
+):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    given = {"--output": tmp_path / "other", "--resume_from_checkpoint": half_written / "checkpoint-2"}
+    assert_refused(run_script(SCRIPT, *flat(arguments | given)), "--output", "already holds something")
+
+
+def test_without_a_logged_loss(run_script, arguments):
+    changes = {"--logging-strategy": "no", "--logging-first-step": "false"}
+    finished = run_script(SCRIPT, *flat(arguments | changes))
+    assert finished.status == 0, finished.stderr
+    assert "not logged -> not logged" in finished.stdout
+    AutoModelForCausalLM.from_pretrained(arguments["--output"])
+
+
+def test_loss_that_is_not_finite_is_one_line(run_script, arguments, monkeypatch):
+    from hf_sparse_attn.training import Trainer
+
+    step = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", lambda *args: step(*args) * float("nan"))
+    finished = run_script(SCRIPT, *flat(arguments))
+    assert finished.status == 1
+    assert "finetune.py: error: the loss of step 1 is nan; try a smaller learning_rate; there is no checkpoint" in (
+        finished.stderr.splitlines()
+    )
+
+
+def test_interrupted_training_leaves_a_checkpoint(run_script, arguments, monkeypatch):
+    from hf_sparse_attn.training import Trainer
+
+    step = Trainer.training_step
+
+    def interrupting(trainer, *args):
+        if trainer.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "training_step", interrupting)
+    finished = run_script(SCRIPT, *flat(arguments))
+    assert finished.status == 130
+    assert "checkpoint-2' holds what was trained; --resume_from_checkpoint last goes on" in finished.stderr
+    monkeypatch.undo()
+    finished = run_script(SCRIPT, *flat(arguments | {"--resume_from_checkpoint": "last"}))
+    assert finished.status == 0, finished.stderr
+
+
+def test_output_that_is_a_dangling_link(run_script, arguments, tmp_path):
+    arguments["--output"].symlink_to(tmp_path / "absent")
+    finished = run_script(SCRIPT, *flat(arguments))
+    assert finished.status == 0, finished.stderr
+    AutoModelForCausalLM.from_pretrained(arguments["--output"])
+
+
 def test_output_that_holds_something_is_refused(run_script, assert_refused, arguments):
     arguments["--output"].mkdir()
     (arguments["--output"] / "notes.txt").write_text("mine")
@@ -59,7 +160,23 @@ def test_output_that_holds_something_is_refused(run_script, assert_refused, argu
         ({"--max-steps": "many"}, ["--max-steps", "many"]),
         ({"--warmup-steps": -1}, ["warmup_steps"]),
         ({"--resume_from_checkpoint": "last"}, ["--resume_from_checkpoint", "no checkpoint"]),
+        ({"--resume_from_checkpoint": "nowhere"}, ["--resume_from_checkpoint", "no checkpoint 'nowhere'"]),
         ({"--no-such-option": 1}, ["--no-such-option"]),
+        ({"--sparse-attention": "{"}, ["--sparse-attention", "not valid JSON"]),
+        ({"--sparse-attention": ""}, ["--sparse-attention", "''"]),
+        ({"--dtype": "float8_e5m2"}, ["--dtype", "'float8_e5m2'"]),
+        ({"--learning-rate": "nan"}, ["--learning_rate", "'nan'"]),
+        ({"--learning-rate": "1e400"}, ["learning_rate", "inf"]),
+        ({"--learning-rate": -1}, ["learning_rate", "-1"]),
+        ({"--max-steps": 0}, ["max_steps", "got 0"]),
+        ({"--max-steps": 10**30}, ["--max_steps", "at most"]),
+        ({"--num-train-epochs": -1}, ["num_train_epochs", "-1"]),
+        ({"--per-device-train-batch-size": 0}, ["per_device_train_batch_size", "got 0"]),
+        ({"--gradient-accumulation-steps": 0}, ["gradient_accumulation_steps", "got 0"]),
+        ({"--adam-beta1": 2}, ["adam_beta1", "got 2"]),
+        ({"--optim": "adamw_bnb_8bit"}, ["TrainingArguments", "bitsandbytes"]),
+        ({"--report-to": "nobody"}, ["TrainingArguments", "nobody"]),
+        ({"--accelerator-config": "nowhere.json"}, ["nowhere.json"]),
     ],
     ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) else "",
 )
