@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse_attn import ops
-from hf_sparse_attn.custom_masks import read_custom_mask
-from hf_sparse_attn.indexes import INDEXES, KeyIndexes
-from hf_sparse_attn.kept import KEPT, KeptKeys
-from hf_sparse_attn.masking import Document, document_starts, documents
+from hf_sparse_attn.cache.document_indexes import INDEXES, KeyIndexes
+from hf_sparse_attn.cache.evicting import KEPT, KeptKeys
+from hf_sparse_attn.masks.mask_4d import read_custom_mask
+from hf_sparse_attn.masks.mask_function import Document, document_starts, documents
 from hf_sparse_attn.ops.checks import check_scores
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from hf_sparse_attn import ops
 from hf_sparse_attn.attention import Inputs, attention
-from hf_sparse_attn.compiled import compiled_attention
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.masking import asks_what_is_packed, signed_positions, unsupported
+from hf_sparse_attn.custom_op import compiled_attention
+from hf_sparse_attn.masks.mask_function import asks_what_is_packed, signed_positions, unsupported
 from hf_sparse_attn.notices import notice_positions
-from hf_sparse_attn.parallel import head_split
 from hf_sparse_attn.recording import DensityRecorder, Recorder, Recorders
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
+from hf_sparse_attn.tensor_parallel import head_split
 from hf_sparse_attn.tracing import input_device, is_traced, refuse_transforms
 
 NAME = "sparse"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.masking import PADDED_QUERY
+from hf_sparse_attn.masks.mask_function import PADDED_QUERY
 
 if TYPE_CHECKING:
     from hf_sparse_attn.attention import Inputs

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.hashing import BucketHash, layer_hash
-from hf_sparse_attn.parallel import HeadSplit
+from hf_sparse_attn.tensor_parallel import HeadSplit
 
 CHUNK_PAGES = 16  # pages of rows that are routed and computed together
 MEANS_LAG = 1  # the bucket means of a page hold the keys at least this far behind its first row

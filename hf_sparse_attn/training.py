@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hf_sparse_attn.loading import read_config
-from hf_sparse_attn.output_files import RunError, add_note, finite, one_line, write_json
+from hf_sparse_attn.cli.loading import read_config
+from hf_sparse_attn.cli.output_files import RunError, add_note, finite, one_line, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

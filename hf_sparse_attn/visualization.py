@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from hf_sparse_attn.allocation import Allocation
+    from hf_sparse_attn.calibration.budget_allocation import Allocation
 from hf_sparse_attn.routing import LayerPattern
 
 
@@ -188,7 +188,7 @@ def plot_times(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from hf_sparse_attn.evaluation.speed import fitted_exponent
+    from hf_sparse_attn.benchmarking.speed import fitted_exponent
 
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 try:
-    from hf_sparse_attn.command_line import (
+    from hf_sparse_attn.cli.arguments import (
         PICTURE_SUFFIXES,
         OneLineErrors,
         UserError,
@@ -111,9 +111,9 @@ def main() -> None:
 
     from tqdm import tqdm
 
+    from hf_sparse_attn.benchmarking.speed import make_inputs
+    from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.config import SparseAttentionConfig
-    from hf_sparse_attn.environment import describe_environment
-    from hf_sparse_attn.evaluation.speed import make_inputs
     from hf_sparse_attn.ops import check_implementation
     from hf_sparse_attn.visualization import plot_times
 
@@ -159,7 +159,7 @@ def main() -> None:
 
 def tokens_behind(arguments: Any) -> int:
     """How many tokens are needed behind each of --seq-lens."""
-    from hf_sparse_attn.evaluation.decoding import decoded_tokens
+    from hf_sparse_attn.benchmarking.decoding import decoded_tokens
 
     return decoded_tokens(arguments.repeats) if arguments.passes == "decode" else 0
 
@@ -173,8 +173,8 @@ def check_stages(arguments: Any, config: Any, layer: int = 0) -> None:
 
 
 def measure_attention(arguments: Any, inputs: Any, config: Any, layer: int = 0) -> dict[str, Any]:
-    from hf_sparse_attn.evaluation.decoding import compare_decoding
-    from hf_sparse_attn.evaluation.speed import compare_speed, measure_stages
+    from hf_sparse_attn.benchmarking.decoding import compare_decoding
+    from hf_sparse_attn.benchmarking.speed import compare_speed, measure_stages
 
     if arguments.passes == "decode":
         return compare_decoding(inputs, config=config, layer_idx=layer, repeats=arguments.repeats)
@@ -196,11 +196,11 @@ def measure_model(
     """What is measured, the model's configuration, and the rows, each measured when it is asked for."""
     import torch
 
+    from hf_sparse_attn.benchmarking.speed import layer_inputs
+    from hf_sparse_attn.cli.loading import random_sparse_model
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
-    from hf_sparse_attn.evaluation.speed import layer_inputs
     from hf_sparse_attn.integration import text_config
-    from hf_sparse_attn.loading import random_sparse_model
 
     if arguments.random_model:
         with argument("--random-model"):
@@ -238,8 +238,8 @@ def measure_model(
 
 
 def measure_whole(arguments: Any, model: Any, ids: Any) -> dict[str, Any]:
-    from hf_sparse_attn.evaluation.decoding import compare_generation
-    from hf_sparse_attn.evaluation.speed import compare_model_speed
+    from hf_sparse_attn.benchmarking.decoding import compare_generation
+    from hf_sparse_attn.benchmarking.speed import compare_model_speed
 
     if arguments.passes == "generation":
         return compare_generation(model, ids, arguments.repeats)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 try:
-    from hf_sparse_attn.command_line import (
+    from hf_sparse_attn.cli.arguments import (
         OneLineErrors,
         argument,
         choose_device,
@@ -73,8 +73,8 @@ def main() -> None:
 
     from transformers import TextStreamer
 
-    from hf_sparse_attn.conversation import Conversation, check_chat_template
-    from hf_sparse_attn.environment import describe_environment
+    from hf_sparse_attn.cli.conversation import Conversation, check_chat_template
+    from hf_sparse_attn.cli.environment import describe_environment
 
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.dtype)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from hf_sparse_attn.command_line import (
+    from hf_sparse_attn.cli.arguments import (
         OneLineErrors,
         RunError,
         argument,
@@ -44,7 +44,6 @@ except KeyboardInterrupt:  # these imports take seconds
     raise SystemExit(130) from None
 
 TARGET_DENSITY = 0.19
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
 
 
 def positions_or_auto(text: str) -> int | str:
@@ -106,13 +105,13 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
-    from hf_sparse_attn.allocation import FIXED, least_density
+    from hf_sparse_attn.calibration.budget_allocation import FIXED, least_density
+    from hf_sparse_attn.calibration.calibrate import calibrate, choose_by_loss, describe_budgets, num_steps
+    from hf_sparse_attn.calibration.model_card import write_model_card
+    from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.config import SparseAttentionConfig
-    from hf_sparse_attn.conversion import calibrate, choose_by_loss, describe_budgets, num_steps
     from hf_sparse_attn.data import load_documents, long_documents
-    from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.integration import text_config
-    from hf_sparse_attn.model_card import write_model_card
     from hf_sparse_attn.visualization import plot_trade
 
     with argument("--sparse-attention"):
@@ -186,7 +185,6 @@ def main() -> None:
             plot_trade(trade, choice, unfinished / "trade.png")
             write_model_card(
                 unfinished / "README.md",
-                TEMPLATE,
                 source=arguments.model,
                 config=fitted,
                 budgets=describe_budgets(choice),
@@ -201,7 +199,7 @@ def main() -> None:
 
 
 def check_context_length(context_length: int, config: Any) -> None:
-    from hf_sparse_attn.conversion import minimum_tokens
+    from hf_sparse_attn.calibration.calibrate import minimum_tokens
 
     with argument("--context-length"):
         if context_length < minimum_tokens(config):
@@ -212,7 +210,7 @@ def measure_on_model(model: Any, input_ids: list[int], config: Any) -> int:
     """`measure_dense_below` on what the middle layer gets for up to 4096 tokens."""
     import torch
 
-    from hf_sparse_attn.evaluation.speed import layer_inputs, measure_dense_below
+    from hf_sparse_attn.benchmarking.speed import layer_inputs, measure_dense_below
 
     layer = model.config.get_text_config().num_hidden_layers // 2
     ids = torch.tensor([input_ids[:4096]], device=model.device)

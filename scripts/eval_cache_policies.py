@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 try:
-    from hf_sparse_attn.command_line import (
+    from hf_sparse_attn.cli.arguments import (
         OneLineErrors,
         UserError,
         argument,
@@ -78,9 +78,9 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
+    from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents, long_documents
-    from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.cache_policies import POLICIES, check_budgets, compare_policies
     from hf_sparse_attn.evaluation.haystack import MAX_NEEDLES, make_contexts
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 try:
-    from hf_sparse_attn.command_line import (
+    from hf_sparse_attn.cli.arguments import (
         PICTURE_SUFFIXES,
         OneLineErrors,
         argument,
@@ -81,9 +81,9 @@ def main() -> None:
 
     from tqdm import tqdm
 
+    from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents, long_documents
-    from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.haystack import MAX_NEEDLES, make_contexts
     from hf_sparse_attn.evaluation.needle import compare_retrieval, plot_retrieval
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 try:
-    from hf_sparse_attn.command_line import (
+    from hf_sparse_attn.cli.arguments import (
         OneLineErrors,
         UserError,
         argument,
@@ -55,8 +55,8 @@ def main() -> None:
 
     from tqdm import tqdm
 
+    from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.data import load_documents, long_documents
-    from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 
     device = choose_device(arguments.device)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 try:
-    from hf_sparse_attn.command_line import (
+    from hf_sparse_attn.cli.arguments import (
         PICTURE_SUFFIXES,
         OneLineErrors,
         argument,
@@ -65,10 +65,10 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
-    from hf_sparse_attn.allocation import first_row
+    from hf_sparse_attn.calibration.budget_allocation import first_row
+    from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents, long_documents
-    from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.recall import hash_families, measure_recall
     from hf_sparse_attn.visualization import plot_heads
 

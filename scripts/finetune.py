@@ -15,7 +15,7 @@ from typing import Literal
 try:
     from transformers import HfArgumentParser
 
-    from hf_sparse_attn.command_line import (
+    from hf_sparse_attn.cli.arguments import (
         OneLineErrors,
         UserError,
         argument,
@@ -30,8 +30,8 @@ try:
         run,
         warn,
     )
+    from hf_sparse_attn.cli.loading import library_errors
     from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
-    from hf_sparse_attn.loading import library_errors
     from hf_sparse_attn.training import FinetuneArguments, check_resumable, checkpoints, damage, make_trainer, train
 except KeyboardInterrupt:  # these imports take seconds
     raise SystemExit(130) from None

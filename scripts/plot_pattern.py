@@ -8,7 +8,7 @@
 from typing import Any
 
 try:
-    from hf_sparse_attn.command_line import (
+    from hf_sparse_attn.cli.arguments import (
         PICTURE_SUFFIXES,
         OneLineErrors,
         UserError,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 try:
-    from hf_sparse_attn.command_line import (
+    from hf_sparse_attn.cli.arguments import (
         OneLineErrors,
         argument,
         json_object,
@@ -48,10 +48,11 @@ def main() -> None:
 
     import torch
 
+    from hf_sparse_attn.benchmarking.roofline import Ceilings, count_stages, dense_floor_ms
+    from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.config import SparseAttentionConfig
-    from hf_sparse_attn.environment import describe_environment
-    from hf_sparse_attn.evaluation.roofline import Ceilings, count_stages, dense_floor_ms
-    from hf_sparse_attn.ops import triton, triton_launch
+    from hf_sparse_attn.ops.triton import chunks as triton
+    from hf_sparse_attn.ops.triton import launch as triton_launch
 
     with argument("--sparse-attention"):
         config = SparseAttentionConfig.from_dict(arguments.sparse_attention)
@@ -81,10 +82,10 @@ def count(arguments: Any, rows: int) -> Any:
     """Keys per tile, over three layers of the model or random inputs."""
     import torch
 
+    from hf_sparse_attn.benchmarking.roofline import TileCounts, count_tiles
+    from hf_sparse_attn.benchmarking.speed import layer_inputs, make_inputs
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
-    from hf_sparse_attn.evaluation.roofline import TileCounts, count_tiles
-    from hf_sparse_attn.evaluation.speed import layer_inputs, make_inputs
     from hf_sparse_attn.routing import layer_pattern
 
     length, device = arguments.counted_tokens, torch.device("cpu")
@@ -118,8 +119,8 @@ def measure(num_tokens: int, config: Any, backward: bool) -> dict[str, float]:
     import torch
 
     from hf_sparse_attn import sparse_attention
-    from hf_sparse_attn.evaluation.roofline import kernel_milliseconds
-    from hf_sparse_attn.evaluation.speed import make_inputs
+    from hf_sparse_attn.benchmarking.roofline import kernel_milliseconds
+    from hf_sparse_attn.benchmarking.speed import make_inputs
 
     made = make_inputs(num_tokens, *SHAPE, torch.bfloat16, torch.device("cuda"))
     inputs = [x.requires_grad_(backward) for x in made]

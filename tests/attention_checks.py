@@ -16,8 +16,8 @@ from transformers import DynamicCache
 from hf_sparse_attn import SparseAttentionConfig, ops, record_density
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.integration import observe
-from hf_sparse_attn.ops import numba as numba_ops
 from hf_sparse_attn.ops import reference
+from hf_sparse_attn.ops.numba import chunks as numba_ops
 from hf_sparse_attn.routing import layer_pattern
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCABULARY = 2, 4, 2, 8, 64

@@ -7,8 +7,9 @@ import pytest
 import torch
 from attention_checks import make_pattern
 
-from hf_sparse_attn import SparseAttentionConfig, allocation
-from hf_sparse_attn.allocation import (
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.calibration import budget_allocation as allocation
+from hf_sparse_attn.calibration.budget_allocation import (
     BUDGETS,
     MIN_WEIGHTS,
     NUM_SAMPLED_ROWS,

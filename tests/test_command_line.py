@@ -13,8 +13,8 @@ from conftest import SCRIPTS
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_sparse_attn import command_line
-from hf_sparse_attn.command_line import OneLineErrors, RunError, UserError, argument
+from hf_sparse_attn.cli import arguments as command_line
+from hf_sparse_attn.cli.arguments import OneLineErrors, RunError, UserError, argument
 
 
 def exit_status(main):
@@ -90,7 +90,7 @@ def test_a_package_that_cannot_be_imported_is_not_blamed_on_an_argument(capsys, 
 
 @pytest.mark.parametrize(("where", "unbuffered"), [("/dev/full", "1"), ("closed pipe", "")])
 def test_standard_output_that_cannot_be_written_to_is_one_line(tmp_path, where, unbuffered):
-    script = "from hf_sparse_attn.command_line import print_table, run\nrun(lambda: print_table('t', ['a'], [['b']]))"
+    script = "from hf_sparse_attn.cli.arguments import print_table, run\nrun(lambda: print_table('t', ['a'], [['b']]))"
     with open("/dev/full", "w") as full:
         reading, writing = os.pipe()
         os.close(reading)
@@ -338,7 +338,7 @@ def test_weights_that_are_not_used_are_told_in_one_line(tiny_model_path, tmp_pat
 
 
 def test_bugs_of_our_own_are_not_blamed_on_the_model(tiny_model_path, monkeypatch):
-    from hf_sparse_attn import loading
+    from hf_sparse_attn.cli import loading
 
     monkeypatch.setattr(loading, "check_model", lambda model: model.no_such_attribute)
     with pytest.raises(AttributeError):

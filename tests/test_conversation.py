@@ -6,7 +6,7 @@ from attention_checks import tiny_model
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.generation.streamers import BaseStreamer
 
-from hf_sparse_attn.conversation import Conversation
+from hf_sparse_attn.cli.conversation import Conversation
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -14,9 +14,11 @@ from attention_checks import (
     tokens,
 )
 
-from hf_sparse_attn import SparseAttentionConfig, allocation, configure, conversion, record_density
-from hf_sparse_attn.allocation import Allocation, least_density
-from hf_sparse_attn.conversion import calibrate, choose_by_loss, describe_budgets, minimum_tokens, num_steps
+from hf_sparse_attn import SparseAttentionConfig, configure, record_density
+from hf_sparse_attn.calibration import budget_allocation as allocation
+from hf_sparse_attn.calibration import calibrate as conversion
+from hf_sparse_attn.calibration.budget_allocation import Allocation, least_density
+from hf_sparse_attn.calibration.calibrate import calibrate, choose_by_loss, describe_budgets, minimum_tokens, num_steps
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 
 CONFIG = SparseAttentionConfig(window_size=16, num_global_tokens=2, page_size=16, dense_below=60)

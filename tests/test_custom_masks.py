@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_sparse_attn.custom_masks import read_custom_mask
-from hf_sparse_attn.masking import documents, signed_positions
+from hf_sparse_attn.masks.mask_4d import read_custom_mask
+from hf_sparse_attn.masks.mask_function import documents, signed_positions
 
 
 def causal(length, sliding_window=None):

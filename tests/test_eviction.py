@@ -21,10 +21,21 @@ from attention_checks import (
 )
 from transformers import DynamicCache, Gemma3nTextConfig, LlamaConfig
 
-from hf_sparse_attn import SparseAttentionConfig, SparseCache, eviction, kept, record_density
+from hf_sparse_attn import SparseAttentionConfig, SparseCache, record_density
 from hf_sparse_attn.attention import Inputs, attention
-from hf_sparse_attn.eviction import AdaptiveBudget, HeavyHitters, KeyNorm, Ranker, Recency, Recent, Sinks, UniformBudget
-from hf_sparse_attn.masking import signed_positions
+from hf_sparse_attn.cache import evicting as kept
+from hf_sparse_attn.cache import policies as eviction
+from hf_sparse_attn.cache.policies import (
+    AdaptiveBudget,
+    HeavyHitters,
+    KeyNorm,
+    Ranker,
+    Recency,
+    Recent,
+    Sinks,
+    UniformBudget,
+)
+from hf_sparse_attn.masks.mask_function import signed_positions
 from hf_sparse_attn.ops import reference
 
 SCALING = 0.4

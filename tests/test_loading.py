@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_sparse_attn import SparseAttentionConfig, loading
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.cli import loading
 from hf_sparse_attn.integration import merge_sparse_attention
 
 

@@ -1,14 +1,11 @@
-from pathlib import Path
-
 import pytest
 import yaml
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.allocation import Allocation
-from hf_sparse_attn.conversion import describe_budgets
-from hf_sparse_attn.model_card import write_model_card
+from hf_sparse_attn.calibration.budget_allocation import Allocation
+from hf_sparse_attn.calibration.calibrate import describe_budgets
+from hf_sparse_attn.calibration.model_card import write_model_card
 
-TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 CHOICE = Allocation(((64, 0), (512, 128)), ((0.0,) * 4,) * 2, (), 176.0, 0.1914, 0.00123)
 TRADE = [
     Allocation(((0, 0), (0, 0)), ((0.0,) * 4,) * 2, (), 0.0, 0.0737, 0.25),
@@ -42,7 +39,7 @@ def card(path, **changes):
         "result": RESULT,
         "environment": {"date": "2026-01-02", "device": "a machine", "torch": "2.0", "transformers": "5.0"},
     }
-    write_model_card(path / "README.md", TEMPLATE, **arguments | changes)
+    write_model_card(path / "README.md", **arguments | changes)
     text = (path / "README.md").read_text()
     assert "{{" not in text
     assert "{%" not in text

@@ -8,10 +8,11 @@ import pytest
 import torch
 from matrix import batches, masks
 
-from hf_sparse_attn import attention, integration, masking, ops, routing
+from hf_sparse_attn import attention, integration, ops, routing
 from hf_sparse_attn.attention import documents
-from hf_sparse_attn.ops import numba as numba_ops
+from hf_sparse_attn.masks import mask_function as masking
 from hf_sparse_attn.ops import torch as torch_ops
+from hf_sparse_attn.ops.numba import chunks as numba_ops
 from hf_sparse_attn.routing import BucketIndex, RowChunk, layer_pattern
 
 document_attention = ops.document_attention

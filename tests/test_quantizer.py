@@ -5,8 +5,8 @@ from attention_checks import make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.hashing import quantize_codewords
+from hf_sparse_attn.hashing.product_quantizer import CODEBOOK_SIZE, NUM_CODEBOOKS, fit_hash
 from hf_sparse_attn.ops.reference import attended_keys
-from hf_sparse_attn.quantizer import CODEBOOK_SIZE, NUM_CODEBOOKS, fit_hash
 from hf_sparse_attn.routing import LayerPattern
 
 

@@ -4,20 +4,21 @@ import pytest
 import torch
 from attention_checks import tiny_model, tokens
 
-from hf_sparse_attn import SparseAttentionConfig, loading
-from hf_sparse_attn.evaluation import decoding, speed
-from hf_sparse_attn.evaluation.decoding import compare_decoding, compare_generation
-from hf_sparse_attn.evaluation.speed import (
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.benchmarking import decoding, speed
+from hf_sparse_attn.benchmarking.decoding import compare_decoding, compare_generation
+from hf_sparse_attn.benchmarking.speed import (
     compare_model_speed,
     compare_speed,
     fitted_exponent,
     layer_inputs,
     make_inputs,
 )
+from hf_sparse_attn.cli import loading
 from hf_sparse_attn.integration import observe
 from hf_sparse_attn.ops import find_keys
-from hf_sparse_attn.ops import numba as numba_ops
-from hf_sparse_attn.ops.numba import STAGES
+from hf_sparse_attn.ops.numba import chunks as numba_ops
+from hf_sparse_attn.ops.numba.chunks import STAGES
 from hf_sparse_attn.routing import RowChunk, layer_pattern
 
 SCRIPT = "benchmark.py"

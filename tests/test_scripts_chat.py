@@ -33,7 +33,7 @@ def test_answers_and_says_what_it_took(run_script, chat_model, tmp_path):
 
 
 def test_answers_before_a_failure_are_written(run_script, chat_model, tmp_path, monkeypatch):
-    from hf_sparse_attn.conversation import Conversation
+    from hf_sparse_attn.cli.conversation import Conversation
 
     ask, output = Conversation.ask, tmp_path / "chat.json"
 

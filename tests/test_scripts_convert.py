@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_attn
-from hf_sparse_attn import allocation
+from hf_sparse_attn.calibration import budget_allocation as allocation
 
 SCRIPT = "convert.py"
 FIELDS = {"window_size": 16, "num_global_tokens": 2, "dense_below": 32}
@@ -160,9 +160,9 @@ def test_key_budget_limits_the_mean(convert):
 
 
 def test_max_loss_is_kept_on_the_last_calibration_document(convert, arguments):
+    from hf_sparse_attn.cli.loading import load_sparse_model
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
-    from hf_sparse_attn.loading import load_sparse_model
 
     _, _, printed = convert(target_density=None, max_loss=0.05)
     assert "measuring the loss at density" in printed
@@ -177,7 +177,7 @@ def test_max_loss_is_kept_on_the_last_calibration_document(convert, arguments):
 
 
 def test_impossible_max_loss(run_script, arguments, monkeypatch, tmp_path):
-    from hf_sparse_attn import conversion
+    from hf_sparse_attn.calibration import calibrate as conversion
 
     monkeypatch.setattr(conversion, "compare_perplexity", lambda *_: {"delta_nll": {"mean": 1.0}})
     finished = run_script(SCRIPT, *flat(arguments | {"--target-density": None, "--max-loss": 0.01}))
@@ -211,7 +211,7 @@ def test_nothing_to_evaluate_on(convert):
 
 
 def test_dense_below_auto_writes_a_number(convert, monkeypatch):
-    from hf_sparse_attn.evaluation import speed
+    from hf_sparse_attn.benchmarking import speed
 
     monkeypatch.setattr(speed, "measure_dense_below", lambda *_: 40)
     sparse, card, _ = convert(dense_below="auto")
@@ -264,7 +264,7 @@ def test_what_was_fitted_is_kept(
 
 def test_what_was_fitted_is_kept_where_the_disk_is_full(run_script, arguments, monkeypatch, tmp_path):
     """The disk of the output, that is."""
-    from hf_sparse_attn import conversion
+    from hf_sparse_attn.calibration import calibrate as conversion
 
     calibrate = conversion.calibrate
 
@@ -292,7 +292,7 @@ def test_evaluation_that_fails_costs_its_figures_alone(run_script, arguments, mo
 
 
 def test_output_that_was_filled_meanwhile(run_script, arguments, monkeypatch, tmp_path):
-    from hf_sparse_attn import model_card
+    from hf_sparse_attn.calibration import model_card
 
     write = model_card.write_model_card
 
@@ -381,7 +381,7 @@ def test_names_cannot_inject_anything_into_the_card(convert, text_directory):
 )
 def test_bad_arguments_are_refused(run_script, assert_refused, arguments, monkeypatch, tmp_path, changes, words):
     """Before any long work, with nothing written."""
-    from hf_sparse_attn import conversion
+    from hf_sparse_attn.calibration import calibrate as conversion
 
     monkeypatch.setattr(conversion, "calibrate", None)
     before = sorted(tmp_path.rglob("*"))

@@ -5,6 +5,7 @@ import torch
 from attention_checks import TOLERANCE, tiny_model, tokens
 
 from hf_sparse_attn import SparseCache
+from hf_sparse_attn.cache.policies import AdaptiveBudget, HeavyHitters
 from hf_sparse_attn.evaluation.cache_policies import (
     PEAK_OVER_BUDGET,
     budget_tokens,
@@ -13,7 +14,6 @@ from hf_sparse_attn.evaluation.cache_policies import (
     make_cache,
 )
 from hf_sparse_attn.evaluation.perplexity import token_nll
-from hf_sparse_attn.eviction import AdaptiveBudget, HeavyHitters
 
 SCRIPT = "eval_cache_policies.py"
 LENGTH = 700

@@ -13,10 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse_attn.cache import SparseCache, layer_bytes
-from hf_sparse_attn.evaluation.haystack import Context
-from hf_sparse_attn.evaluation.needle import mean_answers, retrieve
-from hf_sparse_attn.evaluation.perplexity import paired_difference
-from hf_sparse_attn.eviction import (
+from hf_sparse_attn.cache.policies import (
     AdaptiveBudget,
     Composition,
     HeavyHitters,
@@ -27,6 +24,9 @@ from hf_sparse_attn.eviction import (
     Sinks,
     UniformBudget,
 )
+from hf_sparse_attn.evaluation.haystack import Context
+from hf_sparse_attn.evaluation.needle import mean_answers, retrieve
+from hf_sparse_attn.evaluation.perplexity import paired_difference
 from hf_sparse_attn.tracing import input_device
 
 DENSE, SPARSE = "dense", "sparse"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_sparse_attn.allocation import first_row
+from hf_sparse_attn.calibration.budget_allocation import first_row
 from hf_sparse_attn.config import HASHES, SparseAttentionConfig
 from hf_sparse_attn.integration import Observer, observe_dense
 from hf_sparse_attn.ops import compute_dtype, document_attention

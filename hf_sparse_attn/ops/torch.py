@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces, cap, hide, with_sinks
-from hf_sparse_attn.ops.workers import in_order
+from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces, cap, hide, with_sinks
+from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.routing import BucketIndex, LayerPattern, random_keys, row_chunks, static_positions
 
 _BLOCK = 64  # rows per banded matrix product

@@ -7,7 +7,7 @@ import torch
 from attention_checks import make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.evaluation.roofline import Ceilings, TileCounts, count_stages, count_tiles, dense_floor_ms
+from hf_sparse_attn.benchmarking.roofline import Ceilings, TileCounts, count_stages, count_tiles, dense_floor_ms
 from hf_sparse_attn.ops import reference
 
 FIELDS = {"window_size": 11, "num_global_tokens": 3, "key_budget": 14, "num_hash_bits": 3, "page_size": 8}

@@ -14,7 +14,7 @@ from attention_checks import (
 from transformers import DynamicCache, StaticCache
 
 from hf_sparse_attn import SparseCache
-from hf_sparse_attn.eviction import HeavyHitters, Sinks
+from hf_sparse_attn.cache.policies import HeavyHitters, Sinks
 
 
 def new_dynamic(config):

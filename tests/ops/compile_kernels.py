@@ -17,9 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.ops import triton as implementation
-from hf_sparse_attn.ops import triton_index, triton_launch
-from hf_sparse_attn.ops.pieces import Call
+from hf_sparse_attn.ops.common.chunked import Call
+from hf_sparse_attn.ops.triton import chunks as implementation
+from hf_sparse_attn.ops.triton import index as triton_index
+from hf_sparse_attn.ops.triton import launch as triton_launch
 from hf_sparse_attn.routing import layer_pattern
 
 POINTERS = {

@@ -14,7 +14,7 @@ from cases import DIM, FEATURES, KV_HEADS, LENGTH, inputs, pattern_of, sinks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparse_attn.ops import numba as numba_ops
+from hf_sparse_attn.ops.numba import chunks as numba_ops
 
 SIZES = (60, 1, 1, 5, 1, 17, 1)  # the last one is repeated
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -10,8 +10,8 @@ from pathlib import Path
 import numba
 import pytest
 
-from hf_sparse_attn.ops import numba_cache
-from hf_sparse_attn.ops.numba_kernels import compiled
+from hf_sparse_attn.ops.numba import compiled_files as numba_cache
+from hf_sparse_attn.ops.numba.kernels import compiled
 
 
 def double(x):
@@ -107,7 +107,7 @@ def test_a_file_where_the_folder_should_be(folder, monkeypatch, caplog):
 def no_wish(folder, monkeypatch):
     """A source in `folder` and a home in it, and no NUMBA_CACHE_DIR."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
-    monkeypatch.setattr(numba_cache, "__file__", str(folder / "source" / "numba_cache.py"))
+    monkeypatch.setattr(numba_cache, "__file__", str(folder / "source" / "compiled_files.py"))
     monkeypatch.setattr(numba_cache, "AppDirs", lambda *_, **__: type("", (), {"user_cache_dir": str(folder / "home")}))
     (folder / "source").mkdir()
     return folder
@@ -144,7 +144,7 @@ def combine(a, b):
 """
 COMBINE = """
 import numpy as np
-from hf_sparse_attn.ops.numba_kernels import combine
+from hf_sparse_attn.ops.numba.kernels import combine
 a, b = np.full(16, 5.0, np.float32), np.full(16, 3.0, np.float32)
 combine(a, b)
 print(a[0], sum(combine.stats.cache_hits.values()))
@@ -158,9 +158,9 @@ def sources(tmp_path):
     ops.mkdir(parents=True)
     (ops.parent / "__init__.py").touch()
     (ops / "__init__.py").touch()
-    for name in ("simd.py", "numba_kernels.py", "numba_cache.py"):
+    for name in ("simd.py", "kernels.py", "compiled_files.py"):
         shutil.copy(Path(numba_cache.__file__).with_name(name), ops)
-    edit(ops / "numba_kernels.py", "", KERNEL)
+    edit(ops / "kernels.py", "", KERNEL)
     return ops
 
 
@@ -186,7 +186,7 @@ def test_code_of_other_sources_is_not_run(sources):
     assert combined(sources) == ["8.0", "1"]
     edit(sources / "simd.py", "return builder.fadd(*arguments)", "return builder.fsub(*arguments)")
     assert combined(sources) == ["2.0", "0"]
-    edit(sources / "numba_kernels.py", "add(load(a, 0), load(b, 0))", "add(load(b, 0), load(a, 0))")
+    edit(sources / "kernels.py", "add(load(a, 0), load(b, 0))", "add(load(b, 0), load(a, 0))")
     assert combined(sources) == ["-2.0", "0"]
     assert combined(sources) == ["-2.0", "1"]
     assert len(list((sources / "__pycache__").glob("*.combine.*"))) == 1

@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_sparse_attn import SparseAttentionConfig, sparse_attention
-from hf_sparse_attn.ops import pieces, reference
+from hf_sparse_attn.ops import reference
+from hf_sparse_attn.ops.common import chunked as pieces
 
 
 @pytest.mark.parametrize("fields", FEATURES.values(), ids=FEATURES.keys())
@@ -265,7 +266,7 @@ def test_no_tensor_is_quadratic(fields, backward, others, monkeypatch):
 
 OTHER_REGISTERS = """
 import torch
-import hf_sparse_attn.ops.simd as simd
+import hf_sparse_attn.ops.numba.simd as simd
 simd.LANES = 24 - simd.LANES
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.ops import sparse_attention

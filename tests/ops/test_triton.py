@@ -15,7 +15,8 @@ from cases import FEATURES, assert_like_reference, check_lower_precision, output
 from cases import inputs as make_inputs
 
 from hf_sparse_attn import SparseAttentionConfig, ops
-from hf_sparse_attn.ops import reference, triton_launch
+from hf_sparse_attn.ops import reference
+from hf_sparse_attn.ops.triton import launch as triton_launch
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,7 +37,7 @@ sinks = functools.partial(sinks_of, device=DEVICE)
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """The host side, with chunks so short that most documents have several, and float64's tiles of several rows."""
-    from hf_sparse_attn.ops import triton
+    from hf_sparse_attn.ops.triton import chunks as triton
 
     monkeypatch.setattr(triton, "_CHUNK_ROWS", 32)
     monkeypatch.setattr(triton, "BACKWARD_CHUNK_ROWS", 32)

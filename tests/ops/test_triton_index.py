@@ -17,11 +17,11 @@ from test_index import (
 )
 
 from hf_sparse_attn import SparseAttentionConfig, SparseCache, ops
-from hf_sparse_attn.ops import triton_launch
+from hf_sparse_attn.ops.triton import launch as triton_launch
 
 pytest.importorskip("triton")
-from hf_sparse_attn.ops import triton as triton_ops
-from hf_sparse_attn.ops import triton_index
+from hf_sparse_attn.ops.triton import chunks as triton_ops
+from hf_sparse_attn.ops.triton import index as triton_index
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH = 40

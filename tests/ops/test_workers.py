@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from hf_sparse_attn.ops import workers
-from hf_sparse_attn.ops.workers import in_order, together
+from hf_sparse_attn.ops.common import threads as workers
+from hf_sparse_attn.ops.common.threads import in_order, together
 
 
 @pytest.fixture(autouse=True)
@@ -190,9 +190,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.attention import Inputs
-from hf_sparse_attn.compiled import compiled_attention
-from hf_sparse_attn.ops.workers import in_order, together
-from hf_sparse_attn.parallel import HeadSplit
+from hf_sparse_attn.custom_op import compiled_attention
+from hf_sparse_attn.ops.common.threads import in_order, together
+from hf_sparse_attn.tensor_parallel import HeadSplit
 
 fields = SparseAttentionConfig(dense_below=0, window_size=4, key_budget=2, implementation="torch").to_dict()
 leaf = torch.randn(1, 2, 20, 4, requires_grad=True)

@@ -100,7 +100,7 @@ def sparse(coverage):
 
     from hf_sparse_attn import SparseAttentionConfig
     from hf_sparse_attn.integration import sparse_attention_forward
-    from hf_sparse_attn.masking import signed_positions
+    from hf_sparse_attn.masks.mask_function import signed_positions
 
     AttentionMaskInterface.register("sdpa", signed_positions)
     from_dict = SparseAttentionConfig.from_dict

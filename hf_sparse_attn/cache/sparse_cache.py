@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from hf_sparse_attn.eviction import Composition, Policy, UniformBudget
-from hf_sparse_attn.indexes import INDEXES, KeyIndexes
-from hf_sparse_attn.kept import KEPT, KeptKeys, is_writable, size_ahead
+from hf_sparse_attn.cache.document_indexes import INDEXES, KeyIndexes
+from hf_sparse_attn.cache.evicting import KEPT, KeptKeys, is_writable, size_ahead
+from hf_sparse_attn.cache.policies import Composition, Policy, UniformBudget
 from hf_sparse_attn.notices import tell_once
 from hf_sparse_attn.tracing import is_traced
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_sparse_attn.allocation import (
+from hf_sparse_attn.calibration.budget_allocation import (
     NUM_SAMPLED_ROWS,
     Allocation,
     Costs,
@@ -24,8 +24,8 @@ from hf_sparse_attn.allocation import (
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
+from hf_sparse_attn.hashing.product_quantizer import fit_hash
 from hf_sparse_attn.integration import configured, observe_dense, text_config
-from hf_sparse_attn.quantizer import fit_hash
 from hf_sparse_attn.routing import LayerPattern
 from hf_sparse_attn.tracing import input_device
 

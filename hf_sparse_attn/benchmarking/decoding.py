@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.attention import Inputs, attention
+from hf_sparse_attn.benchmarking.speed import check_rows, synchronize
 from hf_sparse_attn.cache import SparseCache, SparseLayer
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.evaluation.speed import check_rows, synchronize
 from hf_sparse_attn.integration import record_density
 from hf_sparse_attn.ops import compute_dtype
 from hf_sparse_attn.recording import DensityRecorder

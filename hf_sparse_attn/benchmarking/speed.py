@@ -109,7 +109,7 @@ def measure_stages(
     Raises:
         ValueError: if all rows are dense.
     """
-    from hf_sparse_attn.ops.numba import STAGES, run_stages
+    from hf_sparse_attn.ops.numba.chunks import STAGES, run_stages
 
     case, trained = (_Case(inputs, config, layer_idx, backward) for backward in (False, True))
     query, key, value = (x[0] for x in (case.query, case.key, case.value))

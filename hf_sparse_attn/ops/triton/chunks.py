@@ -16,12 +16,12 @@ import torch
 import triton
 from torch import Tensor
 
-from hf_sparse_attn.ops import triton_kernels as attention_kernels
-from hf_sparse_attn.ops import triton_launch
-from hf_sparse_attn.ops import triton_routing as routing_kernels
-from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
-from hf_sparse_attn.ops.triton_index import FEW, Index, hash_keys, log_min_weights, sort_by_bucket
-from hf_sparse_attn.ops.triton_launch import TL, block_dim, precision, rows_contiguous, with_strides
+from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces
+from hf_sparse_attn.ops.triton import attention as attention_kernels
+from hf_sparse_attn.ops.triton import launch as triton_launch
+from hf_sparse_attn.ops.triton import routing as routing_kernels
+from hf_sparse_attn.ops.triton.index import FEW, Index, hash_keys, log_min_weights, sort_by_bucket
+from hf_sparse_attn.ops.triton.launch import TL, block_dim, precision, rows_contiguous, with_strides
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 

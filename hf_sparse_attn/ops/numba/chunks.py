@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse_attn.ops.numba_kernels import STAGES as ROW_STAGES
-from hf_sparse_attn.ops.numba_kernels import (
+from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces
+from hf_sparse_attn.ops.common.threads import in_order, together
+from hf_sparse_attn.ops.numba.kernels import STAGES as ROW_STAGES
+from hf_sparse_attn.ops.numba.kernels import (
     Array,
     Head,
     Read,
@@ -34,9 +36,7 @@ from hf_sparse_attn.ops.numba_kernels import (
     move_back,
     unlink_keys,
 )
-from hf_sparse_attn.ops.pieces import Call, Piece, attend_in_pieces
-from hf_sparse_attn.ops.simd import LANES
-from hf_sparse_attn.ops.workers import in_order, together
+from hf_sparse_attn.ops.numba.simd import LANES
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 

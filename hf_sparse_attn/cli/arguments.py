@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_sparse_attn.argument_types import (  # noqa: F401  what the scripts import from here
+from hf_sparse_attn.cli.argument_types import (  # noqa: F401  what the scripts import from here
     PICTURE_SUFFIXES,
     count,
     fraction,
@@ -28,7 +28,7 @@ from hf_sparse_attn.argument_types import (  # noqa: F401  what the scripts impo
     positive_number,
     share,
 )
-from hf_sparse_attn.output_files import (  # noqa: F401  what the scripts import from here
+from hf_sparse_attn.cli.output_files import (  # noqa: F401  what the scripts import from here
     RunError,
     add_note,
     check_output_directory,
@@ -77,7 +77,7 @@ def choose_device(device: str | None) -> Any:
     """The `torch.device` of a `--device` argument, one that computes."""
     import torch
 
-    from hf_sparse_attn.loading import parse_device
+    from hf_sparse_attn.cli.loading import parse_device
 
     with argument("--device"):
         try:
@@ -90,7 +90,7 @@ def choose_device(device: str | None) -> Any:
 
 def choose_dtype(dtype: str) -> Any:
     """The `torch.dtype` of a `--dtype` argument, one that a whole model can compute in, or "auto"."""
-    from hf_sparse_attn.loading import parse_dtype
+    from hf_sparse_attn.cli.loading import parse_dtype
 
     with argument("--dtype"):
         chosen = parse_dtype(dtype)
@@ -107,8 +107,8 @@ def read_checkpoint(model: str, overrides: dict[str, Any]) -> tuple[str, Any, An
     """
     from transformers import AutoTokenizer
 
+    from hf_sparse_attn.cli.loading import library_errors, load_config, resolve_model
     from hf_sparse_attn.integration import merge_sparse_attention
-    from hf_sparse_attn.loading import library_errors, load_config, resolve_model
 
     with argument(f"--model {model}"):
         path = resolve_model(model)
@@ -147,7 +147,7 @@ def load_model(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_sparse_attn.loading import load_sparse_model
+    from hf_sparse_attn.cli.loading import load_sparse_model
 
     if not sys.stderr.isatty():
         disable_progress_bar()

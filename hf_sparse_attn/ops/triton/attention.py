@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_sparse_attn.ops.triton_routing import tile_rows
+from hf_sparse_attn.ops.triton.routing import tile_rows
 
 
 @triton.jit

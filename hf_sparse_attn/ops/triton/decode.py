@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_sparse_attn.ops.triton_kernels import _scores
-from hf_sparse_attn.ops.triton_routing import buckets_of, take_best
+from hf_sparse_attn.ops.triton.attention import _scores
+from hf_sparse_attn.ops.triton.routing import buckets_of, take_best
 
 
 @triton.jit(do_not_specialize=["start", "stop", "room"])

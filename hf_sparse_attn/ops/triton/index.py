@@ -12,11 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-from hf_sparse_attn.ops import triton_decoding as kernels
-from hf_sparse_attn.ops import triton_launch
-from hf_sparse_attn.ops import triton_routing as routing_kernels
-from hf_sparse_attn.ops.pieces import Call
-from hf_sparse_attn.ops.triton_launch import TL, block_dim, precision, rows_contiguous, with_strides
+from hf_sparse_attn.ops.common.chunked import Call
+from hf_sparse_attn.ops.triton import decode as kernels
+from hf_sparse_attn.ops.triton import launch as triton_launch
+from hf_sparse_attn.ops.triton import routing as routing_kernels
+from hf_sparse_attn.ops.triton.launch import TL, block_dim, precision, rows_contiguous, with_strides
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 
 FEW = 16  # new keys and rows that one launch takes

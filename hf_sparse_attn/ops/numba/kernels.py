@@ -9,8 +9,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_sparse_attn.ops.numba_cache import cached
-from hf_sparse_attn.ops.simd import (
+from hf_sparse_attn.ops.numba.compiled_files import cached
+from hf_sparse_attn.ops.numba.simd import (
     LANES,
     add,
     add_if_at_least,

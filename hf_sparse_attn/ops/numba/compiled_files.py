@@ -25,13 +25,13 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 from numba.misc.appdirs import AppDirs
 
-from hf_sparse_attn.ops.simd import LANES
+from hf_sparse_attn.ops.numba.simd import LANES
 
-_SOURCES = ("simd", "numba_kernels")
+_SOURCES = ("simd", "kernels")
 
 
 def cached(dispatcher: Any) -> Any:
-    """The same compiled function, one of `numba_kernels`; what it is compiled to is kept."""
+    """The same compiled function, one of `kernels`; what it is compiled to is kept."""
     dispatcher._cache = _Cache(dispatcher.py_func)
     return dispatcher
 

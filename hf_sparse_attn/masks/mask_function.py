@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.parallel import refuse_parted_kv_heads
+from hf_sparse_attn.tensor_parallel import refuse_parted_kv_heads
 from hf_sparse_attn.tracing import is_traced, refuse_transforms
 
 PADDED_QUERY = torch.iinfo(torch.int32).min

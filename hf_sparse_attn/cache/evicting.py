@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn import ops
-from hf_sparse_attn.eviction import Composition, UniformBudget
+from hf_sparse_attn.cache.policies import Composition, UniformBudget
 from hf_sparse_attn.hashing import BucketHash
-from hf_sparse_attn.masking import Document
-from hf_sparse_attn.ops.pieces import cap, with_sinks
+from hf_sparse_attn.masks.mask_function import Document
+from hf_sparse_attn.ops.common.chunked import cap, with_sinks
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.allocation import Allocation
+from hf_sparse_attn.calibration.budget_allocation import Allocation
 from hf_sparse_attn.config import SparseAttentionConfig
 
+TEMPLATE = Path(__file__).with_name("template.md")
 _HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 
 
 def write_model_card(
     path: Path,
-    template: Path,
     *,
     source: str,
     config: SparseAttentionConfig,
@@ -26,7 +26,7 @@ def write_model_card(
     result: dict[str, Any] | None,
     environment: dict[str, Any],
 ) -> None:
-    """Fill `template` (Jinja, Markdown) and write it to `path`; texts, such as names of documents, stay mere text.
+    """Fill the template (Jinja, Markdown) and write it to `path`; texts, such as names of documents, stay mere text.
 
     Args:
         source: the dense checkpoint that was converted.
@@ -51,7 +51,7 @@ def write_model_card(
     )
     card = ModelCard.from_template(
         data,
-        template_path=str(template),
+        template_path=str(TEMPLATE),
         config=config,
         budgets=budgets,
         trade=trade,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.output_files import check_output_directory, check_output_file, one_line, reason
+from hf_sparse_attn.cli.output_files import check_output_directory, check_output_file, one_line, reason
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 

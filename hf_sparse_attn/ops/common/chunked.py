@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse_attn.ops.workers import in_order
+from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops import compute_dtype
-from hf_sparse_attn.ops.pieces import ONCE
-from hf_sparse_attn.parallel import HeadSplit
+from hf_sparse_attn.ops.common.chunked import ONCE
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
+from hf_sparse_attn.tensor_parallel import HeadSplit
 
 _NUM_TENSORS = len(Inputs._fields)
 

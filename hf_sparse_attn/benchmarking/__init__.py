@@ -1,0 +1,1 @@
+"""How fast the attention is, against dense attention."""

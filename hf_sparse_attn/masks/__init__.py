@@ -1,0 +1,1 @@
+"""What Transformers says about masks, turned into documents."""
