@@ -11,6 +11,7 @@ from matrix import batches, masks
 from hf_sparse_attn import attention, integration, ops, routing
 from hf_sparse_attn.attention import documents
 from hf_sparse_attn.masks import mask_function as masking
+from hf_sparse_attn.ops import dispatch
 from hf_sparse_attn.ops import torch as torch_ops
 from hf_sparse_attn.ops.numba import chunks as numba_ops
 from hf_sparse_attn.routing import BucketIndex, RowChunk, layer_pattern
@@ -411,7 +412,7 @@ def test_the_real_implementation_passes(check):
 @pytest.fixture
 def torch_alone(monkeypatch):
     """As if Numba were not installed."""
-    monkeypatch.setattr(ops, "_installed", lambda package: False)
+    monkeypatch.setattr(dispatch, "_installed", lambda package: False)
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.ops.backend import Backend
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern, random_positions
 
@@ -154,3 +155,6 @@ def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
         return logits.softmax(-1)
     beside = torch.cat([logits, sinks[:, None, None].expand(-1, logits.shape[1], 1)], -1)
     return beside.softmax(-1)[..., : logits.shape[-1]]
+
+
+BACKEND = Backend(document_attention)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sparse_attn.ops.backend import Backend
 from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces, cap, hide, with_sinks
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.routing import BucketIndex, LayerPattern, random_keys, row_chunks, static_positions
@@ -333,3 +334,6 @@ def _not_finite(key: Tensor, value: Tensor, start: int, key_offset: int) -> list
     bad = ~torch.stack([x.isfinite().all(-1).all(0) for x in new]).all(0)
     begins = bad[1:] & ~bad[:-1]
     return (torch.nonzero(begins).flatten() + start + 1).tolist()
+
+
+BACKEND = Backend(document_attention, find_keys=find_keys)

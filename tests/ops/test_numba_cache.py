@@ -154,10 +154,10 @@ print(a[0], sum(combine.stats.cache_hits.values()))
 @pytest.fixture
 def sources(tmp_path):
     """A copy of what is compiled, with one function more, and nothing else of the package."""
-    ops = tmp_path / "hf_sparse_attn" / "ops"
+    ops = tmp_path / "hf_sparse_attn" / "ops" / "numba"
     ops.mkdir(parents=True)
-    (ops.parent / "__init__.py").touch()
-    (ops / "__init__.py").touch()
+    for package in (ops, *list(ops.parents)[:2]):
+        (package / "__init__.py").touch()
     for name in ("simd.py", "kernels.py", "compiled_files.py"):
         shutil.copy(Path(numba_cache.__file__).with_name(name), ops)
     edit(ops / "kernels.py", "", KERNEL)
@@ -172,7 +172,7 @@ def edit(path, old, new):
 
 def start(sources):
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
-    command, folder = [sys.executable, "-c", COMBINE], sources.parent.parent
+    command, folder = [sys.executable, "-c", COMBINE], sources.parents[2]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
 
 

@@ -265,10 +265,18 @@ def test_no_tensor_is_quadratic(fields, backward, others, monkeypatch):
 
 
 OTHER_REGISTERS = """
+import importlib.util
+import sys
+from pathlib import Path
 import torch
-import hf_sparse_attn.ops.numba.simd as simd
-simd.LANES = 24 - simd.LANES
+import hf_sparse_attn
 from hf_sparse_attn import SparseAttentionConfig
+name = "hf_sparse_attn.ops.numba.simd"  # before its package, which compiles with it
+path = Path(hf_sparse_attn.__file__).parent / "ops" / "numba" / "simd.py"
+spec = importlib.util.spec_from_file_location(name, path)
+sys.modules[name] = simd = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(simd)
+simd.LANES = 24 - simd.LANES
 from hf_sparse_attn.ops import sparse_attention
 inputs = [torch.randn(1, heads, 200, 24, dtype=torch.float64) for heads in (8, 2, 2)]
 results = []

@@ -14,8 +14,8 @@ from attention_checks import SCALING, KeyMask, attend, make_pattern
 from cases import FEATURES, assert_like_reference, check_lower_precision, output_and_gradients, pattern_of, sinks_of
 from cases import inputs as make_inputs
 
-from hf_sparse_attn import SparseAttentionConfig, ops
-from hf_sparse_attn.ops import reference
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.ops import api, dispatch, reference
 from hf_sparse_attn.ops.triton import launch as triton_launch
 
 pytest.importorskip("triton")
@@ -202,13 +202,13 @@ def test_dense_rows_in_lower_precision_with_softcap_and_sinks():
 @pytest.mark.skipif(DEVICE != "cpu", reason="the model of this check lives on the CPU")
 def test_through_transformers(monkeypatch):
     """Gradients of all weights, where a model's attention calls the Triton implementation, interpreted."""
-    choose, used = ops._implementation, []
+    choose, used = api.find_backend, []
 
     def choose_triton(name, device):
         used.append(name)
         return choose("triton" if name == "auto" else name, device)
 
-    monkeypatch.setattr(ops, "_implementation", choose_triton)
+    monkeypatch.setattr(api, "find_backend", choose_triton)
     checks.check_gradients()
     assert "auto" in used
 
@@ -235,12 +235,12 @@ def test_a_device_that_cannot_run_it(monkeypatch):
 def test_auto(device, cuda, capability, packages, chosen, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(ops, "_installed", packages.__contains__)
-    assert ops._best(torch.device(device)) == chosen
+    monkeypatch.setattr(dispatch, "_installed", packages.__contains__)
+    assert dispatch._best(torch.device(device)) == chosen
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(ops, "_installed", lambda package: False)
+    monkeypatch.setattr(dispatch, "_installed", lambda package: False)
     with pytest.raises(ModuleNotFoundError, match="pip install triton"):
         attend(*make_inputs(9, 9), pattern_of({}), "triton")
 

@@ -17,6 +17,7 @@ from test_index import (
 )
 
 from hf_sparse_attn import SparseAttentionConfig, SparseCache, ops
+from hf_sparse_attn.ops import dispatch
 from hf_sparse_attn.ops.triton import launch as triton_launch
 
 pytest.importorskip("triton")
@@ -169,7 +170,7 @@ def test_through_transformers(monkeypatch):
     rows = [tokens(length, seed=length)[0] for length in (28, 25)]
     ids, mask, position_ids = padded_batch(rows, "left", 0)
     expected = model(ids, attention_mask=mask, position_ids=position_ids).logits
-    monkeypatch.setattr(ops, "_best", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "_best", lambda device: "triton")
     cache, pieces, start = SparseCache(model.config), [], 0
     for size in (20, 1, 4, 1, 1, 1):
         part = slice(start, start + size)

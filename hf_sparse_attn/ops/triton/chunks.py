@@ -25,7 +25,6 @@ from hf_sparse_attn.ops.triton.launch import TL, block_dim, precision, rows_cont
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 
-KEEPS_HALF = True  # inputs of half precision are not converted
 _UNBOUNDED = 2**30  # stands for no sliding window
 _CHUNK_ROWS = 2048
 _CHUNK_PAGES = 128

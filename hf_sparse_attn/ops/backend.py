@@ -1,0 +1,97 @@
+"""What an implementation offers: the contract of `reference`, `torch`, `numba` and `triton` with the operation."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.routing import LayerPattern
+
+
+class Index(Protocol):
+    """The keys of one cached document, by bucket. An implementation has its own, and appends to it as keys come."""
+
+    pattern: LayerPattern
+    key_offset: int
+    length: int
+    knows_sliding_windows: bool
+
+    def crop(self, length: int) -> None:
+        """Forget the keys behind the first `length`."""
+
+    def copy(self) -> Index:
+        """Another one, of the same keys."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+
+
+class StartIndex(Protocol):
+    """Makes an implementation's empty index; in practice its class."""
+
+    knows_sliding_windows: bool
+
+    def __call__(self, pattern: LayerPattern, num_kv_heads: int, key_offset: int) -> Index:
+        """An index of no keys yet."""
+
+
+class AttendDocument(Protocol):
+    """Attention of one document; see `common.chunked.attend_in_pieces` for the arguments."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        pattern: LayerPattern,
+        query_offset: int,
+        key_offset: int,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        recorder: Recorder | None,
+    ) -> Tensor:
+        """[num_heads, Q, head_dim]; one with an index is also given `index`, which it appends to, or None."""
+
+
+class FindKeys(Protocol):
+    """Hashes a document's keys and finds every sparse row's keys, nothing else."""
+
+    def __call__(self, query: Tensor, key: Tensor, pattern: LayerPattern) -> None: ...
+
+
+class Backend:
+    """An implementation. Each module of one has a `BACKEND`.
+
+    Args:
+        document_attention: the attention of one document.
+        find_keys: to measure what routing costs; None where keys are not found by themselves.
+        index: makes the index of a cached document's keys; None where a step groups them anew.
+        keeps_half: inputs of half precision are not converted to float32.
+        cached_dtypes: half-precision dtypes in which the keys and values of a cache are read as they are.
+    """
+
+    def __init__(
+        self,
+        document_attention: AttendDocument,
+        *,
+        find_keys: FindKeys | None = None,
+        index: StartIndex | None = None,
+        keeps_half: bool = False,
+        cached_dtypes: frozenset[torch.dtype] = frozenset(),
+    ) -> None:
+        self.document_attention = document_attention
+        self.find_keys = find_keys
+        self.index = index
+        self.keeps_half = keeps_half
+        self.cached_dtypes = cached_dtypes
+
+    def dtype(self, query: Tensor, key: Tensor) -> torch.dtype:
+        """Of the tensors that it is given."""
+        own = torch.promote_types(query.dtype, key.dtype)
+        return own if self.keeps_half else torch.promote_types(own, torch.float32)

@@ -1,0 +1,95 @@
+"""Which implementation a config's `implementation` means on a device; each is loaded when it is first asked for."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from logging import getLogger
+from os import environ
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.ops.backend import Backend
+
+
+def check_implementation(name: str, device: torch.device) -> None:
+    """Whether the implementation that a config names runs on a device.
+
+    Raises:
+        ValueError: if it does not run there.
+        ImportError: if it needs a package that is not installed or cannot be used.
+    """
+    find_backend(name, device)
+
+
+def find_backend(name: str, device: torch.device) -> Backend:
+    """The implementation that a config names on a device.
+
+    Raises:
+        ValueError, ImportError: as `check_implementation`.
+    """
+    if name == "auto":
+        name = _best(device)
+    if name == "numba" and device.type != "cpu":
+        raise ValueError(f'implementation="numba" runs on a CPU only, not on {device}; choose "auto" or "torch"')
+    if name == "numba" and not _installed("numba"):
+        raise ModuleNotFoundError(
+            'implementation="numba" needs Numba: pip install \'hf_sparse_attn[cpu]\', or choose "auto" or "torch"'
+        )
+    if name == "triton" and not _installed("triton"):
+        raise ModuleNotFoundError(
+            'implementation="triton" needs Triton: pip install triton, or choose "auto" or "torch"'
+        )
+    if name == "triton" and device.type != "cuda" and environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f'implementation="triton" runs on a GPU only, not on {device}; choose "auto" or "torch"')
+    failure = _failure(name)
+    if failure is not None:
+        raise ImportError(
+            f'implementation="{name}": {name.capitalize()} is installed but cannot be used here, {failure}; '
+            'choose "auto" or "torch"'
+        ) from failure
+    backend: Backend = import_module(f"hf_sparse_attn.ops.{name}").BACKEND
+    return backend
+
+
+def _best(device: torch.device) -> str:
+    """What "auto" means: "torch" wherever there is nothing faster. Triton's kernels multiply bfloat16 and tf32."""
+    best = "torch"
+    if device.type == "cpu" and _installed("numba"):
+        best = "numba"
+    if device.type == "cuda" and torch.version.cuda and _installed("triton"):
+        best = "triton" if torch.cuda.get_device_capability(device) >= (8, 0) else "torch"
+    return best if _usable(best) else "torch"
+
+
+@cache
+def _usable(name: str) -> bool:
+    """Whether an implementation can be loaded; if not, a warning says so, once."""
+    failure = _failure(name)
+    if failure is not None:
+        getLogger("hf_sparse_attn").warning(
+            f"{name.capitalize()} is installed but cannot be used here, {failure}; PyTorch's operations are slower"
+        )
+    return failure is None
+
+
+@cache
+def _failure(name: str) -> Exception | None:
+    """What comes of loading an implementation: compiled libraries that do not fit raise all kinds of errors."""
+    try:
+        import_module(f"hf_sparse_attn.ops.{name}")
+    except Exception as error:
+        return error
+    return None
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def compute_dtype(query: Tensor, key: Tensor) -> torch.dtype:
+    """float64 if an input is, else float32."""
+    return torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
