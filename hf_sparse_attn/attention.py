@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse_attn import ops
-from hf_sparse_attn.cache.document_indexes import INDEXES, KeyIndexes
-from hf_sparse_attn.cache.evicting import KEPT, KeptKeys
-from hf_sparse_attn.masks.mask_4d import read_custom_mask
-from hf_sparse_attn.masks.mask_function import Document, document_starts, documents
+from hf_sparse_attn.cache.document_indexes import KeyIndexes
+from hf_sparse_attn.cache.evicting import KeptKeys
+from hf_sparse_attn.masks.documents import Document
+from hf_sparse_attn.masks.read import read_documents
 from hf_sparse_attn.ops.checks import check_scores
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern
-
-_DOCUMENTS = "_sparse_attention_documents"  # attribute of the mask that they were read from
+from hf_sparse_attn.side_channels import INDEXES, KEPT
 
 
 class Inputs(NamedTuple):
@@ -27,7 +26,7 @@ class Inputs(NamedTuple):
     Args:
         query: [batch, num_heads, Q, head_dim].
         key, value: [batch, num_key_value_heads, KV, head_dim]; the new ones alone where a cache evicts keys.
-        attention_mask: what `masking.signed_positions` made, a caller's own 4D mask, or None.
+        attention_mask: what `masks.mask_function.signed_positions` made, a caller's own 4D mask, or None.
         position_ids: [1 or batch, Q], or None.
         cu_seq_lens: [documents + 1], or None.
         seq_idx: [batch, Q], or None.
@@ -73,15 +72,9 @@ def attention(
             recorder.add_dense(pattern, range(batch_size * num_heads), kv_length - q_length, kv_length)
         return output.transpose(1, 2).contiguous()
 
-    mask = inputs.attention_mask
-    if mask is not None and mask.dtype != torch.int32 and mask.shape[2:] == (q_length, kv_length):
-        mask = mask.expand(batch_size, -1, -1, -1)
-        mask, window = read_custom_mask(mask, inputs.position_ids, pattern.sliding_window)
-        if window != pattern.sliding_window:
-            pattern = dataclasses.replace(pattern, sliding_window=window)
-    starts = document_starts(inputs.cu_seq_lens, inputs.seq_idx, q_length)
-
-    every = _documents(mask, batch_size, q_length, kv_length, starts)
+    every, window = read_documents(inputs, kv_length, pattern.sliding_window)
+    if window != pattern.sliding_window:
+        pattern = dataclasses.replace(pattern, sliding_window=window)
     indexes: KeyIndexes | None = getattr(key, INDEXES, None)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, inputs.sinks)):
         if kept is not None:
@@ -124,21 +117,6 @@ def attention(
     for document in every:
         output[document.batch, document.queries] = attend(document)
     return output
-
-
-def _documents(
-    mask: Tensor | None, batch_size: int, q_length: int, kv_length: int, starts: Tensor | None
-) -> list[Document]:
-    """`masking.documents`, read once for all layers of a forward, which are given the same mask."""
-    given = batch_size, q_length, kv_length
-    known = getattr(mask, _DOCUMENTS, None)
-    if known is not None and starts is None and known[0] == given:
-        found: list[Document] = known[1]
-        return found
-    found = documents(mask, batch_size, q_length, kv_length, starts)
-    if mask is not None and starts is None:
-        setattr(mask, _DOCUMENTS, (given, found))
-    return found
 
 
 def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:

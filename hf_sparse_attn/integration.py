@@ -16,15 +16,16 @@ from hf_sparse_attn import ops
 from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.custom_op import compiled_attention
-from hf_sparse_attn.masks.mask_function import asks_what_is_packed, signed_positions, unsupported
+from hf_sparse_attn.masks.mask_function import asks_what_is_packed, signed_positions
+from hf_sparse_attn.masks.unsupported import unsupported
 from hf_sparse_attn.notices import notice_positions
 from hf_sparse_attn.recording import DensityRecorder, Recorder, Recorders
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
+from hf_sparse_attn.side_channels import PATTERN
 from hf_sparse_attn.tensor_parallel import head_split
 from hf_sparse_attn.tracing import input_device, is_traced, refuse_transforms
 
 NAME = "sparse"
-_CACHED = "_sparse_attention_pattern"
 
 # What some families also pass, and what would change the answer: biases, the choices of an indexer of their own.
 _NOT_READ = ("position_bias", "indices", "block_indices", "sinks", "cache")
@@ -138,7 +139,7 @@ def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_windo
     fields = getattr(module.config, "sparse_attention", None)
     dtype = ops.compute_dtype(query, key)
     layer = (sliding_window, query.shape[1], key.shape[1], query.shape[-1], query.device, dtype)
-    cached = module.__dict__.get(_CACHED)
+    cached = module.__dict__.get(PATTERN)
     if cached is None or cached[0] != fields or cached[1] != layer:
         heads = query.shape[1], key.shape[1]
         pattern = layer_pattern(
@@ -152,7 +153,7 @@ def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_windo
             head_split(module, *heads),
         )
         cached = (copy.deepcopy(fields), layer, pattern)  # a copy: the model's own may be changed in place
-        module.__dict__[_CACHED] = cached
+        module.__dict__[PATTERN] = cached
     return cached[2]
 
 

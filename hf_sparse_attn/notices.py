@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.masks.mask_function import PADDED_QUERY
+from hf_sparse_attn.side_channels import SEEN_BY
 
 if TYPE_CHECKING:
     from hf_sparse_attn.attention import Inputs
     from hf_sparse_attn.routing import LayerPattern
 
-_SEEN = "_sparse_attention_seen_by"  # attribute of position_ids, which all layers of a forward are given
 _logger = logging.getLogger("hf_sparse_attn")
 _told: dict[int, tuple[weakref.ref[Any], set[str]]] = {}  # by id of a model's config, which cannot be hashed
 
@@ -34,9 +34,9 @@ def tell_once(config: Any, message: str) -> None:
 def notice_positions(config: Any, inputs: Inputs, pattern: LayerPattern) -> None:
     """Look once a forward at position_ids that the attention cannot follow, or that nobody trained the model for."""
     ids, mask, num_keys = inputs.position_ids, inputs.attention_mask, inputs.key.shape[2]
-    if ids is None or ids.ndim != 2 or getattr(ids, _SEEN, None) == id(config):
+    if ids is None or ids.ndim != 2 or getattr(ids, SEEN_BY, None) == id(config):
         return
-    setattr(ids, _SEEN, id(config))
+    setattr(ids, SEEN_BY, id(config))
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and num_keys > longest and int(ids.max()) >= longest:
         tell_once(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from hf_sparse_attn.masks.documents import documents
 from hf_sparse_attn.masks.mask_4d import read_custom_mask
-from hf_sparse_attn.masks.mask_function import documents, signed_positions
+from hf_sparse_attn.masks.mask_function import signed_positions
 
 
 def causal(length, sliding_window=None):

@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig, masking_utils
 
 import hf_sparse_attn  # noqa: F401  (registers the mask function)
-from hf_sparse_attn.masks.mask_function import PADDED_QUERY, Document, document_starts, documents, signed_positions
+from hf_sparse_attn.masks.documents import Document, document_starts, documents
+from hf_sparse_attn.masks.mask_function import PADDED_QUERY, signed_positions
 
 PAD = PADDED_QUERY
 needs_blocks = pytest.mark.skipif(

@@ -8,9 +8,10 @@ import pytest
 import torch
 from matrix import batches, masks
 
-from hf_sparse_attn import attention, integration, ops, routing
-from hf_sparse_attn.attention import documents
-from hf_sparse_attn.masks import mask_function as masking
+from hf_sparse_attn import integration, ops, routing
+from hf_sparse_attn.masks import documents as masking
+from hf_sparse_attn.masks import read
+from hf_sparse_attn.masks.documents import documents
 from hf_sparse_attn.ops import dispatch
 from hf_sparse_attn.ops import torch as torch_ops
 from hf_sparse_attn.ops.numba import chunks as numba_ops
@@ -31,7 +32,7 @@ def ignore_padding(monkeypatch):
     def mutant(attention_mask, *args):
         return documents(None, *args)
 
-    monkeypatch.setattr(attention, "documents", mutant)
+    monkeypatch.setattr(read, "documents", mutant)
 
 
 def forget_packing(monkeypatch):
@@ -45,17 +46,17 @@ def packing_from_position_ids(monkeypatch):
 
 
 def ignore_cu_seq_lens(monkeypatch):
-    monkeypatch.setattr(attention, "document_starts", lambda *args: None)
+    monkeypatch.setattr(read, "document_starts", lambda *args: None)
 
 
 def own_masks_are_causal(monkeypatch):
     """Whatever a caller's own 4D mask says."""
-    monkeypatch.setattr(attention, "read_custom_mask", lambda mask, position_ids, window: (None, window))
+    monkeypatch.setattr(read, "read_custom_mask", lambda mask, position_ids, window: (None, window))
 
 
 def own_masks_keep_the_models_window(monkeypatch):
-    read = attention.read_custom_mask
-    monkeypatch.setattr(attention, "read_custom_mask", lambda mask, ids, window: (read(mask, ids, window)[0], window))
+    read_mask = read.read_custom_mask
+    monkeypatch.setattr(read, "read_custom_mask", lambda mask, ids, window: (read_mask(mask, ids, window)[0], window))
 
 
 def without(name):
@@ -97,14 +98,14 @@ def positions_from_the_slot(monkeypatch):
             query_offset, key_offset = document.query_offset + slot, document.key_offset + slot
             yield dataclasses.replace(document, query_offset=query_offset, key_offset=key_offset)
 
-    monkeypatch.setattr(attention, "documents", mutant)
+    monkeypatch.setattr(read, "documents", mutant)
 
 
 def only_the_first_row_of_the_batch(monkeypatch):
     def mutant(*args):
         return documents(*args)[:1]
 
-    monkeypatch.setattr(attention, "documents", mutant)
+    monkeypatch.setattr(read, "documents", mutant)
 
 
 def shifted(query_by=0, key_by=0):

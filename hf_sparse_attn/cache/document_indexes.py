@@ -5,10 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_sparse_attn import ops
-from hf_sparse_attn.masks.mask_function import Document
+from hf_sparse_attn.masks.documents import Document
 from hf_sparse_attn.routing import LayerPattern
-
-INDEXES = "_sparse_attention_indexes"  # attribute of a cache's key tensor
 
 
 class KeyIndexes:

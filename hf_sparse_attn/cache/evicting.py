@@ -16,12 +16,11 @@ from torch import Tensor
 from hf_sparse_attn import ops
 from hf_sparse_attn.cache.policies import Composition, UniformBudget
 from hf_sparse_attn.hashing import BucketHash
-from hf_sparse_attn.masks.mask_function import Document
+from hf_sparse_attn.masks.documents import Document
 from hf_sparse_attn.ops.common.chunked import cap, with_sinks
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern
 
-KEPT = "_sparse_attention_kept"  # attribute of the key tensor that an `EvictingLayer` returns
 _BLOCK_WEIGHTS = 2**22  # attention weights that exist at a time
 _ROOM = 1 / 8  # of its length that a buffer grows ahead until it has its full size
 _LEAST_ROOM = 64  # tokens

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from hf_sparse_attn.cache.document_indexes import INDEXES, KeyIndexes
-from hf_sparse_attn.cache.evicting import KEPT, KeptKeys, is_writable, size_ahead
+from hf_sparse_attn.cache.document_indexes import KeyIndexes
+from hf_sparse_attn.cache.evicting import KeptKeys, is_writable, size_ahead
 from hf_sparse_attn.cache.policies import Composition, Policy, UniformBudget
 from hf_sparse_attn.notices import tell_once
+from hf_sparse_attn.side_channels import INDEXES, KEPT
 from hf_sparse_attn.tracing import is_traced
 
 

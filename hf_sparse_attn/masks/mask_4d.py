@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import MAX_NUMBER
-from hf_sparse_attn.masks.mask_function import PADDED_QUERY, unsupported
+from hf_sparse_attn.masks.mask_function import PADDED_QUERY
+from hf_sparse_attn.masks.unsupported import unsupported
 
 _MASKED = -1e4  # an added bias under which exp() is 0 in float64 too
 _ROWS = 1024  # rows compared at a time

@@ -1,0 +1,21 @@
+"""Attributes by which parts of this package reach each other past Transformers' own signatures.
+
+Transformers hands an attention function tensors and the module, and neither the cache nor the forward that they belong
+to. So these ride on the tensors and the module:
+
+| attribute | on | set by | read by | if it is lost |
+|---|---|---|---|---|
+| INDEXES | a cache layer's key tensor | `cache.SparseLayer` | `attention` | keys are grouped by bucket anew |
+| KEPT | a cache layer's new keys | `cache.EvictingLayer` | `attention` | the next call ends in an error |
+| DOCUMENTS | the mask | `masks.read` | `masks.read` | each layer reads the mask itself |
+| SEEN_BY | position_ids | `notices` | `notices` | each layer looks at them itself |
+| PATTERN | an attention layer's `__dict__` | `integration` | `integration` | the pattern is built anew |
+
+Recorders and observers belong to a block of one thread and are context variables of `integration`.
+"""
+
+INDEXES = "_sparse_attention_indexes"
+KEPT = "_sparse_attention_kept"
+DOCUMENTS = "_sparse_attention_documents"
+SEEN_BY = "_sparse_attention_seen_by"
+PATTERN = "_sparse_attention_pattern"
