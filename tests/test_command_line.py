@@ -13,8 +13,10 @@ from conftest import SCRIPTS
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_sparse_attn.cli import argument_types, output_files
 from hf_sparse_attn.cli import arguments as command_line
-from hf_sparse_attn.cli.arguments import OneLineErrors, RunError, UserError, argument
+from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, argument
+from hf_sparse_attn.cli.output_files import RunError
 
 
 def exit_status(main):
@@ -60,7 +62,7 @@ def test_run_shows_the_traceback_of_a_bug():
 )
 def test_run_tells_what_no_argument_is_to_blame_for_in_one_line(capsys, monkeypatch, error, line):
     monkeypatch.setattr(sys, "argv", ["convert.py"])
-    command_line.add_note(error, "the rest is kept")
+    output_files.add_note(error, "the rest is kept")
 
     def main():
         with argument("--model"):
@@ -114,7 +116,7 @@ def test_argument_names_itself_and_joins_lines():
 
 def test_parser_errors_are_user_errors():
     parser = command_line.OneLineErrors()
-    parser.add_argument("--count", type=command_line.positive_int)
+    parser.add_argument("--count", type=argument_types.positive_int)
     with pytest.raises(UserError, match="argument --count: expected a positive integer, got '0'"):
         parser.parse_args(["--count", "0"])
     with pytest.raises(UserError, match="unrecognized arguments: --cuont"):
@@ -146,8 +148,8 @@ def test_no_output_is_another_arguments_file(tmp_path, monkeypatch):
     parser = OneLineErrors()
     for name, kind in (
         ("--document", None),
-        ("--output", command_line.output_file),
-        ("--picture-file", command_line.output_file),
+        ("--output", argument_types.output_file),
+        ("--picture-file", argument_types.output_file),
     ):
         parser.add_argument(name, type=kind)
     for given in (
@@ -163,11 +165,11 @@ def test_no_output_is_another_arguments_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (command_line.positive_int, {"1": 1}, ["0", "-1", "1.5", "nan", "1e400", str(10**30)]),
-        (command_line.count, {"0": 0}, ["-1", "x", str(10**30)]),
-        (command_line.fraction, {"0": 0, "1": 1}, ["-0.1", "1.1", "nan", "inf"]),
-        (command_line.share, {"1": 1, "1e-9": 1e-9}, ["0", "1.1", "nan", "-1"]),
-        (command_line.positive_number, {"0.1": 0.1}, ["0", "-1", "nan", "inf", "1e400"]),
+        (argument_types.positive_int, {"1": 1}, ["0", "-1", "1.5", "nan", "1e400", str(10**30)]),
+        (argument_types.count, {"0": 0}, ["-1", "x", str(10**30)]),
+        (argument_types.fraction, {"0": 0, "1": 1}, ["-0.1", "1.1", "nan", "inf"]),
+        (argument_types.share, {"1": 1, "1e-9": 1e-9}, ["0", "1.1", "nan", "-1"]),
+        (argument_types.positive_number, {"0.1": 0.1}, ["0", "-1", "nan", "inf", "1e400"]),
     ],
 )
 def test_numbers(kind, good, bad):
@@ -196,14 +198,14 @@ def test_numbers(kind, good, bad):
 )
 def test_json_object_refuses_what_is_none(text):
     with pytest.raises(argparse.ArgumentTypeError) as refused:
-        command_line.json_object(text)
+        argument_types.json_object(text)
     assert len(str(refused.value)) < 300
 
 
 def test_json_object_reads_one(tmp_path):
-    assert command_line.json_object('{"window_size": 4}') == {"window_size": 4}
+    assert argument_types.json_object('{"window_size": 4}') == {"window_size": 4}
     (tmp_path / "fields.json").write_text('{"window_size": 5}')
-    assert command_line.json_object(f"@{tmp_path / 'fields.json'}") == {"window_size": 5}
+    assert argument_types.json_object(f"@{tmp_path / 'fields.json'}") == {"window_size": 5}
 
 
 @pytest.mark.parametrize("device", ["meta", "gpu", "hpu", "cuda:99"])

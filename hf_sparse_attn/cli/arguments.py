@@ -14,32 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_sparse_attn.cli.argument_types import (  # noqa: F401  what the scripts import from here
-    PICTURE_SUFFIXES,
-    count,
-    fraction,
-    integer,
-    json_object,
-    number,
-    output_directory,
-    output_file,
-    picture_file,
-    positive_int,
-    positive_number,
-    share,
-)
-from hf_sparse_attn.cli.output_files import (  # noqa: F401  what the scripts import from here
+from hf_sparse_attn.cli.argument_types import integer, number
+from hf_sparse_attn.cli.output_files import (
     RunError,
     add_note,
-    check_output_directory,
-    check_output_file,
-    check_space,
-    finite,
     is_device,
-    kept_on_failure,
     one_line,
     reason,
-    replaced,
     write_elsewhere,
     write_json,
 )
@@ -55,7 +36,7 @@ _SPACE_WORDS = ["PytorchStreamWriter failed", ". unexpected pos ", *(f"(os error
 _MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake in what the user gave, told in one line without a traceback."""
 
 
@@ -67,6 +48,8 @@ def argument(name: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except (argparse.ArgumentTypeError, ValueError, OSError, ImportError, RecursionError) as error:
         if _fault_of_the_machine(error) is not None:
             raise

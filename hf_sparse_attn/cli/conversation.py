@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_sparse_attn.cache import SparseCache, SparseLayer
 from hf_sparse_attn.cli.loading import library_errors
+from hf_sparse_attn.tracing import input_device
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Conversation:
         same = self._keep(_common_prefix(self._cached, ids[:-1]))
         clock = _Clock(streamer)
         start = time.perf_counter()
-        inputs = torch.tensor([ids], device=self.model.device)
+        inputs = torch.tensor([ids], device=input_device(self.model))
         output: Any = self.model.generate(  # type: ignore[operator]
             inputs,
             attention_mask=torch.ones_like(inputs),

@@ -16,7 +16,7 @@ from typing import Any
 _LONGEST_LINE = 500
 
 
-class RunError(Exception):
+class RunError(RuntimeError):
     """What went wrong although the arguments were right; told in one line, too."""
 
 

@@ -64,6 +64,17 @@ def _best(device: torch.device) -> str:
     return best if _usable(best) else "torch"
 
 
+def explain(device: torch.device) -> str:
+    """What "auto" takes on a device, and why nothing faster."""
+    best = _best(device)
+    faster = "numba" if device.type == "cpu" else "triton"
+    if best == faster:
+        return f'"auto" takes {best}'
+    if not _installed(faster):
+        return f'"auto" takes {best}: {faster} is not installed'
+    return f'"auto" takes {best}: {_failure(faster) or f"{faster} does not support this device"}'
+
+
 @cache
 def _usable(name: str) -> bool:
     """Whether an implementation can be loaded; if not, a warning says so, once."""

@@ -45,7 +45,7 @@ class _Cache(NullCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()
         name = self._file_name(sig, target_context.codegen())
-        for folder in _folders():
+        for folder in folders():
             try:
                 data = (folder / name).read_bytes()
             except OSError:
@@ -59,7 +59,7 @@ class _Cache(NullCache):
         name = self._file_name(sig, data.codegen)
         data = dumps(data._reduce())
         failures = []
-        for folder in _folders():
+        for folder in folders():
             try:
                 _write(folder / name, _digest(data) + data)
                 return
@@ -72,7 +72,7 @@ class _Cache(NullCache):
         return f"{self._function}.{sys.implementation.cache_tag}.{key[:16]}.nbc"
 
 
-def _folders() -> Iterator[Path]:
+def folders() -> Iterator[Path]:
     """NUMBA_CACHE_DIR if it is set, else beside the source and the user's: the first that works is taken."""
     own, config = _CacheLocator.get_suitable_cache_subpath(__file__), vars(numba.config)
     if config["CACHE_DIR"]:

@@ -1,0 +1,155 @@
+"""Fine-tune a model with sparse attention on long documents, with Transformers' Trainer.
+
+    hf-sparse-attn finetune --model converted --dataset demo --context-length 2048 --output tuned --max-steps 20
+    hf-sparse-attn finetune --model converted --dataset demo --context-length 2048 --output tuned --max-steps 40 \
+        --resume_from_checkpoint last
+
+Every argument of Transformers' TrainingArguments is accepted as well, with dashes or underscores. Ctrl-C ends the
+training after the step at hand, with a checkpoint; `--resume_from_checkpoint last` takes the last one that is whole.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+from hf_sparse_attn.cli.argument_types import json_object
+from hf_sparse_attn.cli.arguments import (
+    OneLineErrors,
+    UserError,
+    argument,
+    choose_dtype,
+    load_model,
+    print_table,
+    read_checkpoint,
+    warn,
+)
+from hf_sparse_attn.cli.loading import library_errors
+from hf_sparse_attn.cli.output_files import check_output_directory, check_space, one_line
+from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
+from hf_sparse_attn.training import FinetuneArguments, check_resumable, checkpoints, damage, make_trainer, train
+
+
+@dataclass
+class ScriptArguments:
+    model: str = field(metadata={"help": "Hub id, directory, or demo"})
+    dataset: str = field(metadata={"help": "Hub id[:config[:split[:column]]], file, directory, or demo"})
+    context_length: int = field(metadata={"help": "tokens per row"})
+    rows: Literal["packed", "windowed"] = field(
+        default="packed", metadata={"help": "packed: documents end to end; windowed: each row inside one document"}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "dataset (its validation split) for the loss before and after training"}
+    )
+    eval_rows: int = field(default=8, metadata={"help": "rows of --eval-dataset to use"})
+    sparse_attention: str = field(default="{}", metadata={"help": "JSON object of fields to override, or @FILE"})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights in training"})
+
+
+class Parser(OneLineErrors, HfArgumentParser):
+    """HfArgumentParser whose errors are one line."""
+
+
+def parse_arguments() -> tuple[ScriptArguments, FinetuneArguments]:
+    parser = Parser([ScriptArguments, FinetuneArguments], description=__doc__.splitlines()[0], allow_abbrev=False)
+    try:
+        script, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    except UserError:
+        raise
+    except Exception as error:  # of many types, by which TrainingArguments refuses values
+        raise UserError(one_line(error)) from error
+    if unknown:
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}")
+    if script.context_length < 2:
+        raise UserError(f"argument --context-length: must be at least 2, got {script.context_length}")
+    if script.eval_rows < 1:
+        raise UserError(f"argument --eval-rows: must be at least 1, got {script.eval_rows}")
+    return script, training
+
+
+def resolve_checkpoint(training: FinetuneArguments) -> None:
+    """Check the output directory against `--resume_from_checkpoint`, where "last" means the last whole one in it."""
+    output = Path(str(training.output_dir))
+    resume = training.resume_from_checkpoint
+    if resume is None:
+        with argument("--output"):
+            training.output_dir = str(check_output_directory(output))
+        return
+    with argument("--resume_from_checkpoint"):
+        if resume.lower() in ("last", "true"):
+            training.resume_from_checkpoint = str(last_checkpoint(output))
+            return
+        checkpoint = Path(resume).expanduser()
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise FileNotFoundError(f"no checkpoint {resume!r} to resume from: it holds no trainer_state.json")
+        if damaged := damage(checkpoint):
+            raise ValueError(f"{resume!r} cannot be resumed from: {damaged}")
+        training.resume_from_checkpoint = str(checkpoint)
+    if output.resolve() not in checkpoint.resolve().parents:
+        with argument("--output"):
+            training.output_dir = str(check_output_directory(output))
+
+
+def last_checkpoint(output: Path) -> Path:
+    """The newest checkpoint that is whole; those that are not are told."""
+    damaged: dict[Path, str] = {}
+    for checkpoint in checkpoints(output):
+        reason = damage(checkpoint)
+        if reason is None:
+            for skipped in damaged:
+                warn(f"{skipped} was skipped: {damaged[skipped]}")
+            return checkpoint
+        damaged[checkpoint] = reason
+    found = "; ".join(f"{checkpoint.name}: {reason}" for checkpoint, reason in damaged.items())
+    raise FileNotFoundError(
+        f"no checkpoint 'last' (of --output {str(output)!r}) to resume from{found and f' ({found})'}"
+    )
+
+
+def main() -> None:
+    script, training = parse_arguments()
+    resolve_checkpoint(training)
+    with argument("--sparse-attention"):
+        overrides = json_object(script.sparse_attention)
+    dtype = choose_dtype(script.dtype)
+    with argument("--dataset"):
+        documents = load_documents(script.dataset, "train")
+    path, _, tokenizer, _ = read_checkpoint(script.model, overrides)
+
+    make_rows = packed if script.rows == "packed" else windowed
+    with argument("--dataset"):
+        train_rows = make_rows(tokenize(documents, tokenizer), script.context_length)
+    eval_rows = None
+    if script.eval_dataset:
+        with argument("--eval-dataset"):
+            eval_rows = make_rows(
+                tokenize(load_documents(script.eval_dataset, "validation"), tokenizer), script.context_length
+            )
+            # Spread over the documents: the first rows are all of the first one.
+            eval_rows = eval_rows.select(range(0, len(eval_rows), -(-len(eval_rows) // script.eval_rows)))
+    model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype)
+    with argument(f"--model {script.model}"):
+        model.generation_config.validate(strict=True)  # one that is not valid cannot be saved
+    with argument("--output"):
+        check_space(Path(training.output_dir), model.get_memory_footprint())
+    if training.resume_from_checkpoint is not None:
+        with argument("--resume_from_checkpoint"):
+            check_resumable(Path(training.resume_from_checkpoint), model)
+    with argument("of TrainingArguments"), library_errors("what was given"):
+        trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows)
+
+    results = train(trainer)
+    rows = [
+        ["rows in the dataset", f"{len(train_rows)} of {script.context_length} tokens"],
+        ["steps", str(results["steps"])],
+        ["loss, first to last", change(results["first_loss"], results["last_loss"])],
+    ]
+    if eval_rows is not None:
+        held_out = change(results["eval_loss_before"], results["eval_loss_after"])
+        rows.append([f"loss on {len(eval_rows)} held-out rows", held_out])
+    print_table(f"Saved to {training.output_dir}", ["", ""], rows)
+
+
+def change(*losses: float | None) -> str:
+    return " -> ".join("not logged" if loss is None else f"{loss:.4f}" for loss in losses)
