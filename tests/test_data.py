@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse_attn.data import IGNORED_LABEL, load_documents, long_documents, packed, read_text, tokenize, windowed
+from hf_sparse_attn.data import IGNORED_LABEL, load_documents, long_documents, packed, tokenize, windowed
+from hf_sparse_attn.local_files import read_text
 
 
 def token_dataset(*lengths):

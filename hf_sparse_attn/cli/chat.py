@@ -19,7 +19,7 @@ from hf_sparse_attn.cli.arguments import (
     read_checkpoint,
 )
 from hf_sparse_attn.cli.output_files import write_json
-from hf_sparse_attn.data import read_text
+from hf_sparse_attn.local_files import read_text
 
 
 def parse_arguments() -> Any:
