@@ -17,7 +17,7 @@ from hf_sparse_attn import SparseAttentionConfig, ops, record_density
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.integration import observe
 from hf_sparse_attn.ops import reference
-from hf_sparse_attn.ops.numba import chunks as numba_ops
+from hf_sparse_attn.ops.numba import index as numba_index
 from hf_sparse_attn.routing import layer_pattern
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCABULARY = 2, 4, 2, 8, 64
@@ -385,9 +385,9 @@ class KeyMask:
 
 def count_hashed_keys(monkeypatch):
     """A list of how many keys are hashed each time, many at once or few."""
-    hashed, many, few = [], BucketHash.assign, numba_ops.hash_keys
+    hashed, many, few = [], BucketHash.assign, numba_index.hash_keys
     monkeypatch.setattr(BucketHash, "assign", lambda self, key: hashed.append(key.shape[1]) or many(self, key))
-    monkeypatch.setattr(numba_ops, "hash_keys", lambda key, *args: hashed.append(key.shape[1]) or few(key, *args))
+    monkeypatch.setattr(numba_index, "hash_keys", lambda key, *args: hashed.append(key.shape[1]) or few(key, *args))
     return hashed
 
 

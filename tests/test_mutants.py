@@ -15,6 +15,7 @@ from hf_sparse_attn.masks.documents import documents
 from hf_sparse_attn.ops import dispatch
 from hf_sparse_attn.ops import torch as torch_ops
 from hf_sparse_attn.ops.numba import chunks as numba_ops
+from hf_sparse_attn.ops.numba import rules as numba_rules
 from hf_sparse_attn.routing import BucketIndex, RowChunk, layer_pattern
 
 document_attention = ops.document_attention
@@ -293,13 +294,13 @@ def rules(**changes):
     """The compiled implementation's rows follow other rules."""
 
     def mutate(monkeypatch):
-        real = numba_ops._rules
+        real = numba_ops.make_rules
 
         def mutant(*args):
             rules = real(*args)
             return rules._replace(**{name: change(rules) for name, change in changes.items()})
 
-        monkeypatch.setattr(numba_ops, "_rules", mutant)
+        monkeypatch.setattr(numba_ops, "make_rules", mutant)
 
     return mutate
 
@@ -316,19 +317,19 @@ def no_gradient_through_found_keys(monkeypatch):
 
 
 def found_keys_are_not_recorded(monkeypatch):
-    record = numba_ops._record
+    record = numba_ops.record
 
     def mutant(call, kv_head, position, read, order):
         read.sizes[:, 2] = read.sizes[:, 1]
         record(call, kv_head, position, read, order)
 
-    monkeypatch.setattr(numba_ops, "_record", mutant)
+    monkeypatch.setattr(numba_ops, "record", mutant)
 
 
 # Of the compiled implementation; the others are of the one in torch operations or of what both share.
 COMPILED_MUTANTS = {
     "compiled: rows one position too late": compiled("attend_rows", lambda position, *args: (position + 1, *args)),
-    "compiled: bucket means of later keys": lambda monkeypatch: monkeypatch.setattr(numba_ops, "MEANS_LAG", -20),
+    "compiled: bucket means of later keys": lambda monkeypatch: monkeypatch.setattr(numba_rules, "MEANS_LAG", -20),
     "compiled: drop the globals": lambda monkeypatch: monkeypatch.setattr(
         numba_ops, "static_positions", lambda *_: torch.arange(0)
     ),

@@ -14,7 +14,9 @@ from cases import DIM, FEATURES, KV_HEADS, LENGTH, inputs, pattern_of, sinks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_sparse_attn.ops.numba import chunks as numba_ops
+from hf_sparse_attn.ops.numba import attention as numba_attention
+from hf_sparse_attn.ops.numba import decode as numba_decode
+from hf_sparse_attn.ops.numba import index as numba_index
 
 SIZES = (60, 1, 1, 5, 1, 17, 1)  # the last one is repeated
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -44,7 +46,7 @@ class Implementation:
         return attend(*rows, pattern, self.name, index=index, **others)
 
 
-NUMBA = Implementation("numba", numba_ops)
+NUMBA = Implementation("numba", numba_index)
 
 
 def in_steps(implementation, pattern, tensors, sizes=SIZES, **others):
@@ -133,7 +135,7 @@ def test_steps(name):
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_linked_rows_alone(name, monkeypatch):
-    monkeypatch.setattr(numba_ops, "_KEYS_PER_LINKED_ROW", 1)
+    monkeypatch.setattr(numba_attention, "_KEYS_PER_LINKED_ROW", 1)
     check_steps(name, (3, 30, 1, 2, 12))
 
 
@@ -160,7 +162,7 @@ def test_any_steps(steps, name):
 def test_keys_dropped_in_front():
     pattern, tensors = pattern_of({"sliding_window": 41}), inputs()
     expected = attend(*tensors, pattern, "reference")
-    index = numba_ops.Index(pattern, KV_HEADS, 60)
+    index = numba_index.Index(pattern, KV_HEADS, 60)
     query, key, value = (x[:, 60:] for x in tensors)
     for start, stop in ((41, 60), *((i, i + 1) for i in range(60, 90))):
         output = NUMBA.go_on(pattern, query, key, value, index, start, stop, key_offset=60)
@@ -170,7 +172,7 @@ def test_keys_dropped_in_front():
 def test_few_keys_fall_into_the_same_buckets():
     for name in ("defaults of this file", "calibrated"):
         pattern, (_, key, _) = pattern_of(FEATURES[name]), inputs()
-        index = numba_ops.Index(pattern, KV_HEADS, 0)
+        index = numba_index.Index(pattern, KV_HEADS, 0)
         for stop in range(1, LENGTH + 1):
             index.append(key[:, :stop])
         expected = pattern.bucket_hash.assign(key).numpy()
@@ -201,7 +203,7 @@ def test_half_precision_is_read_as_it_is_stored(dtype, dim):
 
 def test_memory_is_counted():
     pattern, tensors = pattern_of({}), inputs()
-    index = numba_ops.Index(pattern, KV_HEADS, 0)
+    index = numba_index.Index(pattern, KV_HEADS, 0)
     before = index.nbytes
     index.append(tensors[1])
     assert index.nbytes - before >= 2 * 4 * KV_HEADS * LENGTH  # a bucket and a link for each key
@@ -212,61 +214,61 @@ def links_of_the_oldest_key(monkeypatch):
         link(bucket, previous, tail, start, stop)
         previous[previous >= 0] = np.maximum(previous[previous >= 0] - 1, 0)
 
-    link = numba_ops.link_keys
-    monkeypatch.setattr(numba_ops, "link_keys", mutant)
+    link = numba_index.link_keys
+    monkeypatch.setattr(numba_index, "link_keys", mutant)
 
 
 def nothing_is_unlinked(monkeypatch):
-    monkeypatch.setattr(numba_ops, "unlink_keys", lambda *args: None)
+    monkeypatch.setattr(numba_index, "unlink_keys", lambda *args: None)
 
 
 def states_never_move_back(monkeypatch):
-    monkeypatch.setattr(numba_ops, "move_back", lambda *args: None)
+    monkeypatch.setattr(numba_index, "move_back", lambda *args: None)
 
 
 def states_keep_the_means_of_later_pages(monkeypatch):
-    move_back = numba_ops.move_back
+    move_back = numba_index.move_back
 
     def mutant(bucket, previous, states, num_older, first_of_page):
         move_back(bucket, previous, states, num_older, 10**9)
 
-    monkeypatch.setattr(numba_ops, "move_back", mutant)
+    monkeypatch.setattr(numba_index, "move_back", mutant)
 
 
 def one_key_too_many_behind_the_window(monkeypatch):
-    move_back = numba_ops.move_back
+    move_back = numba_index.move_back
 
     def mutant(bucket, previous, states, num_older, first_of_page):
         move_back(bucket, previous, states, num_older + 1, first_of_page)
 
-    monkeypatch.setattr(numba_ops, "move_back", mutant)
+    monkeypatch.setattr(numba_index, "move_back", mutant)
 
 
 def copies_share_their_states(monkeypatch):
     def mutant(self):
-        other = numba_ops.Index(self.pattern, len(self.bucket), self.key_offset)
+        other = numba_index.Index(self.pattern, len(self.bucket), self.key_offset)
         other.__dict__.update(self.__dict__)
         return other
 
-    monkeypatch.setattr(numba_ops.Index, "copy", mutant)
+    monkeypatch.setattr(numba_index.Index, "copy", mutant)
 
 
 def static_keys_are_routed_too(monkeypatch):
-    positions = numba_ops.static_positions
+    positions = numba_index.static_positions
 
     def mutant(config, stop, device, start=0):
         return positions(config, stop, device, start) if start == 0 else torch.zeros(0, dtype=torch.int64)
 
-    monkeypatch.setattr(numba_ops, "static_positions", mutant)
+    monkeypatch.setattr(numba_index, "static_positions", mutant)
 
 
 def budget_of_the_first_head(monkeypatch):
-    attend_heads = numba_ops.attend_heads
+    attend_heads = numba_decode.attend_heads
 
     def mutant(*args, budgets, **kwargs):
         attend_heads(*args, budgets=np.full_like(budgets, budgets[0]), **kwargs)
 
-    monkeypatch.setattr(numba_ops, "attend_heads", mutant)
+    monkeypatch.setattr(numba_decode, "attend_heads", mutant)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""Few rows over a cached document: their keys are found by the index and read where the cache has them."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.ops.common.chunked import Call
+from hf_sparse_attn.ops.common.threads import together
+from hf_sparse_attn.ops.numba.index import FEW, Index
+from hf_sparse_attn.ops.numba.kernels import (
+    Read,
+    attend_heads,
+)
+from hf_sparse_attn.ops.numba.layout import filled, flat_heads, padded
+from hf_sparse_attn.ops.numba.rules import make_rules, num_columns, record
+from hf_sparse_attn.routing import random_keys
+
+
+def attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+    """Few sparse rows: their keys are where the cache has them."""
+    num_kv_heads, num_rows, group = len(key), query.shape[1], len(query) // len(key)
+    rows = filled((query * call.scaling).unflatten(0, (num_kv_heads, group)).transpose(1, 2)).numpy()
+    budgets = np.array([call.budget(h, key.shape[1]) for h in range(num_kv_heads)])
+    min_weights = np.array(call.pattern.min_weights, rows.dtype).reshape(num_kv_heads, group)
+    rules = make_rules(call, int(budgets.max()), min_weights)
+    if sinks is not None:
+        rules = rules._replace(sinks=sinks.numpy().reshape(num_kv_heads, group))
+    positions = torch.arange(call.query_offset, call.query_offset + num_rows)
+    static = torch.from_numpy(index.static)
+    drawn = random_keys(call.pattern, positions, static, rules.window, call.key_offset).int().numpy()
+    keep = call.recorder is not None
+    width = num_columns(rules, len(index.static), key.shape[1], call.pattern.config.num_random_keys)
+    kept_rows = num_rows if keep else 1
+    read = Read(
+        np.empty((num_kv_heads, kept_rows, group, width), rows.dtype),
+        np.empty((num_kv_heads, kept_rows, width), np.int32),
+        np.empty((num_kv_heads, kept_rows, 3), np.int32),
+    )
+    value_dim = padded(value.shape[-1])
+    output = query.new_empty(num_rows, len(query), value_dim)
+    (flat_key, key_step), (flat_value, value_step) = flat_heads(key), flat_heads(value)
+    keys = (key.shape[1], flat_key, flat_value, key_step, value_step, value_dim)
+    attend = partial(
+        attend_heads,
+        position=call.query_offset,
+        query=rows,
+        summed=rows.sum(2),
+        keys=keys,
+        key_offset=call.key_offset,
+        static=index.static,
+        index=(index.bucket, index.previous, index.states),
+        rules=rules,
+        budgets=budgets,
+        drawn=drawn,
+        output=output.view(-1).numpy(),
+        read=read,
+        keep=keep,
+    )
+    # The threads of PyTorch's last operation still wait for the next one, busily: for a few rows a core is not free.
+    num_workers = min(torch.get_num_threads(), num_kv_heads) if num_rows >= FEW else 1
+    ends = [i * num_kv_heads // num_workers for i in range(num_workers + 1)]
+    together([partial(attend, low, high) for low, high in pairwise(ends)])
+    if keep:
+        for h in range(num_kv_heads):
+            record(call, h, positions, Read(*(x[h] for x in read)), None)
+    return output[..., : value.shape[-1]].contiguous().transpose(0, 1)

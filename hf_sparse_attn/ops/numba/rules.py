@@ -1,0 +1,56 @@
+"""What the rows of a chunk or a step read, as the compiled code is told, and what they read, as a recorder is."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.ops.common.chunked import Call
+from hf_sparse_attn.ops.numba.kernels import (
+    Array,
+    Read,
+    Rules,
+)
+from hf_sparse_attn.ops.numba.layout import padded
+from hf_sparse_attn.ops.numba.simd import LANES
+from hf_sparse_attn.routing import MEANS_LAG
+
+UNBOUNDED = 2**40  # stands for no sliding window
+
+
+def make_rules(call: Call, budget: int, min_weights: Array) -> Rules:
+    """The rules without the sinks, which a chunk is given with its rows."""
+    pattern, config = call.pattern, call.pattern.config
+    sliding_window = pattern.sliding_window or UNBOUNDED
+    return Rules(
+        dense_rows=pattern.dense_rows() or 0,
+        page_size=config.page_size,
+        window=min(config.window_size, sliding_window),
+        sliding_window=sliding_window,
+        means_lag=MEANS_LAG,
+        budget=budget,
+        min_weights=min_weights,
+        softcap=call.softcap or 0.0,
+        sinks=np.zeros((*min_weights.shape[:-1], 0), min_weights.dtype),
+    )
+
+
+def num_columns(rules: Rules, num_static: int, num_keys: int, num_random: int) -> int:
+    fixed = num_static + min(max(rules.window, rules.dense_rows), num_keys) + num_random
+    return padded(fixed) + padded(rules.budget) + LANES
+
+
+def record(call: Call, kv_head: int, position: Tensor, read: Read, order: Array | None) -> None:
+    """Tell the recorder what rows of a KV head read; found slots are places in `order`, if there is one."""
+    weights, slots, sizes = (x[: len(position)] for x in read)
+    column = np.arange(slots.shape[1])
+    num_fixed, first_found, stop = (sizes[:, i, None] for i in range(3))
+    fixed, found = column < num_fixed, (column >= first_found) & (column < stop)
+    if order is not None:
+        slots = np.where(found, order[np.where(found, slots, 0)], slots)
+    keys = torch.from_numpy(slots).long() + call.key_offset
+    for i in range(weights.shape[1]):
+        attended = torch.from_numpy(fixed | (found & (weights[:, i] != 0)))
+        head = kv_head * weights.shape[1] + i
+        call.record(head, position, attended, int(fixed.sum() + found.sum()), lambda: keys)
