@@ -1,7 +1,6 @@
 """Each file of examples/ runs as it stands, on a tiny model."""
 
 import json
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -28,7 +27,11 @@ def run_example(monkeypatch, capsys):
 
 
 def test_each_is_tested():
-    assert sorted(os.listdir(EXAMPLES)) == ["convert_and_compare.py", "finetune.py", "long_decode.py"]
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == [
+        "convert_and_compare.py",
+        "finetune.py",
+        "long_decode.py",
+    ]
 
 
 def test_convert_and_compare(run_example, monkeypatch, tiny_model_path, text_directory, tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops.backend import Index
 from hf_sparse_attn.ops.checks import check_document, check_scores
+from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.dispatch import compute_dtype, find_backend
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
@@ -100,9 +101,14 @@ def document_attention(
 ) -> Tensor:
     """Attention of one document through the implementation that the config names.
 
-    See `ops.pieces.attend_in_pieces` for the arguments; any float dtypes are taken and the result is in the dtype
-    that was computed in: at least float32, except that "triton" keeps to the dtype of query and key. `index` is that of
-    the cached keys, which the new ones are appended to, or None; no gradients flow where there is one.
+    Args:
+        query: [num_heads, Q, head_dim]; any float dtypes are taken.
+        key, value: [num_key_value_heads, N, head_dim].
+        pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index: see `AttentionCall`.
+
+    Returns:
+        [num_heads, Q, head_dim], in the dtype that was computed in: at least float32, except that "triton" keeps to the
+        dtype of query and key.
 
     Raises:
         ValueError: for tensors, positions or numbers that do not fit together.
@@ -113,7 +119,8 @@ def document_attention(
         return query.new_empty(len(query), 0, value.shape[-1])
     backend = find_backend(pattern.config.implementation, query.device)
     dtype, precise = backend.dtype(query, key), compute_dtype(query, key)
-    indexed = {} if index is None else {"index": index}
+    sinks = None if sinks is None else sinks.to(precise)
+    call = AttentionCall(pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index)
     as_stored = index is not None and dtype == torch.float32 and {key.dtype} == {value.dtype} <= backend.cached_dtypes
     autocast = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
@@ -121,14 +128,7 @@ def document_attention(
             query.to(dtype),
             key if as_stored else key.to(dtype),
             value if as_stored else value.to(dtype),
-            pattern=pattern,
-            query_offset=query_offset,
-            key_offset=key_offset,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=None if sinks is None else sinks.to(precise),
-            recorder=recorder,
-            **indexed,
+            call,
         )
     return output
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.routing import LayerPattern
 
 
@@ -40,23 +40,19 @@ class StartIndex(Protocol):
 
 
 class AttendDocument(Protocol):
-    """Attention of one document; see `common.chunked.attend_in_pieces` for the arguments."""
+    """Attention of one document."""
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        pattern: LayerPattern,
-        query_offset: int,
-        key_offset: int,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-        recorder: Recorder | None,
-    ) -> Tensor:
-        """[num_heads, Q, head_dim]; one with an index is also given `index`, which it appends to, or None."""
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        """Rows at positions call.query_offset .. call.query_offset + Q - 1 attend to keys from call.key_offset on.
+
+        Args:
+            query: [num_heads, Q, head_dim], in a dtype of `Backend.dtype`.
+            key, value: [num_key_value_heads, N, head_dim]; with an index, they may be in one of the cached dtypes.
+            call: the rest.
+
+        Returns:
+            [num_heads, Q, head_dim].
+        """
 
 
 class FindKeys(Protocol):

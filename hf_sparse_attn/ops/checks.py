@@ -33,7 +33,7 @@ def check_document(
     key_offset: int,
     sinks: Tensor | None,
 ) -> None:
-    """Tensors and positions of one document; see `pieces.attend_in_pieces`.
+    """Tensors and positions of one document; see `common.call.AttentionCall`.
 
     Raises:
         ValueError: if they do not fit together, with what was given and what fits.

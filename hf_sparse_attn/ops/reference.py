@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.ops.backend import Backend
-from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.routing import LayerPattern, random_positions
 
 
@@ -74,7 +74,7 @@ def attended_keys(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """S(row) for every row of one document: [num_heads, Q, N], bool. Arguments as for `document_attention`."""
+    """S(row) for every row of one document: [num_heads, Q, N], bool. Arguments as of `AttentionCall`."""
     scored, routed = scored_keys(query, key, pattern, query_offset, key_offset)
     logits = _logits(query, key, scaling, softcap).masked_fill(~scored, -torch.inf)
     weights = _softmax(logits, sinks)
@@ -117,20 +117,10 @@ def _routed(
     return routed
 
 
-def document_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    pattern: LayerPattern,
-    query_offset: int,
-    key_offset: int,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    recorder: Recorder | None,
-) -> Tensor:
-    """Attention of one document; see `ops.pieces.attend_in_pieces` for the arguments."""
+def document_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+    """See `backend.AttendDocument`."""
+    pattern, query_offset, key_offset, recorder = call.pattern, call.query_offset, call.key_offset, call.recorder
+    scaling, softcap, sinks = call.scaling, call.softcap, call.sinks
     attended = attended_keys(
         query, key, pattern, query_offset, key_offset, scaling=scaling, softcap=softcap, sinks=sinks
     )

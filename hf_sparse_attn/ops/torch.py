@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse_attn.ops.backend import Backend
+from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces, cap, hide, with_sinks
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.routing import BucketIndex, LayerPattern, random_keys, row_chunks, static_positions
@@ -29,7 +30,7 @@ _BLOCK = 64  # rows per banded matrix product
 
 def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     """See `ops.find_keys`."""
-    call = Call(_sparse_pieces, pattern, 0, 0, 1.0, None, True, None)
+    call = Call(_sparse_pieces, pattern)
     start, end = call.dense_end(key.shape[1]), key.shape[1]
     static = static_positions(pattern.config, end, key.device)
     bucket = pattern.bucket_hash.assign(key)
@@ -308,19 +309,17 @@ def _scatter_sum(weights: Tensor, rows: Tensor, index: Tensor, order: Tensor) ->
     return torch.empty_like(sums).index_copy_(0, order, sums)
 
 
-def document_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, query_offset: int, key_offset: int, **others: Any
-) -> Tensor:
-    """See `pieces.attend_in_pieces`.
+def document_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+    """See `backend.AttendDocument`.
 
     Rows before a key or value that is not finite are computed without it: in the products of a block of rows, 0 times
     NaN would reach them.
     """
-    end, outputs, low = query_offset + query.shape[1], [], query_offset
-    for high in [*_not_finite(key, value, query_offset, key_offset), end]:
-        rows, keys = slice(low - query_offset, high - query_offset), slice(0, high - key_offset)
+    start, end, outputs, low = call.query_offset, call.query_offset + query.shape[1], [], call.query_offset
+    for high in [*_not_finite(key, value, start, call.key_offset), end]:
+        rows, keys = slice(low - start, high - start), slice(0, high - call.key_offset)
         parts = query[:, rows], key[:, keys], value[:, keys]
-        outputs.append(attend_in_pieces(_sparse_pieces, *parts, query_offset=low, key_offset=key_offset, **others))
+        outputs.append(attend_in_pieces(_sparse_pieces, *parts, replace(call, query_offset=low)))
         low = high
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 

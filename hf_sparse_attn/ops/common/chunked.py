@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern
@@ -45,14 +46,8 @@ def attend_in_pieces(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    call: AttentionCall,
     *,
-    pattern: LayerPattern,
-    query_offset: int,
-    key_offset: int,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    recorder: Recorder | None,
     dense_rows_too: bool = False,
     in_threads: bool = True,
 ) -> Tensor:
@@ -60,49 +55,28 @@ def attend_in_pieces(
 
     Args:
         sparse_pieces: the implementation.
-        query: [num_heads, Q, head_dim], of any dtype that the implementation takes, at positions query_offset ..
-            query_offset + Q - 1.
-        key, value: [num_key_value_heads, N, head_dim], at positions key_offset .. key_offset + N - 1; the last key
-            belongs to the last query.
-        pattern: the layer's pattern.
-        query_offset: position of the first query in its document.
-        key_offset: position of the first key (over 0 where a sliding cache has dropped the first ones).
-        scaling: factor on query . key.
-        softcap: scores become softcap * tanh(score / softcap); None: they stay.
-        sinks: [num_heads], logits that take part in each softmax but carry no value, or None.
-        recorder: is told which keys each row read; None records nothing.
+        query, key, value, call: as for a backend's `document_attention`.
         dense_rows_too: where some rows are sparse, `sparse_pieces` computes the others as well.
         in_threads: on a CPU, several pieces may be computed at a time, and be cut before others are computed.
 
     Returns:
         [num_heads, Q, head_dim].
     """
-    call = Call(
-        sparse_pieces,
-        pattern,
-        query_offset,
-        key_offset,
-        scaling,
-        softcap,
-        sinks is None,
-        recorder,
-        dense_rows_too,
-        in_threads,
-    )
+    sinks, start, end = call.sinks, call.query_offset, call.query_offset + query.shape[1]
+    own = Call.of(call, sparse_pieces, dense_rows_too=dense_rows_too, in_threads=in_threads)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
-        call = replace(call, statistics=[])
-    end = query_offset + query.shape[1]
-    if call.dense_end(end) == end and len(list(_dense_blocks(query_offset, end, query.shape[0], call))) == 1:
+        own = replace(own, statistics=[])
+    if own.dense_end(end) == end and len(list(_dense_blocks(start, end, query.shape[0], own))) == 1:
         # Nothing is sparse and there is one block: a backward of its own needs no second computation.
-        if recorder is not None:
-            recorder.add_dense(pattern, range(query.shape[0]), query_offset, end)
-        return _dense(call, query_offset, query, key, value, sinks)
-    return _Attention.apply(query, key, value, sinks, call)
+        if call.recorder is not None:
+            call.recorder.add_dense(call.pattern, range(query.shape[0]), start, end)
+        return _dense(own, start, query, key, value, sinks)
+    return _Attention.apply(query, key, value, sinks, own)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a call of `attend_in_pieces` is given besides the tensors.
+    """What the pieces of a call know of it; an `AttentionCall` without its tensors.
 
     Where there will be a backward, an implementation may leave `statistics` of all rows for it; the backward then has
     the `output` too.
@@ -110,17 +84,23 @@ class Call:
 
     sparse_pieces: SparsePieces
     pattern: LayerPattern
-    query_offset: int
-    key_offset: int
-    scaling: float
-    softcap: float | None
-    no_sinks: bool
-    recorder: Recorder | None
+    query_offset: int = 0
+    key_offset: int = 0
+    scaling: float = 1.0
+    softcap: float | None = None
+    no_sinks: bool = True
+    recorder: Recorder | None = None
     dense_rows_too: bool = False
     in_threads: bool = True
     backward: bool = False
     statistics: list[Tensor] | None = None
     output: Tensor | None = None
+
+    @classmethod
+    def of(cls, call: AttentionCall, sparse_pieces: SparsePieces, **others: Any) -> Call:
+        """The pieces' view of a call."""
+        shared = (call.pattern, call.query_offset, call.key_offset, call.scaling, call.softcap)
+        return cls(sparse_pieces, *shared, call.sinks is None, call.recorder, **others)
 
     @property
     def plain(self) -> bool:

@@ -83,7 +83,7 @@ def run_stages(query: Tensor, key: Tensor, value: Tensor, pattern: LayerPattern,
         scaling: factor on query . key.
         last: the last stage that is computed.
     """
-    call = Call(partial(sparse_pieces, None), pattern, 0, 0, scaling, None, True, None)
+    call = Call(partial(sparse_pieces, None), pattern, scaling=scaling)
     start, end = call.dense_end(key.shape[1]), key.shape[1]
     until = STAGES.index(last)
     if start == end:

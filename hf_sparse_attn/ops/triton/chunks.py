@@ -16,13 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
+from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces
 from hf_sparse_attn.ops.triton import attention as attention_kernels
 from hf_sparse_attn.ops.triton import launch as triton_launch
 from hf_sparse_attn.ops.triton import routing as routing_kernels
 from hf_sparse_attn.ops.triton.index import FEW, Index, hash_keys, log_min_weights, sort_by_bucket
 from hf_sparse_attn.ops.triton.launch import TL, block_dim, precision, rows_contiguous, with_strides
-from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
 
 _UNBOUNDED = 2**30  # stands for no sliding window
@@ -64,7 +64,7 @@ def _chunks(
 
 def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     """See `ops.find_keys`."""
-    call = Call(partial(_pieces, None), pattern, 0, 0, 1.0, None, True, None)
+    call = Call(partial(_pieces, None), pattern)
     start, end = call.dense_end(key.shape[1]), key.shape[1]
     if start < end:
         for _ in _chunks(rows_contiguous(query), rows_contiguous(key), start, end, call):
@@ -519,38 +519,13 @@ def _positions(keys: Tensor, key_offset: int) -> Tensor:
     return keys.long() + key_offset
 
 
-def document_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    pattern: LayerPattern,
-    query_offset: int,
-    key_offset: int,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    recorder: Recorder | None,
-    index: Index | None = None,
-) -> Tensor:
-    """See `pieces.attend_in_pieces`; `index` is that of the cached keys, or None."""
-    pieces, dense_rows = partial(_pieces, index), pattern.dense_rows()
-    if index is not None and dense_rows is not None and query_offset + query.shape[1] > dense_rows:
-        if query.shape[1] <= FEW and query_offset >= dense_rows and recorder is None:
-            call = Call(pieces, pattern, query_offset, key_offset, scaling, softcap, sinks is None, None)
-            return index.attend(call, query, key, value, sinks)
+def document_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+    """See `backend.AttendDocument`."""
+    index, dense_rows, num_rows = call.index, call.pattern.dense_rows(), query.shape[1]
+    pieces = partial(_pieces, index)
+    if index is not None and dense_rows is not None and call.query_offset + num_rows > dense_rows:
+        if num_rows <= FEW and call.query_offset >= dense_rows and call.recorder is None:
+            found: Tensor = index.attend(Call.of(call, pieces), query, key, value, call.sinks)
+            return found
         index.append(key)  # before the first row asks for it there is nothing to find
-    return attend_in_pieces(
-        pieces,
-        query,
-        key,
-        value,
-        pattern=pattern,
-        query_offset=query_offset,
-        key_offset=key_offset,
-        scaling=scaling,
-        softcap=softcap,
-        sinks=sinks,
-        recorder=recorder,
-        in_threads=False,
-    )
+    return attend_in_pieces(pieces, query, key, value, call, in_threads=False)

@@ -1,0 +1,37 @@
+"""One call of the attention of one document: what an implementation is told beside the tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.routing import LayerPattern
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Causal sparse attention of one document, without padding; the last key belongs to the last query.
+
+    Args:
+        pattern: the layer's pattern.
+        query_offset: position of the first query in its document.
+        key_offset: position of the first key (greater than 0 where a sliding cache has dropped the first ones).
+        scaling: factor on query . key, greater than 0.
+        softcap: scores become softcap * tanh(score / softcap); None: they stay.
+        sinks: [num_heads], logits that take part in each softmax but carry no value, or None.
+        recorder: is told which keys each row read; None records nothing.
+        index: that of the cached keys, which the new ones are appended to, or None; no gradients flow where there is
+            one, and only a backend with an index is given one.
+    """
+
+    pattern: LayerPattern
+    query_offset: int = 0
+    key_offset: int = 0
+    scaling: float = 1.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    recorder: Recorder | None = None
+    index: Any = None  # a `backend.Index`, of the implementation that is called
