@@ -3,6 +3,7 @@
 import copy
 import os
 import runpy
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,14 @@ def text_directory(tmp_path):
         (directory / f"{index}.txt").write_text(text)
     (directory / "short.txt").write_text("short")
     return directory
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where whoever started the tests in the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @dataclass

@@ -112,6 +112,7 @@ def test_loss_that_is_not_finite_is_one_line(run_script, arguments, monkeypatch)
     )
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_training_leaves_a_checkpoint(run_script, arguments, monkeypatch):
     from hf_sparse_attn.training import Trainer
 

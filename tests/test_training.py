@@ -170,6 +170,7 @@ def test_weights_that_cannot_be_saved_go_elsewhere(tmp_path, tiny_model_path, ti
     shutil.rmtree(saved)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_training_goes_on_from_its_checkpoint(
     tmp_path, tiny_model_path, tiny_tokenizer, tokens, monkeypatch
 ):

@@ -20,7 +20,7 @@ class Index(Protocol):
     knows_sliding_windows: bool
 
     def crop(self, length: int) -> None:
-        """Forget the keys behind the first `length`."""
+        """Forget the keys after the first `length`."""
 
     def copy(self) -> Index:
         """Another one, of the same keys."""
