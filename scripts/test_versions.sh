@@ -20,7 +20,7 @@ done
 TORCH="${TORCH:-}"
 [[ "$TORCH" =~ ^(2\.[0-9]+\.[0-9]+)?$ ]] || fail "TORCH $TORCH is no release of torch, such as 2.9.1"
 
-TESTS=(tests/test_{config,hashing,routing,masking,custom_masks,integration,integration_paths,mutants,cache,eviction}.py tests/ops)
+TESTS=(tests/test_{config,hashing,routing,masking,custom_masks,integration,integration_paths,mutants,cache,eviction,notices,recording,tracing,composite}.py tests/ops)
 VENVS="${VENVS:-.venvs}"
 failed=()
 for version in "$@"; do

@@ -109,7 +109,11 @@ def test_layers_compiled_one_by_one_share_graphs(fields):
 class TestWeightsOnDisk:
     @pytest.fixture
     def model(self, tiny_model_path, tmp_path):
-        return load_sparse_model(str(tiny_model_path), device_map={"": "disk"}, offload_folder=str(tmp_path / "off"))
+        options = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "off")}
+        dense = AutoModelForCausalLM.from_pretrained(tiny_model_path, **options)
+        if not hasattr(dense.get_input_embeddings(), "_hf_hook"):
+            pytest.skip("this release of Transformers leaves such weights on the meta device")
+        return load_sparse_model(str(tiny_model_path), **options)
 
     def test_check_model(self, model):
         assert input_device(model) == torch.device("cpu")
