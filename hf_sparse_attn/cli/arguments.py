@@ -299,7 +299,7 @@ def _fault_of_the_machine(error: BaseException) -> str | None:
     if broken := _broken_import(error):
         return broken
     if isinstance(error, ModuleNotFoundError) and error.name:  # without a name, somebody says what is needed for what
-        return f"{one_line(error)}; pip install '.[scripts]' brings what the scripts need"
+        return f"{one_line(error)}; pip install 'hf_sparse_attn[scripts]' brings what the commands need"
     if isinstance(error, OSError):
         return one_line(error) if error.errno in _RESOURCES else None
     if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
