@@ -1,5 +1,6 @@
 """The console command, and the same as functions."""
 
+import copy
 import json
 import os
 import subprocess
@@ -122,7 +123,7 @@ class TestRun:
         """A checkpoint that was never converted."""
         from transformers import AutoModelForCausalLM
 
-        AutoModelForCausalLM.from_config(tiny_llama_config).save_pretrained(tmp_path / "dense")
+        AutoModelForCausalLM.from_config(copy.deepcopy(tiny_llama_config)).save_pretrained(tmp_path / "dense")
         return tmp_path / "dense"
 
     FIELDS = json.dumps({"window_size": 7, "key_budget": 0, "dense_below": 0, "num_global_tokens": 1})
@@ -191,9 +192,9 @@ class TestRun:
         from transformers import AutoModelForCausalLM
 
         run_program.set_for_new_models({"window_size": 7})
-        dense = AutoModelForCausalLM.from_config(tiny_llama_config, attn_implementation="sdpa")
+        dense = AutoModelForCausalLM.from_config(copy.deepcopy(tiny_llama_config), attn_implementation="sdpa")
         assert not hasattr(dense.config, "sparse_attention")
-        sparse = AutoModelForCausalLM.from_config(tiny_llama_config, attn_implementation="sparse")
+        sparse = AutoModelForCausalLM.from_config(copy.deepcopy(tiny_llama_config), attn_implementation="sparse")
         assert sparse.config.sparse_attention["window_size"] == 7
 
 

@@ -1,5 +1,7 @@
 """Tensors without values, transforms that cannot work, weights that are elsewhere."""
 
+import copy
+
 import pytest
 import torch
 from attention_checks import logits, tiny_model, tokens
@@ -35,7 +37,7 @@ def test_meta_tensors_go_through_a_cache():
 
 def test_fake_tensors_give_shapes(tiny_llama_config):
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(tiny_llama_config, attn_implementation="sparse")
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(tiny_llama_config), attn_implementation="sparse")
         ids = torch.zeros(2, 30, dtype=torch.long)
         assert model(ids, attention_mask=torch.ones_like(ids)).logits.shape == (2, 30, 256)
         assert model(ids, past_key_values=SparseCache(model.config)).logits.shape == (2, 30, 256)
