@@ -63,8 +63,8 @@ def attention(
     batch_size, num_heads, q_length, _ = query.shape
     kept: KeptKeys | None = getattr(key, KEPT, None)
     kv_length = key.shape[2] if kept is None else kept.num_slots
-    check_scores(scaling, softcap)
     if kept is None and _is_dense(inputs, pattern) and softcap is None:
+        check_scores(scaling, softcap)
         output = F.scaled_dot_product_attention(
             query, key, value, is_causal=q_length > 1, scale=scaling, enable_gqa=True
         )

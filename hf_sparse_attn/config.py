@@ -208,3 +208,11 @@ def _of_layer(name: str, value: Any, layer_idx: int, num_heads: int, unit: str) 
 
 def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's config that its attention layers see: of a vision-language model, that of its text model.
+
+    `sparse_attention`, num_hidden_layers and the like stand there.
+    """
+    return config.get_text_config(decoder=True)

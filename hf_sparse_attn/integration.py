@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn import ops
 from hf_sparse_attn.attention import Inputs, attention
-from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.custom_op import compiled_attention
 from hf_sparse_attn.masks.mask_function import asks_what_is_packed, signed_positions
 from hf_sparse_attn.masks.unsupported import unsupported
@@ -196,14 +196,6 @@ def configure(model: nn.Module, **fields: Any) -> SparseAttentionConfig:
     return SparseAttentionConfig.from_dict(merged)
 
 
-def text_config(config: Any) -> Any:
-    """The part of a model's config that its attention layers see: of a vision-language model, that of its text model.
-
-    `sparse_attention`, num_hidden_layers and the like stand there.
-    """
-    return config.get_text_config(decoder=True)
-
-
 @torch.no_grad()
 def check_model(model: nn.Module) -> None:
     """Make sure that sparse attention really runs in a model, by a forward of eight tokens.
@@ -229,7 +221,7 @@ def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None)
     """
     config = text_config(config)
     own = SparseAttentionConfig.from_dict(getattr(config, "sparse_attention", None))
-    merged = own if not overrides else SparseAttentionConfig.from_dict({**_fields(config), **overrides})
+    merged = SparseAttentionConfig.from_dict({**own.to_dict(), **(overrides or {})})
     num_heads = getattr(config, "num_attention_heads", None)
     if isinstance(num_heads, int):
         num_kv_heads = getattr(config, "num_key_value_heads", None)
@@ -243,10 +235,6 @@ def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None)
         last_layer = config.num_hidden_layers - 1
         layer_pattern(merged, last_layer, num_heads, num_kv_heads, head_dim, torch.device("cpu"), torch.float32)
     return merged.to_dict()
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return getattr(config, "sparse_attention", None) or {}
 
 
 def record(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]:

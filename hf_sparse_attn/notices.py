@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +21,23 @@ _logger = logging.getLogger("hf_sparse_attn")
 _told: dict[int, tuple[weakref.ref[Any], set[str]]] = {}  # by id of a model's config, which cannot be hashed
 
 
-def tell_once(config: Any, message: str) -> None:
-    """Log a warning, unless the model with this config was told the same before."""
+def tell_once(config: Any, message: str, tell: Callable[[str], object] = _logger.warning) -> None:
+    """Tell a message, as a rule by a logged warning, unless the model with this config was told the same before."""
     key = id(config)
     if key not in _told:
         _told[key] = weakref.ref(config, lambda _: _told.pop(key, None)), set()
     messages = _told[key][1]
     if message not in messages:
         messages.add(message)
-        _logger.warning(message)
+        tell(message)
+
+
+def beyond_trained_length(longest: int) -> str:
+    """The message for a text that is longer than what a model was trained for."""
+    return (
+        f"positions reach beyond max_position_embeddings={longest}, what the model was trained for: expect worse "
+        "answers, from dense attention as well, unless its rotary embeddings are scaled (rope_parameters)"
+    )
 
 
 def notice_positions(config: Any, inputs: Inputs, pattern: LayerPattern) -> None:
@@ -39,11 +48,7 @@ def notice_positions(config: Any, inputs: Inputs, pattern: LayerPattern) -> None
     setattr(ids, SEEN_BY, id(config))
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and num_keys > longest and int(ids.max()) >= longest:
-        tell_once(
-            config,
-            f"positions reach beyond max_position_embeddings={longest}, what the model was trained for: expect worse "
-            "answers, from dense attention as well, unless its rotary embeddings are scaled (rope_parameters)",
-        )
+        tell_once(config, beyond_trained_length(longest))
     if ids.shape[1] < 2 and mask is None:
         return
     if inputs.cu_seq_lens is None and inputs.seq_idx is None:

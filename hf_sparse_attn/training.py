@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from hf_sparse_attn.cli.loading import read_config
 from hf_sparse_attn.cli.output_files import RunError, add_note, finite, one_line, write_json
+from hf_sparse_attn.config import text_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -221,7 +222,7 @@ def check_resumable(checkpoint: Path, model: PreTrainedModel) -> None:
         raise ValueError(f"{str(checkpoint)!r} holds no weights")
     if not (checkpoint / "config.json").is_file():
         return
-    theirs, own = (config.get_text_config(decoder=True) for config in (read_config(str(checkpoint)), model.config))
+    theirs, own = (text_config(config) for config in (read_config(str(checkpoint)), model.config))
     for name in _SHAPE:
         if getattr(theirs, name, None) != getattr(own, name, None):
             values = f"{name} is {getattr(theirs, name, None)}, not {getattr(own, name, None)}"

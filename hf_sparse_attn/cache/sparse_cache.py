@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_sparse_attn.cache.document_indexes import KeyIndexes
 from hf_sparse_attn.cache.evicting import KeptKeys, is_writable, size_ahead
 from hf_sparse_attn.cache.policies import Composition, Policy, UniformBudget
+from hf_sparse_attn.config import text_config
 from hf_sparse_attn.notices import tell_once
 from hf_sparse_attn.side_channels import INDEXES, KEPT
 from hf_sparse_attn.tracing import is_traced
@@ -56,12 +57,12 @@ class SparseCache(DynamicCache):
         ):
             raise ValueError(f"max_cache_len must be a positive integer or None, got {max_cache_len!r}")
         self._memory = _Memory()
-        text_config = config.get_text_config(decoder=True)
-        switch = getattr(text_config, "original_max_position_embeddings", None)
+        of_text = text_config(config)
+        switch = getattr(of_text, "original_max_position_embeddings", None)
         if isinstance(switch, int):
             tell_once(
-                text_config,
-                f"{text_config.model_type} changes its rotary embeddings beyond {switch} tokens: when a text that "
+                of_text,
+                f"{of_text.model_type} changes its rotary embeddings beyond {switch} tokens: when a text that "
                 "began below grows beyond, generate() reads it anew and drops the cache that it was given, with its "
                 "policy",
             )
@@ -78,13 +79,13 @@ class SparseCache(DynamicCache):
             raise ValueError(f"max_cache_len={max_cache_len} cannot go with a policy: its budget is the length")
         parts = Composition.of(policy)
         whole = UniformBudget.of(budget, parts)
-        num_shared = getattr(text_config, "num_kv_shared_layers", None)
+        num_shared = getattr(of_text, "num_kv_shared_layers", None)
         if num_shared:
             raise ValueError(
                 "policy cannot serve layers that read the keys of other layers, of which each may want others kept; "
-                f"{text_config.model_type} has num_kv_shared_layers={num_shared}"
+                f"{of_text.model_type} has num_kv_shared_layers={num_shared}"
             )
-        implementation = text_config._attn_implementation
+        implementation = of_text._attn_implementation
         if implementation != "sparse":
             raise ValueError(
                 'policy needs a model with attn_implementation="sparse", as other attention would see new keys only; '

@@ -21,11 +21,11 @@ from hf_sparse_attn.calibration.budget_allocation import (
     measure_layer,
     sampled_blocks,
 )
-from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
-from hf_sparse_attn.integration import configured, observe_dense, text_config
+from hf_sparse_attn.integration import configured, observe_dense
 from hf_sparse_attn.routing import LayerPattern
 from hf_sparse_attn.tracing import input_device
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import io
-import logging
 import os
 import sys
 import traceback
@@ -24,6 +23,8 @@ from hf_sparse_attn.cli.output_files import (
     write_elsewhere,
     write_json,
 )
+from hf_sparse_attn.config import text_config
+from hf_sparse_attn.notices import beyond_trained_length, tell_once
 
 FAILURE_STATUS = 1
 USER_ERROR_STATUS = 2
@@ -98,7 +99,7 @@ def read_checkpoint(model: str, overrides: dict[str, Any]) -> tuple[str, Any, An
         config = load_config(path)
         with library_errors("its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(path)
-        known = getattr(config.get_text_config(decoder=True), "vocab_size", tokenizer.vocab_size)
+        known = getattr(text_config(config), "vocab_size", tokenizer.vocab_size)
         if tokenizer.vocab_size > known:
             raise ValueError(
                 f"its tokenizer has {tokenizer.vocab_size} tokens, but its config.json a vocab_size of {known}"
@@ -136,7 +137,7 @@ def load_model(
         disable_progress_bar()
     with argument(f"--model {model}"):
         loaded: Any = load_sparse_model(path, overrides, **kwargs)
-        most = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None) or num_tokens
+        most = getattr(text_config(loaded.config), "max_position_embeddings", None) or num_tokens
         tables = [table.num_embeddings for table in loaded.modules() if isinstance(table, torch.nn.Embedding)]
         if num_tokens > most and any(most <= size <= most + 2 for size in tables):  # OPT leaves two places free
             raise ValueError(f"it has learned {most} positions and cannot read {num_tokens} tokens")
@@ -144,13 +145,9 @@ def load_model(
             if weight.itemsize > 1 and not weight.isfinite().all():  # quantised ones have no such numbers
                 raise ValueError(f"its weights are damaged: {name} has numbers that are not finite")
     if num_tokens > most:
-        logging.getLogger("hf_sparse_attn").addFilter(_not_on_positions)  # once is enough
-        warn(f"{num_tokens} tokens are more than the {most} that the model was made for (max_position_embeddings)")
+        told = f"{num_tokens} tokens are more than the {most} that the model was made for (max_position_embeddings)"
+        tell_once(text_config(loaded.config), beyond_trained_length(most), lambda _: warn(told))
     return loaded if device is None else loaded.to(device).eval()
-
-
-def _not_on_positions(record: logging.LogRecord) -> bool:
-    return "max_position_embeddings" not in record.getMessage()
 
 
 def written_fields(sparse_attention: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +193,6 @@ def run(main: Callable[[], None]) -> NoReturn:
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of documents are any text
     status = _status(main)
-    logging.getLogger("hf_sparse_attn").removeFilter(_not_on_positions)
     broken = _broken_stdout()  # now, or Python would add lines of its own at the end
     if broken is not None and status == 0:
         status = _tell(f"error: {broken}", RunError(), FAILURE_STATUS)

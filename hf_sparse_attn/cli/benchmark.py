@@ -26,6 +26,7 @@ from hf_sparse_attn.cli.arguments import (
     read_checkpoint,
 )
 from hf_sparse_attn.cli.output_files import replaced, write_json
+from hf_sparse_attn.config import text_config
 
 PASSES = ("forward", "forward_backward", "stages", "decode", "prefill", "training_step", "generation")
 OF_A_MODEL = PASSES[4:]
@@ -193,7 +194,6 @@ def measure_model(
     from hf_sparse_attn.cli.loading import random_sparse_model
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
-    from hf_sparse_attn.integration import text_config
 
     if arguments.random_model:
         with argument("--random-model"):
@@ -204,7 +204,7 @@ def measure_model(
         return {"inputs": "random tokens", "model": f"{arguments.random_model}, random weights"}, config, rows
     path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     config = SparseAttentionConfig.from_dict(sparse_attention)
-    num_layers = model_config.get_text_config().num_hidden_layers
+    num_layers = text_config(model_config).num_hidden_layers
     layer = num_layers // 2 if arguments.layer is None else arguments.layer
     with argument("--layer"):
         if not 0 <= layer < num_layers:

@@ -29,6 +29,7 @@ from hf_sparse_attn.cli.arguments import (
     warn,
 )
 from hf_sparse_attn.cli.output_files import RunError, check_space, kept_on_failure, one_line, reason
+from hf_sparse_attn.config import text_config
 
 TARGET_DENSITY = 0.19
 
@@ -107,7 +108,6 @@ def convert(arguments: Any) -> tuple[Path, Any, list[Any], Any, dict[str, Any] |
     from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents, long_documents
-    from hf_sparse_attn.integration import text_config
     from hf_sparse_attn.visualization import plot_trade
 
     with argument("--sparse-attention"):
@@ -129,7 +129,7 @@ def convert(arguments: Any) -> tuple[Path, Any, list[Any], Any, dict[str, Any] |
             texts, tokenizer, arguments.context_length, max_documents=arguments.num_calibration_documents
         )
     with argument("--target-density"):
-        least = least_density(base, config.get_text_config().num_hidden_layers, arguments.context_length)
+        least = least_density(base, text_config(config).num_hidden_layers, arguments.context_length)
         if arguments.max_loss is None and density < least:
             raise ValueError(
                 f"must be at least {least:.4f} at {arguments.context_length} tokens: {FIXED} take that; see "
@@ -209,7 +209,7 @@ def measure_on_model(model: Any, input_ids: list[int], config: Any) -> int:
     from hf_sparse_attn.benchmarking.speed import layer_inputs, measure_dense_below
     from hf_sparse_attn.tracing import input_device
 
-    layer = model.config.get_text_config().num_hidden_layers // 2
+    layer = text_config(model.config).num_hidden_layers // 2
     ids = torch.tensor([input_ids[:4096]], device=input_device(model))
     return measure_dense_below(config, layer_inputs(model, ids, layer), layer)
 

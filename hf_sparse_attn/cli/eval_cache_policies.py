@@ -26,6 +26,7 @@ from hf_sparse_attn.cli.arguments import (
     report,
     written_fields,
 )
+from hf_sparse_attn.config import text_config
 
 
 def parse_arguments() -> Any:
@@ -111,7 +112,7 @@ def main() -> None:
                 seed=arguments.seed,
             )
     with argument("--budget"):
-        keys = config.get_text_config(decoder=True).dtype or torch.float32 if dtype == "auto" else dtype
+        keys = text_config(config).dtype or torch.float32 if dtype == "auto" else dtype
         every_length = [arguments.context_length, *lengths]
         check_budgets(config, keys, names, arguments.budget, every_length, arguments.chunk_size)
     num_tokens = max(every_length)

@@ -22,7 +22,7 @@ from hf_sparse_attn.cli.arguments import (
     report,
 )
 from hf_sparse_attn.cli.output_files import replaced
-from hf_sparse_attn.config import HASHES
+from hf_sparse_attn.config import HASHES, text_config
 
 
 def parse_arguments() -> Any:
@@ -70,7 +70,7 @@ def main() -> None:
     path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     config = SparseAttentionConfig.from_dict(sparse_attention)
     with argument("--sparse-attention"):
-        if set(config.dense_layers) >= set(range(model_config.get_text_config(decoder=True).num_hidden_layers)):
+        if set(config.dense_layers) >= set(range(text_config(model_config).num_hidden_layers)):
             raise ValueError("every layer is dense: there is nothing to measure")
     with argument("--hashes"):
         configs = hash_families(config, arguments.hashes)

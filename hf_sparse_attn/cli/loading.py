@@ -12,8 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from hf_sparse_attn.config import text_config
 from hf_sparse_attn.demo import demo_model_directory
-from hf_sparse_attn.integration import check_model, merge_sparse_attention, text_config
+from hf_sparse_attn.integration import check_model, merge_sparse_attention
 
 logger = logging.getLogger(__name__)
 

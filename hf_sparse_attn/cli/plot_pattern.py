@@ -10,6 +10,7 @@ from typing import Any
 from hf_sparse_attn.cli.argument_types import PICTURE_SUFFIXES, json_object, picture_file, positive_int
 from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, argument, choose_device, load_model, read_checkpoint
 from hf_sparse_attn.cli.output_files import replaced
+from hf_sparse_attn.config import text_config
 
 
 def parse_arguments(words: list[str] | None = None) -> Any:
@@ -62,7 +63,7 @@ def plot(arguments: Any) -> str:
     with argument("--dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
     path, config, tokenizer, _ = read_checkpoint(arguments.model, arguments.sparse_attention)
-    config = config.get_text_config(decoder=True)
+    config = text_config(config)
     layers = choose("--layers", arguments.layers, config.num_hidden_layers)
     heads = choose("--heads", arguments.heads, config.num_attention_heads)
     with argument("--dataset"):

@@ -12,6 +12,7 @@ from typing import Any
 from hf_sparse_attn.cli.argument_types import json_object, output_file, positive_int
 from hf_sparse_attn.cli.arguments import OneLineErrors, argument, load_model, print_table, read_checkpoint
 from hf_sparse_attn.cli.output_files import write_json
+from hf_sparse_attn.config import text_config
 
 SHAPE = (32, 8, 128)
 
@@ -91,7 +92,7 @@ def count(arguments: Any, rows: int) -> Any:
         if tokens.shape[1] < length:
             raise ValueError(f"the text has {tokens.shape[1]} tokens, not {length}")
     model = load_model(arguments.model, path, arguments.sparse_attention, device=device, dtype=torch.float32)
-    num_layers = model_config.get_text_config().num_hidden_layers
+    num_layers = text_config(model_config).num_hidden_layers
     found = []
     for layer in (num_layers // 6, num_layers // 2, num_layers - 1 - num_layers // 6):
         query, key, _ = layer_inputs(model, tokens, layer)

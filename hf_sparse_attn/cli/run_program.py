@@ -101,8 +101,8 @@ def set_for_new_models(overrides: dict[str, Any]) -> None:
     """
     from transformers import PreTrainedModel
 
-    from hf_sparse_attn.config import SparseAttentionConfig
-    from hf_sparse_attn.integration import NAME, merge_sparse_attention, text_config
+    from hf_sparse_attn.config import SparseAttentionConfig, text_config
+    from hf_sparse_attn.integration import NAME, merge_sparse_attention
 
     if overrides.get("hash") != "calibrated":  # whose text a model may bring
         SparseAttentionConfig.from_dict(overrides)

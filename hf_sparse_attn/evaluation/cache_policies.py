@@ -24,6 +24,7 @@ from hf_sparse_attn.cache.policies import (
     Sinks,
     UniformBudget,
 )
+from hf_sparse_attn.config import text_config
 from hf_sparse_attn.evaluation.haystack import Context
 from hf_sparse_attn.evaluation.needle import mean_answers, retrieve
 from hf_sparse_attn.evaluation.perplexity import paired_difference
@@ -78,8 +79,8 @@ def budget_tokens(config: Any, dtype: torch.dtype, share: float, context_length:
     Raises:
         ValueError: nothing could be kept.
     """
-    text_config = config.get_text_config(decoder=True)
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    config = text_config(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_bytes = 2 * head_dim * dtype.itemsize
     most = int(PEAK_OVER_BUDGET * share * context_length * key_bytes / (key_bytes + 8)) - chunk_size
     tokens = min(int(share * context_length), most)

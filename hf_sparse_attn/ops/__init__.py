@@ -1,8 +1,8 @@
 """The operation and its implementations, which never import each other."""
 
 from hf_sparse_attn.ops.api import document_attention, find_keys, new_index, sparse_attention
-from hf_sparse_attn.ops.backend import Index
-from hf_sparse_attn.ops.dispatch import check_implementation, compute_dtype
+from hf_sparse_attn.ops.backend import Index, compute_dtype
+from hf_sparse_attn.ops.dispatch import check_implementation
 
 __all__ = [
     "Index",

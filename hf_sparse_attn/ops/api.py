@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.ops.backend import Index
+from hf_sparse_attn.ops.backend import Index, compute_dtype
 from hf_sparse_attn.ops.checks import check_document, check_scores
 from hf_sparse_attn.ops.common.call import AttentionCall
-from hf_sparse_attn.ops.dispatch import compute_dtype, find_backend
+from hf_sparse_attn.ops.dispatch import find_backend
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.routing import LayerPattern, layer_pattern
 from hf_sparse_attn.tracing import refuse_transforms

@@ -89,5 +89,9 @@ class Backend:
 
     def dtype(self, query: Tensor, key: Tensor) -> torch.dtype:
         """Of the tensors that it is given."""
-        own = torch.promote_types(query.dtype, key.dtype)
-        return own if self.keeps_half else torch.promote_types(own, torch.float32)
+        return torch.promote_types(query.dtype, key.dtype) if self.keeps_half else compute_dtype(query, key)
+
+
+def compute_dtype(query: Tensor, key: Tensor) -> torch.dtype:
+    """float64 if an input is, else float32."""
+    return torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)

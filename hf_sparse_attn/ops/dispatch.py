@@ -9,7 +9,6 @@ from logging import getLogger
 from os import environ
 
 import torch
-from torch import Tensor
 
 from hf_sparse_attn.ops.backend import Backend
 
@@ -99,8 +98,3 @@ def _failure(name: str) -> Exception | None:
 @cache
 def _installed(package: str) -> bool:
     return find_spec(package) is not None
-
-
-def compute_dtype(query: Tensor, key: Tensor) -> torch.dtype:
-    """float64 if an input is, else float32."""
-    return torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)

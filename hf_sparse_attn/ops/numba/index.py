@@ -87,7 +87,7 @@ class Index:
         """Let rows from this position on be computed, again where they have been."""
         if row < self.row:
             config = self.pattern.config
-            window = min(config.window_size, self.pattern.sliding_window or UNBOUNDED)
+            window = self.pattern.window(UNBOUNDED)
             page = row // config.page_size * config.page_size
             older, known = row - window + 1 - self.key_offset, page - MEANS_LAG + 1 - self.key_offset
             move_back(self.bucket, self.previous, self.states, older, known)

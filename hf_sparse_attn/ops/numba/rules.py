@@ -26,7 +26,7 @@ def make_rules(call: Call, budget: int, min_weights: Array) -> Rules:
     return Rules(
         dense_rows=pattern.dense_rows() or 0,
         page_size=config.page_size,
-        window=min(config.window_size, sliding_window),
+        window=pattern.window(UNBOUNDED),
         sliding_window=sliding_window,
         means_lag=MEANS_LAG,
         budget=budget,

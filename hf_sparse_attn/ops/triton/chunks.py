@@ -84,7 +84,7 @@ class _Groups:
         self.precision = precision(query.dtype)
         self.group = len(query) // num_kv_heads
         self.rows, self.group_padded = triton_launch.tile_shape(query, self.group, config.page_size)
-        self.window = min(config.window_size, pattern.sliding_window or _UNBOUNDED, end)
+        self.window = pattern.window(end)
         self.budgets = [call.budget(kv_head, num_keys) for kv_head in range(num_kv_heads)]
         self.budget_table = torch.tensor(self.budgets, dtype=torch.int32, device=key.device)
         self.log_min_weights = log_min_weights(pattern)

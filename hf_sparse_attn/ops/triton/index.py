@@ -208,7 +208,7 @@ class _Rows:
         self.num_kv_heads, self.num_keys, _ = key.shape
         self.group = self.num_heads // self.num_kv_heads
         self.num_buckets = index.pattern.bucket_hash.num_buckets
-        self.window = min(index.pattern.config.window_size, self.num_keys)
+        self.window = index.pattern.window(self.num_keys)
 
     def attend(self, output: Tensor, sinks: Tensor | None) -> None:
         """Fill output [H, R, D]."""
