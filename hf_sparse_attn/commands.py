@@ -1,13 +1,16 @@
-"""The commands as functions: what `hf-sparse-attn` does, from Python, with the same checks and the same results."""
+"""What `hf-sparse-attn` does, from Python: the same checks and the same results as the commands."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+
+from hf_sparse_attn.config import text_config
+from hf_sparse_attn.errors import ArgumentError, argument, check_integer
 
 
 def load_model(model: str, sparse_attention: dict[str, Any] | None = None, **kwargs: Any) -> PreTrainedModel:
@@ -24,12 +27,12 @@ def load_model(model: str, sparse_attention: dict[str, Any] | None = None, **kwa
         OSError: there is no such model.
         ImportError: "demo" was asked for and its packages are not installed.
     """
-    from hf_sparse_attn.cli.loading import load_sparse_model, resolve_model
+    from hf_sparse_attn.loading import load_sparse_model, resolve_model
 
     return load_sparse_model(resolve_model(model), sparse_attention, **kwargs)
 
 
-def convert(model: str, output: str | Path, **options: Any) -> dict[str, Any]:
+def convert(model: str, output: str | Path, **settings: Any) -> dict[str, Any]:
     """Convert a dense checkpoint: fit the hash and what every head reads on sample documents.
 
     The directory that is written loads with stock `from_pretrained(output, attn_implementation="sparse")`, and as an
@@ -38,9 +41,9 @@ def convert(model: str, output: str | Path, **options: Any) -> dict[str, Any]:
     Args:
         model: a Hub id, a directory, or "demo".
         output: a directory, new or empty.
-        options: those of `hf-sparse-attn convert`, with underscores: calibration_dataset, num_calibration_documents,
-            context_length, target_density or max_loss, key_budget, sparse_attention (a dict), dense_below,
-            num_evaluation_documents, device.
+        settings: fields of `hf_sparse_attn.calibration.convert.ConversionSettings`: calibration_dataset,
+            num_calibration_documents, context_length, target_density or max_loss, key_budget, sparse_attention (a
+            dict), dense_below, num_evaluation_documents, device.
 
     Returns:
         "output" (a path), "sparse_attention" (the fitted fields), "density" (expected, attended over admissible pairs),
@@ -48,69 +51,166 @@ def convert(model: str, output: str | Path, **options: Any) -> dict[str, Any]:
         `evaluate_perplexity` returns on documents that calibrated nothing, or None.
 
     Raises:
-        ValueError: for an option, a model or a dataset that cannot be, before any long work.
+        ValueError: for a setting, a model or a dataset that cannot be, before any long work; the message names it.
         RuntimeError: what was computed cannot be written; the message says where it is kept.
     """
-    from hf_sparse_attn.cli.convert import convert, parse_arguments
+    from hf_sparse_attn.calibration.convert import ConversionSettings, convert
+    from hf_sparse_attn.progress import ProgressBars
 
-    directory, config, _, choice, result = convert(parse_arguments(_words(model=model, output=output, **options)))
+    done = convert(str(model), output, ConversionSettings(**settings), progress=ProgressBars(), tell=print)
     return {
-        "output": directory,
-        "sparse_attention": config.to_dict(),
-        "density": choice.density,
-        "predicted_loss": choice.loss,
-        "evaluation": result,
+        "output": done.output,
+        "sparse_attention": done.config.to_dict(),
+        "density": done.choice.density,
+        "predicted_loss": done.choice.loss,
+        "evaluation": done.evaluation,
     }
 
 
 def evaluate_perplexity(
-    model: str, dataset: str = "demo", context_length: int = 8192, **options: Any
+    model: str,
+    dataset: str = "demo",
+    context_length: int = 8192,
+    *,
+    split: str = "validation",
+    max_documents: int = 4,
+    sparse_attention: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """Perplexity of the same weights over the same tokens, dense (SDPA) and sparse.
 
     Args:
         model: a Hub id, a directory, or "demo".
         dataset: a Hub id[:config[:split[:column]]], a file, a directory, or "demo".
-        context_length: tokens read of each document; shorter documents are left out.
-        options: the others of `hf-sparse-attn eval-perplexity`, with underscores: split, max_documents,
-            sparse_attention (a dict), device, dtype.
+        context_length: tokens read of each document, at least 2; shorter documents are left out.
+        split: where a dataset has splits.
+        max_documents: at least 1; the first documents that are long enough.
+        sparse_attention: single fields of `SparseAttentionConfig` in place of the model's own.
+        device: such as "cpu" or "cuda"; None takes the GPU if there is one.
+        dtype: "auto" for the checkpoint's own, or the name of a floating-point dtype.
 
     Returns:
         See `hf_sparse_attn.evaluation.perplexity.compare_perplexity`; for a loaded model and tokens at hand, call that.
+        In addition "model", "dataset", "sparse_attention" (without the calibrated hash) and "environment".
 
     Raises:
-        ValueError: for an option, a model or a dataset that cannot be, before any long work.
+        ValueError: for an argument that cannot be, before any long work; the message names it.
     """
-    from hf_sparse_attn.cli.eval_perplexity import evaluate, parse_arguments
+    from tqdm import tqdm
 
-    given = _words(model=model, dataset=dataset, context_length=context_length, **options)
-    return evaluate(parse_arguments(given))
+    from hf_sparse_attn.data import load_documents, long_documents
+    from hf_sparse_attn.environment import describe_environment, written_fields
+    from hf_sparse_attn.evaluation.perplexity import compare_perplexity
+    from hf_sparse_attn.loading import load_model, parse_device, parse_dtype, read_checkpoint
+
+    model, dataset = str(model), str(dataset)
+    check_integer("context_length", context_length, 1)
+    if context_length < 2:
+        raise ArgumentError("context_length", "must be at least 2: the first token is not predicted")
+    check_integer("max_documents", max_documents, 1)
+    found_device, found_dtype = parse_device(device), parse_dtype(dtype)
+    with argument("dataset"):
+        texts = load_documents(dataset, split)
+    path, _, tokenizer, fields = read_checkpoint(model, sparse_attention)
+    with argument("dataset"):
+        documents = long_documents(texts, tokenizer, context_length, max_documents)
+    loaded = load_model(
+        model, path, sparse_attention, device=found_device, num_tokens=context_length, dtype=found_dtype
+    )
+    with argument("model", model):
+        result = compare_perplexity(loaded, documents, progress=partial(tqdm, desc="evaluating", unit="forward"))
+    return result | {
+        "model": model,
+        "dataset": dataset,
+        "sparse_attention": written_fields(fields),
+        "environment": describe_environment(found_device),
+    }
 
 
-def plot_pattern(model: str, output: str | Path, **options: Any) -> None:
-    """Draw who reads what in a model.
+def plot_pattern(
+    model: str,
+    output: str | Path,
+    *,
+    dataset: str = "demo",
+    split: str = "validation",
+    context_length: int = 8192,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    bins: int = 128,
+    sparse_attention: Mapping[str, Any] | None = None,
+    device: str | None = None,
+) -> str:
+    """Draw which keys each row attends to, on one document.
 
     Args:
         model: a Hub id, a directory, or "demo".
-        output: the picture to write.
-        options: those of `hf-sparse-attn plot`, with underscores: dataset, split, context_length, layers, heads, bins,
-            sparse_attention (a dict), device.
+        output: the picture to write; .png, .svg or .pdf.
+        dataset: a Hub id[:config[:split[:column]]], a file, a directory, or "demo"; its first document that is long
+            enough is read.
+        split: where a dataset has splits.
+        context_length: tokens of the document, at least 1.
+        layers: indices of the layers to draw; None takes three across the depth.
+        heads: indices of the query heads to draw; None takes three across the heads.
+        bins: cells a side, at least 1.
+        sparse_attention: single fields of `SparseAttentionConfig` in place of the model's own.
+        device: such as "cpu" or "cuda"; None takes the GPU if there is one.
+
+    Returns:
+        A line that says what was drawn.
 
     Raises:
-        ValueError: for an option, a model or a dataset that cannot be, before any long work.
+        ValueError: for an argument that cannot be, before any long work; the message names it.
+        RuntimeError: the picture cannot be written.
     """
-    from hf_sparse_attn.cli.plot_pattern import parse_arguments, plot
+    import torch
 
-    plot(parse_arguments(_words(model=model, output=output, **options)))
+    from hf_sparse_attn.data import load_documents, long_documents
+    from hf_sparse_attn.integration import record
+    from hf_sparse_attn.loading import load_model, parse_device, read_checkpoint
+    from hf_sparse_attn.output_files import check_picture_file, replaced
+    from hf_sparse_attn.visualization import PatternRecorder
+    from hf_sparse_attn.visualization import plot_pattern as draw
+
+    model, dataset = str(model), str(dataset)
+    check_integer("context_length", context_length, 1)
+    check_integer("bins", bins, 1)
+    with argument("output"):
+        output = check_picture_file(output)
+    found_device = parse_device(device)
+    with argument("dataset"):
+        texts = load_documents(dataset, split)
+    path, config, tokenizer, _ = read_checkpoint(model, sparse_attention)
+    config = text_config(config)
+    layers = _chosen("layers", layers, config.num_hidden_layers)
+    heads = _chosen("heads", heads, config.num_attention_heads)
+    with argument("dataset"):
+        (document,) = long_documents(texts, tokenizer, context_length, max_documents=1)
+    loaded = load_model(model, path, sparse_attention, device=found_device, num_tokens=context_length)
+
+    input_ids = torch.tensor([document["input_ids"]], device=found_device)
+    recorder = PatternRecorder(context_length, min(bins, context_length), layers)
+    with torch.no_grad(), record(loaded, recorder):
+        loaded.base_model(input_ids=input_ids, use_cache=False)
+    for layer in layers:
+        if (layer, heads[0]) not in recorder.counts:
+            raise ArgumentError("layers", f"layer {layer} of the model has no attention")
+    with replaced(output) as picture:
+        draw(
+            torch.stack([recorder.counts[layer, head] for layer in layers for head in heads]),
+            context_length,
+            [f"layer {layer}, head {head}" for layer in layers for head in heads],
+            picture,
+            num_columns=len(heads),
+        )
+    return f"{output}: {document['name']}, {context_length} tokens, layers {layers}, heads {heads}"
 
 
-def _words(**options: Any) -> list[str]:
-    """Options as the words of a command line; None leaves one out."""
-    words: list[str] = []
-    for name, value in options.items():
-        if value is None:
-            continue
-        many = isinstance(value, Sequence) and not isinstance(value, str)
-        values = value if many else [json.dumps(value) if isinstance(value, Mapping) else value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return words
+def _chosen(name: str, given: Sequence[int] | None, count: int) -> list[int]:
+    """The given indices, checked, or up to three spread over all of them."""
+    if given is None:
+        return sorted({0, count // 3, 2 * count // 3})
+    for index in given:
+        if not 0 <= index < count:
+            raise ArgumentError(name, f"{index} is out of range; the model has 0 to {count - 1}")
+    return list(dict.fromkeys(given))

@@ -220,17 +220,19 @@ def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None)
             numbers of heads that cannot be; the message names the field.
     """
     config = text_config(config)
-    own = SparseAttentionConfig.from_dict(getattr(config, "sparse_attention", None))
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim"):
+        number = getattr(config, name, None)
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"{name} in its config.json must be at least 1, got {number}")
+    fields = getattr(config, "sparse_attention", None)
+    if fields is not None and not isinstance(fields, dict):
+        raise ValueError(f"sparse_attention in its config.json must be an object, got {type(fields).__name__}")
+    own = SparseAttentionConfig.from_dict(fields)
     merged = SparseAttentionConfig.from_dict({**own.to_dict(), **(overrides or {})})
     num_heads = getattr(config, "num_attention_heads", None)
     if isinstance(num_heads, int):
         num_kv_heads = getattr(config, "num_key_value_heads", None)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if min(num_heads, num_kv_heads, config.num_hidden_layers) < 1:
-            raise ValueError(
-                f"num_attention_heads, num_key_value_heads and num_hidden_layers must be at least 1, got {num_heads}, "
-                f"{num_kv_heads} and {config.num_hidden_layers}"
-            )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         last_layer = config.num_hidden_layers - 1
         layer_pattern(merged, last_layer, num_heads, num_kv_heads, head_dim, torch.device("cpu"), torch.float32)

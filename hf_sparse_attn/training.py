@@ -18,9 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hf_sparse_attn.cli.loading import read_config
-from hf_sparse_attn.cli.output_files import RunError, add_note, finite, one_line, write_json
 from hf_sparse_attn.config import text_config
+from hf_sparse_attn.errors import RunError, add_note, one_line
+from hf_sparse_attn.loading import read_config
+from hf_sparse_attn.output_files import finite, write_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_sparse_attn.cli.output_files import check_output_directory, check_output_file, one_line, reason
-
-PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+from hf_sparse_attn.errors import one_line, reason
+from hf_sparse_attn.output_files import check_output_directory, check_output_file, check_picture_file
 
 _MOST = 2**31 - 1  # of anything that is counted
 _LONGEST_VALUE = 60
@@ -26,6 +25,14 @@ def integer(text: str) -> int:
 def positive_int(text: str) -> int:
     """The type of a count on the command line: an integer of at least 1."""
     return _integer(text, 1, _MOST, "a positive integer")
+
+
+def predicted_length(text: str) -> int:
+    """The type of a number of tokens that are to be predicted."""
+    value = positive_int(text)
+    if value < 2:
+        raise ArgumentTypeError("must be at least 2: the first token is not predicted")
+    return value
 
 
 def count(text: str) -> int:
@@ -57,12 +64,12 @@ def fraction(text: str) -> float:
 
 def share(text: str) -> float:
     """The type of a share that may not be 0."""
-    return _number(text, math.ulp(0), 1, "a number over 0 and at most 1")
+    return _number(text, math.ulp(0), 1, "a number greater than 0 and at most 1")
 
 
 def positive_number(text: str) -> float:
-    """The type of a finite number over 0."""
-    return _number(text, math.ulp(0), sys.float_info.max, "a finite number over 0")
+    """The type of a finite number greater than 0."""
+    return _number(text, math.ulp(0), sys.float_info.max, "a finite number greater than 0")
 
 
 def _number(text: str, least: float, most: float, expected: str) -> float:
@@ -124,13 +131,8 @@ def output_file(text: str) -> Path:
 
 
 def picture_file(text: str) -> Path:
-    """The type of a picture to write: an output file whose suffix is its format."""
-    import matplotlib  # noqa: F401  whether it is there is to be known before the work
-
-    path = output_file(text)
-    if path.suffix not in PICTURE_SUFFIXES:
-        raise ArgumentTypeError(f"{text!r} must end in one of {', '.join(PICTURE_SUFFIXES)}")
-    return path
+    """The type of a picture to write; see `check_picture_file`."""
+    return _checked(check_picture_file, text)
 
 
 def output_directory(text: str) -> Path:
@@ -141,7 +143,7 @@ def output_directory(text: str) -> Path:
 def _checked(check: Callable[[str], Path], text: str) -> Path:
     try:
         return check(text)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ArgumentTypeError(one_line(error)) from error
 
 

@@ -1,32 +1,26 @@
-"""Time and memory of the attention alone or of a whole model, dense (SDPA) against sparse, alternating in one run.
+"""Measure time and memory of the attention alone or of a whole model, dense (SDPA) and sparse by turns in one run.
 
-hf-sparse-attn benchmark --model demo --seq-lens 2048 8192 32768 --output benchmark.json --picture benchmark.png
-hf-sparse-attn benchmark --model converted --seq-lens 8192 --pass prefill
-hf-sparse-attn benchmark --model demo --seq-lens 8192 --pass stages
-hf-sparse-attn benchmark --model demo --seq-lens 8192 32768 65536 --pass decode
-hf-sparse-attn benchmark --seq-lens 4096 8192 --pass forward_backward --num-heads 32 --num-kv-heads 8 --head-dim 128
+    hf-sparse-attn benchmark --model demo --seq-lens 2048 8192 32768 --output benchmark.json --picture benchmark.png
+    hf-sparse-attn benchmark --model converted --seq-lens 8192 --pass prefill
+    hf-sparse-attn benchmark --model demo --seq-lens 8192 --pass stages
+    hf-sparse-attn benchmark --model demo --seq-lens 8192 32768 65536 --pass decode
+    hf-sparse-attn benchmark --seq-lens 4096 8192 --pass forward_backward --num-heads 32 --num-kv-heads 8 --head-dim 128
 
-With --model, the attention gets the queries, keys and values of one of its layers when it reads the demo text; without,
-random ones, which are the hardest: neighbouring rows have no keys in common, and no key is light enough to be left out.
+With --model, the attention gets the queries, keys and values of one of its layers when it reads the demo text; without
+it, random ones, which are the hardest: neighbouring rows have no keys in common, and no key is light enough to be left
+out.
 """
 
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from hf_sparse_attn.cli.argument_types import PICTURE_SUFFIXES, json_object, output_file, picture_file, positive_int
-from hf_sparse_attn.cli.arguments import (
-    OneLineErrors,
-    UserError,
-    argument,
-    choose_device,
-    choose_dtype,
-    load_model,
-    print_table,
-    read_checkpoint,
-)
-from hf_sparse_attn.cli.output_files import replaced, write_json
+from hf_sparse_attn.cli.argument_types import positive_int
+from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, print_table
+from hf_sparse_attn.cli.options import MODEL_HELP, SUFFIXES, add, command_parser
 from hf_sparse_attn.config import text_config
+from hf_sparse_attn.errors import argument
+from hf_sparse_attn.output_files import replaced, write_json
 
 PASSES = ("forward", "forward_backward", "stages", "decode", "prefill", "training_step", "generation")
 OF_A_MODEL = PASSES[4:]
@@ -34,53 +28,68 @@ SHAPE = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
 BACKENDS = ("flash", "cudnn", "efficient", "flex")
 
 
-def parse_arguments() -> Any:
-    parser = OneLineErrors(description=__doc__.splitlines()[0])
-    parser.add_argument("--seq-lens", type=positive_int, nargs="+", default=[2048, 8192, 32768], help="tokens")
+def make_parser() -> OneLineErrors:
+    parser = command_parser(__doc__)
+    parser.add_argument(
+        "--seq-lens",
+        type=positive_int,
+        nargs="+",
+        default=[2048, 8192, 32768],
+        metavar="N",
+        help="Measure sequences of N tokens (default: %(default)s).",
+    )
     parser.add_argument(
         "--pass",
         dest="passes",
         default="forward",
         choices=PASSES,
-        help="of the attention: forward, forward_backward, stages (where the time goes, with Numba on a CPU), decode "
-        "(one step over a full cache); of the whole --model: prefill, training_step, generation (one token)",
+        help="Measure this pass of the attention: forward, forward_backward, stages (where the time goes, with Numba "
+        "on a CPU) or decode (one step over a full cache); or of the whole --model: prefill, training_step or generation "
+        "(one token) (default: %(default)s).",
     )
-    parser.add_argument("--model", help="Hub id, directory, or demo, for real inputs; it brings shape and budgets")
+    add(
+        parser,
+        "model",
+        required=False,
+        help=f"Measure on real inputs, with the shape and the budgets of this model: {MODEL_HELP.partition(': ')[2]}",
+    )
     parser.add_argument(
-        "--random-model", help="instead of --model, for whole models: llama-3-8b or mistral-7b, untrained"
+        "--random-model",
+        metavar="NAME",
+        help="Measure a whole untrained model instead of --model: llama-3-8b or mistral-7b.",
     )
-    parser.add_argument("--layer", type=int, help="layer whose inputs are taken (default: the middle one)")
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="Take the inputs of the layer of index N (default: the middle one)."
+    )
     for name, value in SHAPE.items():
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=positive_int, help=f"of random inputs (default: {value})")
+        words = name.replace("num_", "").replace("kv", "KV").replace("_", " ")
+        told = f"Give random inputs N {words}" if name != "head_dim" else "Give the heads of random inputs N dimensions"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=positive_int, metavar="N", help=f"{told} (default: {value})."
+        )
     parser.add_argument(
-        "--repeats", type=positive_int, default=3, help="timed runs of each side (default: %(default)s)"
+        "--repeats", type=positive_int, default=3, metavar="N", help="Time each side N times (default: %(default)s)."
     )
     parser.add_argument(
         "--backends",
         nargs="+",
         default=[],
         choices=BACKENDS,
-        help="also time these backends of SDPA, and flex: FlexAttention over window and globals alone; "
-        "the speedup is over the fastest dense one",
+        help="Also time these backends of SDPA, and as flex FlexAttention over window and global tokens alone; the "
+        "speedup is then over the fastest dense one.",
     )
-    parser.add_argument(
-        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to set, or @FILE"
-    )
-    parser.add_argument("--dtype", default="float32", help="default: %(default)s")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--output", type=output_file, help="JSON file to write")
-    parser.add_argument(
-        "--picture", type=picture_file, help="time against length to draw: " + ", ".join(PICTURE_SUFFIXES)
-    )
-    return parser.parse_args()
+    add(parser, "sparse-attention")
+    add(parser, "dtype", default="float32")
+    add(parser, "device", "output")
+    add(parser, "picture", help=f"Draw time against length to this {SUFFIXES} file.")
+    return parser
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     arguments.seq_lens = list(dict.fromkeys(arguments.seq_lens))
     if arguments.picture:
-        with argument("--picture"):
+        with argument("picture"):
             if len(arguments.seq_lens) < 2:
                 raise ValueError("a picture of time against length needs two of --seq-lens")
             if arguments.passes == "stages":
@@ -89,7 +98,7 @@ def main() -> None:
         if arguments.model and getattr(arguments, name):
             raise UserError(f"argument --{name.replace('_', '-')}: --model brings its own")
     shape = SHAPE | {name: getattr(arguments, name) for name in SHAPE if getattr(arguments, name)}
-    with argument("--num-kv-heads"):
+    with argument("num_kv_heads"):
         if shape["num_heads"] % shape["num_kv_heads"]:
             raise ValueError(f"{shape['num_kv_heads']} does not divide --num-heads {shape['num_heads']}")
     if not (arguments.model or arguments.random_model) and arguments.passes in OF_A_MODEL:
@@ -104,21 +113,22 @@ def main() -> None:
     from tqdm import tqdm
 
     from hf_sparse_attn.benchmarking.speed import make_inputs
-    from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.config import SparseAttentionConfig
+    from hf_sparse_attn.environment import describe_environment
+    from hf_sparse_attn.loading import parse_device, parse_dtype
     from hf_sparse_attn.ops import check_implementation
     from hf_sparse_attn.visualization import plot_times
 
-    device = choose_device(arguments.device)
-    dtype = choose_dtype(arguments.dtype)
-    with argument("--dtype"):
+    device = parse_device(arguments.device)
+    dtype = parse_dtype(arguments.dtype)
+    with argument("dtype"):
         if isinstance(dtype, str):
             raise ValueError("auto means a checkpoint's own dtype; give one")
-    with argument("--sparse-attention"):
+    with argument("sparse_attention"):
         config = SparseAttentionConfig.from_dict(arguments.sparse_attention)
         check_implementation(config.implementation, device)
     if arguments.passes == "stages":
-        with argument("--pass stages"):
+        with argument("pass", "stages"):
             check_implementation("numba", device)
 
     progress = partial(tqdm, arguments.seq_lens, desc="benchmarking", unit="length")
@@ -130,7 +140,7 @@ def main() -> None:
         measured = (
             measure_attention(
                 arguments,
-                make_inputs(seq_len + tokens_behind(arguments), **shape, dtype=dtype, device=device),
+                make_inputs(seq_len + decoded_after(arguments), **shape, dtype=dtype, device=device),
                 config,
             )
             for seq_len in progress()
@@ -151,16 +161,16 @@ def main() -> None:
             plot_times(rows, picture)
 
 
-def tokens_behind(arguments: Any) -> int:
-    """How many tokens are needed behind each of --seq-lens."""
+def decoded_after(arguments: Any) -> int:
+    """How many tokens are decoded after each of --seq-lens."""
     from hf_sparse_attn.benchmarking.decoding import decoded_tokens
 
     return decoded_tokens(arguments.repeats) if arguments.passes == "decode" else 0
 
 
 def check_stages(arguments: Any, config: Any, layer: int = 0) -> None:
-    """Whether every length has sparse rows, if it is their stages that are measured."""
-    with argument("--seq-lens"):
+    """Make sure that every length has sparse rows, if their stages are measured."""
+    with argument("seq_lens"):
         shortest = min(arguments.seq_lens)
         if arguments.passes == "stages" and (layer in config.dense_layers or shortest <= config.dense_below):
             raise ValueError(f"all of the {shortest} rows are dense, there are no stages")
@@ -187,16 +197,16 @@ def measure_attention(arguments: Any, inputs: Any, config: Any, layer: int = 0) 
 def measure_model(
     arguments: Any, device: Any, dtype: Any, progress: Any
 ) -> tuple[dict[str, Any], Any, Iterator[dict[str, Any]]]:
-    """What is measured, the model's configuration, and the rows, each measured when it is asked for."""
+    """Say what is measured: its source, the model's configuration, and the rows, each measured when it is asked for."""
     import torch
 
     from hf_sparse_attn.benchmarking.speed import layer_inputs
-    from hf_sparse_attn.cli.loading import random_sparse_model
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
+    from hf_sparse_attn.loading import load_model, random_sparse_model, read_checkpoint
 
     if arguments.random_model:
-        with argument("--random-model"):
+        with argument("random_model"):
             model = random_sparse_model(arguments.random_model, arguments.sparse_attention, dtype, device)
         config = SparseAttentionConfig.from_dict(text_config(model.config).sparse_attention)
         tokens = torch.randint(text_config(model.config).vocab_size, (1, max(arguments.seq_lens)), device=device)
@@ -206,23 +216,23 @@ def measure_model(
     config = SparseAttentionConfig.from_dict(sparse_attention)
     num_layers = text_config(model_config).num_hidden_layers
     layer = num_layers // 2 if arguments.layer is None else arguments.layer
-    with argument("--layer"):
+    with argument("layer"):
         if not 0 <= layer < num_layers:
             raise ValueError(f"must be from 0 to {num_layers - 1}, got {layer}")
     check_stages(arguments, config, layer)
     text = "\n\n".join(load_documents("demo", "validation")["text"])
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device=device)
-    behind = tokens_behind(arguments)
-    with argument("--seq-lens"):
-        if max(arguments.seq_lens) + behind > len(tokens):
-            raise ValueError(f"the text has {len(tokens)} tokens, not {max(arguments.seq_lens) + behind}")
+    more = decoded_after(arguments)
+    with argument("seq_lens"):
+        if max(arguments.seq_lens) + more > len(tokens):
+            raise ValueError(f"the text has {len(tokens)} tokens, not {max(arguments.seq_lens) + more}")
     model = load_model(arguments.model, path, arguments.sparse_attention, device=device, dtype=dtype)
 
     def measure(seq_len: int) -> dict[str, Any]:
-        ids = tokens[None, : seq_len + behind]
+        ids = tokens[None, : seq_len + more]
         if arguments.passes in OF_A_MODEL:
             return measure_whole(arguments, model, ids)
-        with argument("--layer"):
+        with argument("layer"):
             inputs = tuple(x.to(dtype) for x in layer_inputs(model, ids, layer))
         return measure_attention(arguments, inputs, config, layer)
 

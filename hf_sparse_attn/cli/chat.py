@@ -3,40 +3,36 @@
     hf-sparse-attn chat --model demo --document README.md
     hf-sparse-attn chat --model converted --document book.txt --question "Who is Emma?" "Where does she live?"
 
-Without --question they are read from the terminal, until an empty line. After each answer stands what it took.
+Without --question, questions are read from the terminal until an empty line. Each answer is followed by its cost.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
-from hf_sparse_attn.cli.argument_types import json_object, output_file, positive_int
-from hf_sparse_attn.cli.arguments import (
-    OneLineErrors,
-    argument,
-    choose_device,
-    choose_dtype,
-    load_model,
-    read_checkpoint,
-)
-from hf_sparse_attn.cli.output_files import write_json
+from hf_sparse_attn.cli.argument_types import positive_int
+from hf_sparse_attn.cli.arguments import OneLineErrors
+from hf_sparse_attn.cli.options import MODEL_HELP, add, command_parser
+from hf_sparse_attn.errors import argument
 from hf_sparse_attn.local_files import read_text
+from hf_sparse_attn.output_files import write_json
 
 
-def parse_arguments() -> Any:
-    parser = OneLineErrors(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="Hub id, directory, or demo; tuned for chat")
-    parser.add_argument("--document", help="text file that stands before the first question")
-    parser.add_argument("--question", nargs="+", help="what is asked (default: asked for in the terminal)")
+def make_parser() -> OneLineErrors:
+    parser = command_parser(__doc__)
+    add(parser, "model", help=f"{MODEL_HELP} It must be tuned for chat.")
+    parser.add_argument("--document", metavar="FILE", help="Put the text of this file before the first question.")
     parser.add_argument(
-        "--max-new-tokens", type=positive_int, default=200, help="of each answer (default: %(default)s)"
+        "--question", nargs="+", metavar="TEXT", help="Ask these questions (default: those typed in the terminal)."
     )
     parser.add_argument(
-        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to override, or @FILE"
+        "--max-new-tokens",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="End each answer after N tokens (default: %(default)s).",
     )
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ... (default: the checkpoint's own)")
-    parser.add_argument("--output", type=output_file, help="JSON file to write, after each answer")
-    return parser.parse_args()
+    add(parser, "sparse-attention", "device", "dtype")
+    add(parser, "output", help="Write the conversation to this JSON file after each answer.")
+    return parser
 
 
 def questions(given: list[str] | None) -> Iterator[str]:
@@ -55,10 +51,10 @@ def _typed() -> str:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     document = ""
     if arguments.document:
-        with argument("--document"):
+        with argument("document"):
             document = read_text(arguments.document)
             if not document.strip():
                 raise ValueError(f"{arguments.document} is empty: it holds no text")
@@ -68,12 +64,13 @@ def main() -> None:
     from transformers import TextStreamer
 
     from hf_sparse_attn.cli.conversation import Conversation, check_chat_template
-    from hf_sparse_attn.cli.environment import describe_environment
+    from hf_sparse_attn.environment import describe_environment
+    from hf_sparse_attn.loading import load_model, parse_device, parse_dtype, read_checkpoint
 
-    device = choose_device(arguments.device)
-    dtype = choose_dtype(arguments.dtype)
+    device = parse_device(arguments.device)
+    dtype = parse_dtype(arguments.dtype)
     path, _, tokenizer, _ = read_checkpoint(arguments.model, arguments.sparse_attention)
-    with argument(f"--model {arguments.model}"):
+    with argument("model", arguments.model):
         check_chat_template(tokenizer)
     num_tokens = len(tokenizer(document, verbose=False)["input_ids"])
     model = load_model(
@@ -85,7 +82,7 @@ def main() -> None:
         if arguments.question:
             print(f"> {question}")
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with argument(f"--model {arguments.model}"):
+        with argument("model", arguments.model):
             answer = conversation.ask(question, streamer)
         turns.append({"question": question, **asdict(answer)})
         if arguments.output:

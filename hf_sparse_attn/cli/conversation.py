@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from hf_sparse_attn.cache import SparseCache, SparseLayer
-from hf_sparse_attn.cli.loading import library_errors
+from hf_sparse_attn.loading import library_errors
 from hf_sparse_attn.tracing import input_device
 
 

@@ -7,81 +7,25 @@
 Each document is cut to its first --context-length tokens; shorter documents are left out.
 """
 
-from functools import partial
 from typing import Any
 
-from hf_sparse_attn.cli.argument_types import json_object, output_file, positive_int
-from hf_sparse_attn.cli.arguments import (
-    OneLineErrors,
-    UserError,
-    argument,
-    choose_device,
-    choose_dtype,
-    load_model,
-    print_table,
-    read_checkpoint,
-    report,
-    written_fields,
-)
+from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
+from hf_sparse_attn.cli.options import add, command_parser
+from hf_sparse_attn.commands import evaluate_perplexity
 
 
-def parse_arguments(words: list[str] | None = None) -> Any:
-    """The arguments of the command line, or of a list of its words.
-
-    Raises:
-        UserError: they cannot be.
-    """
-    parser = OneLineErrors(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="Hub id, directory, or demo")
-    parser.add_argument("--dataset", required=True, help="Hub id[:config[:split[:column]]], file, directory, or demo")
-    parser.add_argument("--split", default="validation", help="where a dataset has splits (default: %(default)s)")
-    parser.add_argument("--context-length", type=positive_int, required=True, help="tokens read of each document")
-    parser.add_argument("--max-documents", type=positive_int, default=4, help="default: %(default)s")
-    parser.add_argument(
-        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to override, or @FILE"
-    )
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, ... (default: the checkpoint's own)")
-    parser.add_argument("--output", type=output_file, help="JSON file to write")
-    arguments = parser.parse_args(words)
-    if arguments.context_length < 2:
-        raise UserError("argument --context-length: must be at least 2: the first token is not predicted")
-    return arguments
+def make_parser() -> OneLineErrors:
+    parser = command_parser(__doc__)
+    add(parser, "model", "dataset", "split", "context-length")
+    add(parser, "max-documents", default=4)
+    add(parser, "sparse-attention", "device", "dtype", "output")
+    return parser
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    report(evaluate(arguments), arguments.output, print_result)
-
-
-def evaluate(arguments: Any) -> dict[str, Any]:
-    """Evaluate as `parse_arguments` says; see `compare_perplexity`."""
-    from tqdm import tqdm
-
-    from hf_sparse_attn.cli.environment import describe_environment
-    from hf_sparse_attn.data import load_documents, long_documents
-    from hf_sparse_attn.evaluation.perplexity import compare_perplexity
-
-    device = choose_device(arguments.device)
-    dtype = choose_dtype(arguments.dtype)
-    with argument("--dataset"):
-        texts = load_documents(arguments.dataset, arguments.split)
-    path, _, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
-    with argument("--dataset"):
-        documents = long_documents(texts, tokenizer, arguments.context_length, arguments.max_documents)
-    num_tokens = arguments.context_length
-    model = load_model(
-        arguments.model, path, arguments.sparse_attention, device=device, num_tokens=num_tokens, dtype=dtype
-    )
-    with argument(f"--model {arguments.model}"):
-        result = compare_perplexity(model, documents, progress=partial(tqdm, desc="evaluating", unit="forward"))
-    result |= {
-        "model": arguments.model,
-        "dataset": arguments.dataset,
-        "sparse_attention": written_fields(sparse_attention),
-        "environment": describe_environment(device),
-    }
-    return result
+    given = vars(make_parser().parse_args())
+    output = given.pop("output")
+    report(evaluate_perplexity(**given), output, print_result)
 
 
 def print_result(result: dict[str, Any]) -> None:

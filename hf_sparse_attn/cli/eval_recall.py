@@ -1,88 +1,88 @@
-"""What of the dense attention the sparse rows find, by layer and head: the mass they keep and the top keys they read.
+"""Measure how much of the dense attention the sparse rows find, by layer and head: its mass and its top keys.
 
     hf-sparse-attn eval-recall --model converted --dataset demo --context-length 8192 --picture recall.png
     hf-sparse-attn eval-recall --model demo --dataset book.txt --context-length 4096 --hashes random none \
         --output recall.json
 
-The model's own hash is measured, and beside it the others of --hashes with the same budgets: the calibrated one, random
+The model's own hash is measured, and so are the others of --hashes with the same budgets: the calibrated one, random
 hyperplanes, or none (window and static keys alone). `hf_sparse_attn/evaluation/recall.py` defines the figures.
 """
 
 from functools import partial
 from typing import Any
 
-from hf_sparse_attn.cli.argument_types import PICTURE_SUFFIXES, json_object, output_file, picture_file, positive_int
-from hf_sparse_attn.cli.arguments import (
-    OneLineErrors,
-    argument,
-    choose_device,
-    load_model,
-    print_table,
-    read_checkpoint,
-    report,
-)
-from hf_sparse_attn.cli.output_files import replaced
+from hf_sparse_attn.cli.argument_types import positive_int
+from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
+from hf_sparse_attn.cli.options import add, command_parser
 from hf_sparse_attn.config import HASHES, text_config
+from hf_sparse_attn.errors import argument
+from hf_sparse_attn.output_files import replaced
 
 
-def parse_arguments() -> Any:
-    parser = OneLineErrors(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="Hub id, directory, or demo")
-    parser.add_argument("--dataset", required=True, help="Hub id[:config[:split[:column]]], file, directory, or demo")
-    parser.add_argument("--split", default="validation", help="where a dataset has splits (default: %(default)s)")
-    parser.add_argument("--context-length", type=positive_int, required=True, help="tokens read of each document")
-    parser.add_argument("--max-documents", type=positive_int, default=2, help="default: %(default)s")
-    parser.add_argument("--num-rows", type=positive_int, default=64, help="rows per document (default: %(default)s)")
+def make_parser() -> OneLineErrors:
+    parser = command_parser(__doc__)
+    add(parser, "model", "dataset", "split")
+    add(parser, "context-length", type=positive_int)
+    add(parser, "max-documents", default=2)
     parser.add_argument(
-        "--top-keys", type=positive_int, default=64, help="heaviest keys of a row to find (default: %(default)s)"
+        "--num-rows",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="Sample N rows of each document (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--top-keys",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="Look for the N heaviest keys of each row (default: %(default)s).",
     )
     parser.add_argument(
         "--hashes",
         nargs="+",
         choices=[*HASHES, "none"],
-        help="beside the model's own (default: all it has)",
+        help="Measure these hashes beside the model's own (default: all that it has).",
     )
-    parser.add_argument(
-        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to override, or @FILE"
-    )
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--output", type=output_file, help="JSON file to write")
-    parser.add_argument("--picture", type=picture_file, help="heat maps to write: " + ", ".join(PICTURE_SUFFIXES))
-    return parser.parse_args()
+    add(parser, "sparse-attention", "device", "output", "picture")
+    return parser
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
 
     import torch
     from tqdm import tqdm
 
     from hf_sparse_attn.calibration.budget_allocation import first_row
-    from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents, long_documents
+    from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.recall import hash_families, measure_recall
+    from hf_sparse_attn.loading import load_model, parse_device, read_checkpoint
     from hf_sparse_attn.visualization import plot_heads
 
-    device = choose_device(arguments.device)
-    with argument("--dataset"):
+    device = parse_device(arguments.device)
+    with argument("dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
     path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     config = SparseAttentionConfig.from_dict(sparse_attention)
-    with argument("--sparse-attention"):
+    with argument("sparse_attention"):
         if set(config.dense_layers) >= set(range(text_config(model_config).num_hidden_layers)):
             raise ValueError("every layer is dense: there is nothing to measure")
-    with argument("--hashes"):
+    with argument("hashes"):
         configs = hash_families(config, arguments.hashes)
-    with argument("--context-length"):
+    with argument("context_length"):
         sparse_from = first_row(config)
         if arguments.context_length < sparse_from + 64:
-            raise ValueError(f"must be at least {sparse_from + 64}: rows below {sparse_from} read nearly everything")
-    with argument("--dataset"):
+            raise ValueError(
+                f"must be at least {sparse_from + 64}: rows at positions less than {sparse_from} read nearly everything"
+            )
+    with argument("dataset"):
         documents = long_documents(texts, tokenizer, arguments.context_length, arguments.max_documents)
     num_tokens = arguments.context_length
     model = load_model(arguments.model, path, arguments.sparse_attention, device=device, num_tokens=num_tokens)
-    with argument(f"--model {arguments.model}"):
+    with argument("model", arguments.model):
         families = measure_recall(
             model,
             [torch.tensor(document["input_ids"]) for document in documents],

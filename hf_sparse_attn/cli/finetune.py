@@ -8,6 +8,7 @@ Every argument of Transformers' TrainingArguments is accepted as well, with dash
 training after the step at hand, with a checkpoint; `--resume_from_checkpoint last` takes the last one that is whole.
 """
 
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,46 +16,72 @@ from typing import Literal
 from transformers import HfArgumentParser
 
 from hf_sparse_attn.cli.argument_types import json_object
-from hf_sparse_attn.cli.arguments import (
-    OneLineErrors,
-    UserError,
-    argument,
-    choose_dtype,
-    load_model,
-    print_table,
-    read_checkpoint,
-    warn,
-)
-from hf_sparse_attn.cli.loading import library_errors
-from hf_sparse_attn.cli.output_files import check_output_directory, check_space, one_line
+from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, argument, print_table, warn
+from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, MODEL_HELP, description_and_epilog
 from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
+from hf_sparse_attn.errors import one_line
+from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
+from hf_sparse_attn.output_files import check_output_directory, check_space
 from hf_sparse_attn.training import FinetuneArguments, check_resumable, checkpoints, damage, make_trainer, train
+
+_METAVARS = {
+    "model": "MODEL",
+    "dataset": "DATASET",
+    "eval_dataset": "DATASET",
+    "sparse_attention": "JSON",
+    "output_dir": "DIR",
+    "dtype": "DTYPE",
+}
+_METAVARS_BY_TYPE = {int: "N", float: "NUMBER"}
 
 
 @dataclass
 class ScriptArguments:
-    model: str = field(metadata={"help": "Hub id, directory, or demo"})
-    dataset: str = field(metadata={"help": "Hub id[:config[:split[:column]]], file, directory, or demo"})
-    context_length: int = field(metadata={"help": "tokens per row"})
+    model: str = field(metadata={"help": MODEL_HELP})
+    dataset: str = field(metadata={"help": DATASET_HELP})
+    context_length: int = field(metadata={"help": "Train on rows of N tokens."})
     rows: Literal["packed", "windowed"] = field(
-        default="packed", metadata={"help": "packed: documents end to end; windowed: each row inside one document"}
+        default="packed",
+        metadata={"help": "Make packed rows (documents end to end) or windowed ones (each inside one document)."},
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "dataset (its validation split) for the loss before and after training"}
+        default=None,
+        metadata={"help": "Measure the loss on this dataset (its validation split) before and after training."},
     )
-    eval_rows: int = field(default=8, metadata={"help": "rows of --eval-dataset to use"})
-    sparse_attention: str = field(default="{}", metadata={"help": "JSON object of fields to override, or @FILE"})
-    dtype: str = field(default="float32", metadata={"help": "dtype of the weights in training"})
+    eval_rows: int = field(default=8, metadata={"help": "Use N rows of --eval-dataset."})
+    sparse_attention: str = field(default="{}", metadata={"help": FIELDS_HELP})
+    dtype: str = field(default="float32", metadata={"help": "Train weights of this dtype."})
 
 
 class Parser(OneLineErrors, HfArgumentParser):
-    """HfArgumentParser whose errors are one line."""
+    """An HfArgumentParser whose errors are one line."""
+
+
+def make_parser() -> Parser:
+    description, epilog = description_and_epilog(__doc__)
+    parser = Parser(
+        [ScriptArguments, FinetuneArguments],
+        description=description,
+        epilog=epilog,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for action in parser._actions:
+        if action.nargs != 0 and action.choices is None:
+            by_type = _METAVARS_BY_TYPE.get(action.type, "VALUE")
+            action.metavar = _METAVARS.get(action.dest, by_type)
+        action.help = action.help or "See TrainingArguments of Transformers."
+    return parser
 
 
 def parse_arguments() -> tuple[ScriptArguments, FinetuneArguments]:
-    parser = Parser([ScriptArguments, FinetuneArguments], description=__doc__.splitlines()[0], allow_abbrev=False)
+    """The arguments of the command line.
+
+    Raises:
+        UserError: they cannot be.
+    """
     try:
-        script, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        script, training, unknown = make_parser().parse_args_into_dataclasses(return_remaining_strings=True)
     except UserError:
         raise
     except Exception as error:  # of many types, by which TrainingArguments refuses values
@@ -92,7 +119,7 @@ def resolve_checkpoint(training: FinetuneArguments) -> None:
 
 
 def last_checkpoint(output: Path) -> Path:
-    """The newest checkpoint that is whole; those that are not are told."""
+    """The newest checkpoint that is whole; a warning tells of those that are not."""
     damaged: dict[Path, str] = {}
     for checkpoint in checkpoints(output):
         reason = damage(checkpoint)
@@ -112,7 +139,7 @@ def main() -> None:
     resolve_checkpoint(training)
     with argument("--sparse-attention"):
         overrides = json_object(script.sparse_attention)
-    dtype = choose_dtype(script.dtype)
+    dtype = parse_dtype(script.dtype)
     with argument("--dataset"):
         documents = load_documents(script.dataset, "train")
     path, _, tokenizer, _ = read_checkpoint(script.model, overrides)

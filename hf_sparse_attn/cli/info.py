@@ -1,4 +1,4 @@
-"""Versions, devices and which implementation "auto" takes: what a bug report needs.
+"""Show what a bug report needs: versions, devices and which implementation "auto" takes.
 
 hf-sparse-attn info
 hf-sparse-attn info --output info.json
@@ -11,9 +11,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from hf_sparse_attn.cli.argument_types import output_file
 from hf_sparse_attn.cli.arguments import OneLineErrors
-from hf_sparse_attn.cli.output_files import write_json
+from hf_sparse_attn.cli.options import add, command_parser
+from hf_sparse_attn.output_files import write_json
 
 PACKAGES = (
     "hf_sparse_attn",
@@ -30,14 +30,14 @@ PACKAGES = (
 )
 
 
-def parse_arguments() -> Any:
-    parser = OneLineErrors(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=output_file, help="JSON file to write")
-    return parser.parse_args()
+def make_parser() -> OneLineErrors:
+    parser = command_parser(__doc__)
+    add(parser, "output")
+    return parser
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     found = describe()
     if arguments.output:
         write_json(arguments.output, found)

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from hf_sparse_attn.cli.arguments import UserError, run
+from hf_sparse_attn.cli.arguments import UserError, run, show_warnings
 
 # By command: its module, and what it does.
 COMMANDS = {
@@ -55,6 +55,8 @@ def run_command(name: str, program: str | None = None) -> NoReturn:
         sys.argv[0] = program
 
     def command() -> None:
+        if name != "run":  # another program decides by itself what it does with warnings
+            show_warnings()
         import_module(f"hf_sparse_attn.cli.{COMMANDS[name][0]}").main()
 
     run(command)

@@ -1,4 +1,4 @@
-"""What the Triton kernels compute and move, stage by stage, and the time that takes at least: a roofline.
+"""Count what the Triton kernels compute and move, stage by stage, and the least time that takes (a roofline).
 
     hf-sparse-attn roofline --model demo --seq-lens 16384 32768 65536 131072 --output benchmarks/gpu_roofline.json
 
@@ -9,41 +9,60 @@ queries and keys, the worst case; the shape is Llama-3-8B's attention. Where the
 from dataclasses import asdict
 from typing import Any
 
-from hf_sparse_attn.cli.argument_types import json_object, output_file, positive_int
-from hf_sparse_attn.cli.arguments import OneLineErrors, argument, load_model, print_table, read_checkpoint
-from hf_sparse_attn.cli.output_files import write_json
+from hf_sparse_attn.cli.argument_types import positive_int
+from hf_sparse_attn.cli.arguments import OneLineErrors, print_table
+from hf_sparse_attn.cli.options import MODEL_HELP, add, command_parser
 from hf_sparse_attn.config import text_config
+from hf_sparse_attn.errors import argument
+from hf_sparse_attn.output_files import write_json
 
 SHAPE = (32, 8, 128)
 
 
-def parse_arguments() -> Any:
-    parser = OneLineErrors(description=__doc__.splitlines()[0])
+def make_parser() -> OneLineErrors:
+    parser = command_parser(__doc__)
     parser.add_argument(
-        "--seq-lens", type=positive_int, nargs="+", default=[16384, 32768, 65536, 131072], help="tokens"
+        "--seq-lens",
+        type=positive_int,
+        nargs="+",
+        default=[16384, 32768, 65536, 131072],
+        metavar="N",
+        help="Count for sequences of N tokens (default: %(default)s).",
     )
-    parser.add_argument("--pass", dest="passes", default="forward", choices=("forward", "forward_backward"))
-    parser.add_argument("--model", help="Hub id, directory, or demo: whose queries and keys are counted, else random")
-    parser.add_argument("--counted-tokens", type=positive_int, default=32768, help="default: %(default)s")
     parser.add_argument(
-        "--sparse-attention", type=json_object, default={}, help="JSON object of fields to set, or @FILE"
+        "--pass",
+        dest="passes",
+        default="forward",
+        choices=("forward", "forward_backward"),
+        help="Count the forward alone, or the backward, too (default: %(default)s).",
     )
-    parser.add_argument("--output", type=output_file, help="JSON file to write")
-    return parser.parse_args()
+    model_help = (
+        f"Count the queries and keys of this model, {MODEL_HELP.partition(': ')[2][:-1]} (default: random ones)."
+    )
+    add(parser, "model", required=False, help=model_help)
+    parser.add_argument(
+        "--counted-tokens",
+        type=positive_int,
+        default=32768,
+        metavar="N",
+        help="Count the keys of tiles on N tokens (default: %(default)s).",
+    )
+    add(parser, "sparse-attention", "output")
+    return parser
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
 
     import torch
 
     from hf_sparse_attn.benchmarking.roofline import Ceilings, count_stages, dense_floor_ms
-    from hf_sparse_attn.cli.environment import describe_environment
     from hf_sparse_attn.config import SparseAttentionConfig
+    from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.ops.triton import chunks as triton
     from hf_sparse_attn.ops.triton import launch as triton_launch
 
-    with argument("--sparse-attention"):
+    with argument("sparse_attention"):
         config = SparseAttentionConfig.from_dict(arguments.sparse_attention)
     num_heads, num_kv_heads, head_dim = SHAPE
     half = torch.empty(0, head_dim, dtype=torch.bfloat16)
@@ -68,13 +87,14 @@ def main() -> None:
 
 
 def count(arguments: Any, rows: int) -> Any:
-    """Keys per tile, over three layers of the model or random inputs."""
+    """Count the keys per tile, over three layers of the model or of random inputs."""
     import torch
 
     from hf_sparse_attn.benchmarking.roofline import TileCounts, count_tiles
     from hf_sparse_attn.benchmarking.speed import layer_inputs, make_inputs
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
+    from hf_sparse_attn.loading import load_model, read_checkpoint
     from hf_sparse_attn.routing import layer_pattern
 
     length, device = arguments.counted_tokens, torch.device("cpu")
@@ -82,13 +102,13 @@ def count(arguments: Any, rows: int) -> Any:
         config = SparseAttentionConfig.from_dict(arguments.sparse_attention)
         query, key, _ = make_inputs(length, 4, 1, SHAPE[2], torch.float32, device)
         pattern = layer_pattern(config, 0, 4, 1, SHAPE[2], device, torch.float32)
-        with argument("--counted-tokens"):
+        with argument("counted_tokens"):
             return count_tiles(query[0], key[0], pattern, rows)
     path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     config = SparseAttentionConfig.from_dict(sparse_attention)
     text = "\n\n".join(load_documents("demo", "validation")["text"])
     tokens = torch.tensor([tokenizer(text, verbose=False)["input_ids"][:length]])
-    with argument("--counted-tokens"):
+    with argument("counted_tokens"):
         if tokens.shape[1] < length:
             raise ValueError(f"the text has {tokens.shape[1]} tokens, not {length}")
     model = load_model(arguments.model, path, arguments.sparse_attention, device=device, dtype=torch.float32)
@@ -98,13 +118,13 @@ def count(arguments: Any, rows: int) -> Any:
         query, key, _ = layer_inputs(model, tokens, layer)
         heads = query.shape[1], key.shape[1], query.shape[-1]
         pattern = layer_pattern(config, layer, *heads, device, torch.float32)
-        with argument("--counted-tokens"):
+        with argument("counted_tokens"):
             found.append(asdict(count_tiles(query[0], key[0], pattern, rows)))
     return TileCounts(**{name: sum(x[name] for x in found) / len(found) for name in found[0]} | {"rows": rows})
 
 
 def measure(num_tokens: int, config: Any, backward: bool) -> dict[str, float]:
-    """Milliseconds of each of the Triton kernels, and of all others together, with random inputs."""
+    """The milliseconds of each Triton kernel, and of all others together, with random inputs."""
     import torch
 
     from hf_sparse_attn import sparse_attention

@@ -1,9 +1,10 @@
-"""Where a figure was measured."""
+"""Where a figure was measured, and the configuration that a report repeats."""
 
 from __future__ import annotations
 
 import platform
 from datetime import datetime, timezone
+from typing import Any
 
 import torch
 import transformers
@@ -20,3 +21,8 @@ def describe_environment(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def written_fields(sparse_attention: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a report repeats: all but the calibrated hash itself, which is megabytes of text."""
+    return {name: value for name, value in sparse_attention.items() if name != "calibrated_hash"}

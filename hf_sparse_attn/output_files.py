@@ -13,11 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_LONGEST_LINE = 500
+from hf_sparse_attn.errors import RunError, add_note, reason
 
-
-class RunError(RuntimeError):
-    """What went wrong although the arguments were right; told in one line, too."""
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_output_file(path: str | Path) -> Path:
@@ -27,6 +25,16 @@ def check_output_file(path: str | Path) -> Path:
         raise FileExistsError(f"{str(path)!r} is a directory; expected the name of a file")
     if not is_device(path):
         _check_writable(_resolved(path).parent)
+    return path
+
+
+def check_picture_file(path: str | Path) -> Path:
+    """Path of a picture that can be written later: an output file whose suffix is its format."""
+    import matplotlib  # noqa: F401  whether it is there must be known before the work
+
+    path = check_output_file(path)
+    if path.suffix not in PICTURE_SUFFIXES:
+        raise ValueError(f"{str(path)!r} must end in one of {', '.join(PICTURE_SUFFIXES)}")
     return path
 
 
@@ -127,6 +135,48 @@ def kept_on_failure(path: Path, what: str) -> Iterator[Callable[[Any], None]]:
         file.unlink(missing_ok=True)
 
 
+def unfinished_directory(output: Path) -> Path:
+    """Where a directory is written before it is in its place: inside one that is there already, or beside it."""
+    return (output if output.exists() else output.parent) / f".{output.name}.unfinished-{os.getpid()}"
+
+
+@contextmanager
+def removed_on_failure(directory: Path) -> Iterator[None]:
+    """Write a directory; what cannot be finished is removed.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write {str(directory)!r}: {reason(error)}") from error
+        raise
+
+
+def put_in_place(finished: Path, output: Path) -> None:
+    """Rename the finished directory of a model; if the output is already there and still empty, the files move into it.
+
+    Raises:
+        RunError: it cannot be done, and the finished directory stays where it is.
+    """
+    try:
+        if not output.exists():
+            finished.rename(output)
+            return
+        if any(entry != finished for entry in output.iterdir()):
+            raise FileExistsError("it was filled meanwhile")
+        # config.json comes last: it is what makes a directory a model.
+        for file in sorted(finished.iterdir(), key=lambda file: file.name == "config.json"):
+            file.rename(output / file.name)
+        finished.rmdir()
+    except OSError as error:
+        message = f"cannot write to {str(output)!r}: {reason(error)}; the finished model is in {str(finished)!r}"
+        raise RunError(message) from error
+
+
 def finite(value: Any) -> Any:
     """JSON-ready values with None in place of the numbers that JSON does not know, NaN and infinities."""
     if isinstance(value, Mapping):
@@ -163,11 +213,6 @@ def _place(file: Path | None, text: str) -> str:
     return f"in {str(file)!r}"
 
 
-def add_note(error: BaseException, note: str) -> None:
-    """Have something told with an error; its own `add_note` is of Python 3.11."""
-    error.__notes__ = [*getattr(error, "__notes__", []), note]
-
-
 def _resolved(path: Path) -> Path:
     """The path without symbolic links, which may lead to what does not exist yet."""
     resolved = Path(os.path.realpath(path))
@@ -198,14 +243,3 @@ def _check_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise PermissionError(f"cannot write to {str(existing)!r}: {reason(error)}") from error
-
-
-def reason(error: OSError) -> str:
-    """What the system says about an error, without the file's name."""
-    return error.strerror or one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message in one line that is not too long."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."

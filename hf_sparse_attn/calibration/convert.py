@@ -1,0 +1,311 @@
+"""Convert a dense checkpoint: fit the hash and what every head reads, and write a directory that loads anywhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_sparse_attn import visualization
+from hf_sparse_attn.benchmarking.speed import layer_inputs, measure_dense_below
+from hf_sparse_attn.calibration import calibrate, model_card
+from hf_sparse_attn.calibration.budget_allocation import FIXED, Allocation, least_density
+from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss, describe_budgets, minimum_tokens
+from hf_sparse_attn.config import SparseAttentionConfig, text_config
+from hf_sparse_attn.data import load_documents, long_documents
+from hf_sparse_attn.environment import describe_environment
+from hf_sparse_attn.errors import ArgumentError, RunError, argument, check_integer, check_positive, one_line
+from hf_sparse_attn.evaluation import perplexity
+from hf_sparse_attn.loading import load_model, parse_device, read_checkpoint
+from hf_sparse_attn.output_files import (
+    check_output_directory,
+    check_space,
+    kept_on_failure,
+    put_in_place,
+    removed_on_failure,
+    unfinished_directory,
+)
+from hf_sparse_attn.progress import Progress, counted, silent
+from hf_sparse_attn.tracing import input_device
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+TARGET_DENSITY = 0.19
+AUTO = "auto"  # dense_below is measured
+_FITTED = ("key_budget", "min_weight", "hash", "calibrated_hash")  # fields that no conversion is given
+_MEASURED_TOKENS = 4096  # most of a document that dense_below is measured on
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """How a checkpoint is converted.
+
+    Args:
+        calibration_dataset: a Hub id[:config[:split[:column]]], a file, a directory, or "demo".
+        num_calibration_documents: at least 1.
+        context_length: tokens read of each document; shorter documents are left out.
+        target_density: share of the admissible (row, key) pairs that may be read, greater than 0 and at most 1; None
+            is TARGET_DENSITY, unless `max_loss` is given.
+        max_loss: in place of `target_density`: as little is read as keeps the loss of the last calibration document
+            from rising by more, in nats per token; greater than 0.
+        key_budget: largest mean, over layers and KV heads, of the candidates of a row; at least 1.
+        sparse_attention: fields of `SparseAttentionConfig`, other than those that the conversion fits.
+        dense_below: rows at earlier positions read everything; None takes it from `sparse_attention`, "auto" measures
+            from which length on sparse attention is faster on this machine.
+        num_evaluation_documents: for the model card's figures; 0 leaves them out.
+        device: such as "cpu" or "cuda"; None takes the GPU if there is one.
+
+    Raises:
+        ArgumentError: a value is out of its range; the message names the field.
+    """
+
+    calibration_dataset: str = "demo"
+    num_calibration_documents: int = 3
+    context_length: int = 8192
+    target_density: float | None = None
+    max_loss: float | None = None
+    key_budget: int = 1024
+    sparse_attention: Mapping[str, Any] = field(default_factory=dict)
+    dense_below: int | str | None = None
+    num_evaluation_documents: int = 1
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_calibration_documents", 1),
+            ("context_length", 1),
+            ("key_budget", 1),
+            ("num_evaluation_documents", 0),
+        ):
+            check_integer(name, getattr(self, name), least)
+        if self.target_density is not None:
+            check_positive("target_density", self.target_density, most=1)
+        if self.max_loss is not None:
+            check_positive("max_loss", self.max_loss)
+            if self.target_density is not None:
+                raise ArgumentError("max_loss", "not allowed with {target_density}", others=("target_density",))
+        if self.dense_below not in (None, AUTO):
+            check_integer("dense_below", self.dense_below, 0)
+        for name in _FITTED:
+            if name in self.sparse_attention:
+                others = ("target_density", "max_loss", "key_budget")
+                told = f"{name} is what the conversion fits; use {', '.join(f'{{{other}}}' for other in others)}"
+                raise ArgumentError("sparse_attention", told, others=others)
+        with argument("sparse_attention"):
+            self.base_config()
+
+    @property
+    def density(self) -> float:
+        """The share of pairs to aim at where there is no `max_loss`."""
+        return TARGET_DENSITY if self.target_density is None else self.target_density
+
+    def base_config(self) -> SparseAttentionConfig:
+        """What is not fitted; `dense_below="auto"` is still to be measured."""
+        base = SparseAttentionConfig.from_dict(dict(self.sparse_attention))
+        return base.replace(dense_below=self.dense_below) if isinstance(self.dense_below, int) else base
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion gave.
+
+    Args:
+        output: the directory that was written.
+        config: the fitted configuration.
+        trade: the choices at other densities.
+        choice: the choice that `config` holds.
+        evaluation: what `compare_perplexity` returned for documents that calibrated nothing, or None.
+    """
+
+    output: Path
+    config: SparseAttentionConfig
+    trade: list[Allocation]
+    choice: Allocation
+    evaluation: dict[str, Any] | None
+
+
+def convert(
+    model: str,
+    output: str | Path,
+    settings: ConversionSettings | None = None,
+    *,
+    progress: Progress = silent,
+    tell: Callable[[str], None] = lambda line: None,
+    kept_as: str = "what was fitted, for sparse_attention,",
+) -> Conversion:
+    """Convert a checkpoint; the weights stay as they are.
+
+    The directory appears whole or not at all. If it cannot be finished, what was fitted stays in a file beside it,
+    which a note of the error names.
+
+    Args:
+        model: a Hub id, a directory, or "demo".
+        output: a directory, new or empty.
+        settings: None for the defaults.
+        progress: told how far the phases "calibrating" and "evaluating" are.
+        tell: called with lines about what was measured on the way.
+        kept_as: how the note calls what was fitted.
+
+    Raises:
+        ArgumentError: for an argument or a setting that cannot be, before any long work.
+        RunError: what was computed cannot be written, or no hash can be fitted to what the model computes.
+    """
+    import matplotlib  # noqa: F401  whether it is there must be known before the work
+
+    settings = settings or ConversionSettings()
+    with argument("output"):
+        output = check_output_directory(output)
+    device = parse_device(settings.device)
+    base = settings.base_config()
+    with argument("calibration_dataset"):
+        texts = load_documents(settings.calibration_dataset, "train")
+    path, config, tokenizer, _ = read_checkpoint(model)
+    _check_context_length(settings.context_length, base)
+    documents = _calibration_documents(settings, texts, tokenizer)
+    _check_density(settings, base, text_config(config).num_hidden_layers)
+    held_out = _evaluation_documents(settings, documents, tokenizer)
+    loaded = load_model(model, path, device=device, num_tokens=settings.context_length)
+    with argument("model", model):
+        loaded.generation_config.validate(strict=True)  # one that is not valid cannot be saved
+    with argument("output"):
+        check_space(output, loaded.get_memory_footprint())
+    if settings.dense_below == AUTO:
+        base = _with_measured_dense_below(loaded, documents[0]["input_ids"], base, settings, tell)
+    rows = [torch.tensor(document["input_ids"]) for document in documents]
+    calibration = _calibrate(loaded, rows, base, progress)
+    kept = output.with_name(f"{output.name}-{os.getpid()}.sparse_attention.json")
+    unfinished = unfinished_directory(output)
+    with kept_on_failure(kept, kept_as) as keep:
+        reachable = max(settings.density, calibration.costs.least_density)
+        keep(calibration.choose(reachable, settings.key_budget)[0].to_dict())
+        fitted, choice = _choose(loaded, calibration, rows[-1], settings, tell)
+        keep(fitted.to_dict())
+        trade = calibration.trade(settings.key_budget)
+        text_config(loaded.config).sparse_attention = fitted.to_dict()
+        conversion = Conversion(output, fitted, trade, choice, _evaluate(loaded, held_out, progress))
+        with removed_on_failure(unfinished):
+            loaded.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            visualization.plot_trade(trade, choice, unfinished / "trade.png")
+            model_card.write_model_card(
+                unfinished / "README.md",
+                source=model,
+                config=fitted,
+                budgets=describe_budgets(choice),
+                trade=trade,
+                choice=choice,
+                calibration=[document["name"] for document in documents],
+                result=conversion.evaluation,
+                environment=describe_environment(device),
+            )
+    put_in_place(unfinished, output)
+    return conversion
+
+
+def _check_context_length(context_length: int, config: SparseAttentionConfig) -> None:
+    if context_length < minimum_tokens(config):
+        least = minimum_tokens(config)
+        raise ArgumentError("context_length", f"must be at least {least}, so that some rows are sparse")
+
+
+def _check_density(settings: ConversionSettings, base: SparseAttentionConfig, num_layers: int) -> None:
+    least = least_density(base, num_layers, settings.context_length)
+    if settings.max_loss is None and settings.density < least:
+        raise ArgumentError(
+            "target_density",
+            f"must be at least {least:.4f} at {settings.context_length} tokens: {FIXED} take that; see "
+            "{sparse_attention}",
+            others=("sparse_attention",),
+        )
+
+
+def _calibration_documents(settings: ConversionSettings, texts: Dataset, tokenizer: Any) -> list[dict[str, Any]]:
+    with argument("calibration_dataset"):
+        return long_documents(
+            texts, tokenizer, settings.context_length, max_documents=settings.num_calibration_documents
+        )
+
+
+def _evaluation_documents(
+    settings: ConversionSettings, calibration: list[dict[str, Any]], tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Documents of the validation split, or later ones of a dataset without splits; none that calibrated anything."""
+    used = {document["name"] for document in calibration}
+    wanted = settings.num_evaluation_documents
+    if not wanted:
+        return []
+    try:
+        texts = load_documents(settings.calibration_dataset, "validation")
+        found = long_documents(texts, tokenizer, settings.context_length, max_documents=wanted + len(used))
+    except ValueError:
+        return []
+    return [document for document in found if document["name"] not in used][:wanted]
+
+
+def _with_measured_dense_below(
+    model: Any,
+    input_ids: list[int],
+    base: SparseAttentionConfig,
+    settings: ConversionSettings,
+    tell: Callable[[str], None],
+) -> SparseAttentionConfig:
+    """The configuration with `measure_dense_below` of what the middle layer gets."""
+    layer = text_config(model.config).num_hidden_layers // 2
+    ids = torch.tensor([input_ids[:_MEASURED_TOKENS]], device=input_device(model))
+    inputs = layer_inputs(model, ids, layer)
+    measured = measure_dense_below(base.replace(key_budget=settings.key_budget), inputs, layer)
+    tell(f"sparse attention starts to win at {measured} tokens here")
+    config = base.replace(dense_below=measured)
+    _check_context_length(settings.context_length, config)
+    return config
+
+
+def _calibrate(model: Any, rows: list[torch.Tensor], base: SparseAttentionConfig, progress: Progress) -> Calibration:
+    total = calibrate.num_steps(len(rows))
+    begun = 0
+
+    def begin(step: str) -> None:
+        nonlocal begun
+        progress("calibrating", begun, total, step)  # the steps before this one are done
+        begun += 1
+
+    with argument("calibration_dataset"):
+        try:
+            calibration = calibrate.calibrate(model, rows, base, begin)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise RunError(f"what the model computes on these documents cannot be calibrated on: {error}") from error
+    progress("calibrating", total, total, "")
+    return calibration
+
+
+def _choose(
+    model: Any,
+    calibration: Calibration,
+    row: torch.Tensor,
+    settings: ConversionSettings,
+    tell: Callable[[str], None],
+) -> tuple[SparseAttentionConfig, Allocation]:
+    if settings.max_loss is None:
+        with argument("target_density"):
+            return calibration.choose(settings.density, settings.key_budget)
+    with argument("max_loss"):
+        return choose_by_loss(model, calibration, row, settings.max_loss, settings.key_budget, progress=tell)
+
+
+def _evaluate(model: Any, documents: list[dict[str, Any]], progress: Progress) -> dict[str, Any] | None:
+    """The model card's figures, if there are documents for them and the losses are finite."""
+    if not documents:
+        return None
+    try:
+        return perplexity.compare_perplexity(model, documents, progress=counted(progress, "evaluating"))
+    except ValueError as error:
+        logger.warning("not evaluated: %s", one_line(error))
+        return None
