@@ -18,7 +18,7 @@ from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.integration import observe
 from hf_sparse_attn.ops import reference
 from hf_sparse_attn.ops.numba import index as numba_index
-from hf_sparse_attn.routing import layer_pattern
+from hf_sparse_attn.patterns import layer_pattern
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCABULARY = 2, 4, 2, 8, 64
 ONE_LAYER_OF_EACH = {"sliding_window": 14, "layer_types": ["sliding_attention", "full_attention"]}

@@ -21,7 +21,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
     sampled_blocks,
 )
 from hf_sparse_attn.ops import reference
-from hf_sparse_attn.routing import static_positions
+from hf_sparse_attn.patterns import static_positions
 
 CONFIG = SparseAttentionConfig(window_size=8, num_global_tokens=2, num_hash_bits=3, page_size=16, dense_below=0)
 ROWS, TOKENS = 1000, 1024  # of `curves`

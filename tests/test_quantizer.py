@@ -7,7 +7,7 @@ from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.hashing import quantize_codewords
 from hf_sparse_attn.hashing.product_quantizer import CODEBOOK_SIZE, NUM_CODEBOOKS, fit_hash
 from hf_sparse_attn.ops.reference import attended_keys
-from hf_sparse_attn.routing import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern
 
 
 def clustered(num_clusters=40, size=30, dim=16, seed=0):

@@ -20,7 +20,8 @@ from hf_sparse_attn.ops import find_keys
 from hf_sparse_attn.ops.numba import BACKEND
 from hf_sparse_attn.ops.numba import chunks as numba_ops
 from hf_sparse_attn.ops.numba.chunks import STAGES
-from hf_sparse_attn.routing import RowChunk, layer_pattern
+from hf_sparse_attn.patterns import layer_pattern
+from hf_sparse_attn.routing import RowChunk
 
 SCRIPT = "benchmark.py"
 SMALL = ["--seq-lens", 64, 96, "--num-heads", 4, "--num-kv-heads", 2, "--head-dim", 16, "--repeats", 1]

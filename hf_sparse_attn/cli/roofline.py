@@ -75,7 +75,7 @@ def count(arguments: Any, rows: int) -> Any:
     from hf_sparse_attn.benchmarking.speed import layer_inputs, make_inputs
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
-    from hf_sparse_attn.routing import layer_pattern
+    from hf_sparse_attn.patterns import layer_pattern
 
     length, device = arguments.counted_tokens, torch.device("cpu")
     if not arguments.model:
