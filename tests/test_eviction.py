@@ -7,18 +7,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from attention_checks import (
-    HEAD_DIM,
-    NUM_HEADS,
-    NUM_KV_HEADS,
-    NUM_LAYERS,
-    TOLERANCE,
-    cached_logits,
-    make_pattern,
-    padded_batch,
-    tiny_model,
-    tokens,
-)
+from helpers.batches import padded_batch, tokens
+from helpers.families import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, tiny_model
+from helpers.operation import make_pattern
+from helpers.specification import TOLERANCE, cached_logits
 from transformers import DynamicCache, Gemma3nTextConfig, LlamaConfig
 
 from hf_sparse_attn import SparseAttentionConfig, SparseCache, record_density

@@ -3,14 +3,10 @@
 import itertools
 
 import torch
-from attention_checks import (
-    FAMILIES,
-    assert_specified,
-    check_chunks,
-    padded_batch,
-    tiny_model,
-    tokens,
-)
+from helpers.batches import padded_batch, tokens
+from helpers.checks import check_chunks
+from helpers.families import FAMILIES, tiny_model
+from helpers.specification import assert_specified
 from transformers import DynamicCache, StaticCache
 
 from hf_sparse_attn import SparseCache
