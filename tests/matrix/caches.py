@@ -57,7 +57,7 @@ def sparse_cache(family):
 
 def policy_cache(family):
     """`SparseCache` with a policy that has room for every key, prompts padded on the left included; what is evicted
-    where it has not is tested by `tests/test_eviction.py`."""
+    where it has not is tested by `tests/cache/test_evicting.py`."""
     for sizes in ((7, 13), (31, 1)):
         check_chunks(family, sizes, new_cache=new_with_a_policy)
     check_padded_cache(family, "left", new_with_a_policy)
