@@ -6,7 +6,6 @@ import runpy
 import signal
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 # Before the first import of huggingface_hub, which reads it once: nothing here may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,7 +20,9 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+# Assertions of the helpers say what they compared, as those of the test files do.
+pytest.register_assert_rewrite("helpers", "matrix")
+from helpers.paths import SCRIPTS  # noqa: E402
 
 # Property tests: the same few cases every time, or many with --hypothesis-profile=long.
 _COMMON = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True)

@@ -8,7 +8,9 @@ import re
 
 import pytest
 import torch
-from attention_checks import FAMILIES, dense_logits, logits, tiny_model, tokens
+from helpers.batches import tokens
+from helpers.families import FAMILIES, tiny_model
+from helpers.specification import dense_logits, logits
 from matrix import DECLARED, EVERY_FAMILY, PATHS, declared, table
 
 CELLS = [(family, path) for path in PATHS for family in FAMILIES]

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 
-import attention_checks as checks
 import pytest
 import torch
+from helpers import checks
 from matrix import batches, masks
 
 from hf_sparse_attn import integration, ops, routing

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from attention_checks import SCALING, KeyMask, attend, calibrated_hash_text, make_pattern
+from helpers.operation import SCALING, KeyMask, attend, calibrated_hash_text, make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.ops import reference

@@ -2,7 +2,9 @@ import json
 
 import pytest
 import torch
-from attention_checks import calibrated_hash_text, tiny_model, tokens
+from helpers.batches import tokens
+from helpers.families import tiny_model
+from helpers.operation import calibrated_hash_text
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.evaluation.recall import hash_families, measure_recall

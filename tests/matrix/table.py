@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from attention_checks import FAMILIES
+from helpers.families import FAMILIES
 
 from matrix import PATHS, THEMES, declared
 

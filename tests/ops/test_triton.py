@@ -7,12 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attention_checks as checks
 import pytest
 import torch
-from attention_checks import SCALING, KeyMask, attend, make_pattern
-from cases import FEATURES, assert_like_reference, check_lower_precision, output_and_gradients, pattern_of, sinks_of
-from cases import inputs as make_inputs
+from helpers import checks
+from helpers.cases import (
+    FEATURES,
+    assert_like_reference,
+    check_lower_precision,
+    output_and_gradients,
+    pattern_of,
+    sinks_of,
+)
+from helpers.cases import inputs as make_inputs
+from helpers.operation import SCALING, KeyMask, attend, make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.ops import api, dispatch, reference

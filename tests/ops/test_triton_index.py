@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from attention_checks import TOLERANCE, attend, make_pattern, padded_batch, tiny_model, tokens
-from cases import FEATURES, inputs, sinks_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_index import (
+from helpers.batches import padded_batch, tokens
+from helpers.cases import FEATURES, inputs, sinks_of
+from helpers.families import tiny_model
+from helpers.index_checks import (
     Implementation,
     check_any_steps,
     check_copies,
@@ -15,6 +14,10 @@ from test_index import (
     check_taken_back,
     in_steps,
 )
+from helpers.operation import attend, make_pattern
+from helpers.specification import TOLERANCE
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_sparse_attn import SparseAttentionConfig, SparseCache, ops
 from hf_sparse_attn.ops import dispatch

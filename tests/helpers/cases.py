@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from attention_checks import KeyMask, attend, calibrated_hash_text, make_pattern
 
+from helpers.operation import KeyMask, attend, calibrated_hash_text, make_pattern
 from hf_sparse_attn import SparseAttentionConfig
 
 DIM, KV_HEADS, LENGTH = 8, 2, 150

@@ -2,7 +2,9 @@ import json
 
 import pytest
 import torch
-from attention_checks import TOLERANCE, tiny_model, tokens
+from helpers.batches import tokens
+from helpers.families import tiny_model
+from helpers.specification import TOLERANCE
 
 from hf_sparse_attn import SparseCache
 from hf_sparse_attn.cache.policies import AdaptiveBudget, HeavyHitters

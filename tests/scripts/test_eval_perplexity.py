@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SCRIPTS
+from helpers.paths import SCRIPTS
 
 SCRIPT = "eval_perplexity.py"
 

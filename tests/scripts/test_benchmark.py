@@ -2,7 +2,8 @@ import json
 
 import pytest
 import torch
-from attention_checks import tiny_model, tokens
+from helpers.batches import tokens
+from helpers.families import tiny_model
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.benchmarking import decoding, speed

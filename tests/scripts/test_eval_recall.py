@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from attention_checks import calibrated_hash_text
+from helpers.operation import calibrated_hash_text
 
 SCRIPT = "eval_recall.py"
 FIELDS = {

@@ -8,7 +8,6 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_checks import TOLERANCE, logits, padded_batch, tiny_model, tokens
 from torch import distributed
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
@@ -17,6 +16,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+
+from helpers.batches import padded_batch, tokens
+from helpers.families import tiny_model
+from helpers.specification import TOLERANCE, logits
 
 WORLD_SIZE = 2
 TIMEOUT = timedelta(seconds=60)

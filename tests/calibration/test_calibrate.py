@@ -2,17 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from attention_checks import (
-    HEAD_DIM,
-    NUM_HEADS,
-    NUM_KV_HEADS,
-    NUM_LAYERS,
-    VOCABULARY,
-    logits,
-    make_pattern,
-    tiny_model,
-    tokens,
-)
+from helpers.batches import tokens
+from helpers.families import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, VOCABULARY, tiny_model
+from helpers.operation import make_pattern
+from helpers.specification import logits
 
 from hf_sparse_attn import SparseAttentionConfig, configure, record_density
 from hf_sparse_attn.calibration import budget_allocation as allocation

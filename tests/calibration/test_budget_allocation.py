@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_checks import make_pattern
+from helpers.operation import make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.calibration import budget_allocation as allocation

@@ -1,7 +1,7 @@
 """The calibrated hash: keys that the queries score alike share a bucket."""
 
 import torch
-from attention_checks import make_pattern
+from helpers.operation import make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.hashing import quantize_codewords

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_checks import tokens
+from helpers.batches import tokens
 from transformers import PreTrainedModel
 
 import hf_sparse_attn

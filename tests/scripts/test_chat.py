@@ -3,7 +3,7 @@ import json
 import shutil
 
 import pytest
-from test_conversation import TEMPLATE
+from helpers.chat import TEMPLATE
 from transformers import AutoTokenizer
 
 SCRIPT = "chat.py"

@@ -2,16 +2,13 @@ import copy
 
 import pytest
 import torch
-from attention_checks import tiny_model
+from helpers.chat import TEMPLATE
+from helpers.families import tiny_model
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hf_sparse_attn.cli.conversation import Conversation
 
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 DOCUMENT = "The lamp is in the attic. " * 4
 
 

@@ -6,7 +6,10 @@ import weakref
 
 import pytest
 import torch
-from attention_checks import assert_specified, cached_logits, count_hashed_keys, padded_batch, tiny_model, tokens
+from helpers.batches import padded_batch, tokens
+from helpers.families import tiny_model
+from helpers.specification import assert_specified, cached_logits
+from helpers.spies import count_hashed_keys
 from transformers import AutoTokenizer, DynamicCache
 
 from hf_sparse_attn import SparseCache, configure, record_density

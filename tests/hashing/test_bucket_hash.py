@@ -2,7 +2,7 @@ import base64
 
 import pytest
 import torch
-from attention_checks import calibrated_hash_text
+from helpers.operation import calibrated_hash_text
 from safetensors.torch import load, save
 
 from hf_sparse_attn import SparseAttentionConfig

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from attention_checks import make_pattern
+from helpers.operation import make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.benchmarking.roofline import Ceilings, TileCounts, count_stages, count_tiles, dense_floor_ms
