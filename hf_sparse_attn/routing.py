@@ -12,12 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.patterns import LayerPattern as LayerPattern
-from hf_sparse_attn.patterns import layer_pattern as layer_pattern
-from hf_sparse_attn.patterns import static_positions as static_positions
-from hf_sparse_attn.patterns.combine import row_keys
+from hf_sparse_attn.patterns import LayerPattern
 
-random_keys = row_keys
 CHUNK_PAGES = 16  # pages of rows that are routed and computed together
 MEANS_LAG = 1  # the bucket means of a page hold the keys at least this far behind its first row
 _MAX_CHUNK_ROWS = 1024  # a page may have more rows

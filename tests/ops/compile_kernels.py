@@ -21,7 +21,7 @@ from hf_sparse_attn.ops.common.chunked import Call
 from hf_sparse_attn.ops.triton import chunks as implementation
 from hf_sparse_attn.ops.triton import index as triton_index
 from hf_sparse_attn.ops.triton import launch as triton_launch
-from hf_sparse_attn.routing import layer_pattern
+from hf_sparse_attn.patterns import layer_pattern
 
 POINTERS = {
     torch.float32: "*fp32",

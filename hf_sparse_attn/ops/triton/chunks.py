@@ -28,7 +28,7 @@ from hf_sparse_attn.ops.triton.forward import fwd
 from hf_sparse_attn.ops.triton.index import Index
 from hf_sparse_attn.ops.triton.launch import TL, block_dim, rows_contiguous
 from hf_sparse_attn.ops.triton.list_keys import find_no_runs, find_readers, find_runs, list_keys
-from hf_sparse_attn.routing import LayerPattern, random_keys
+from hf_sparse_attn.patterns import LayerPattern, row_keys
 
 _CHUNK_ROWS = 2048
 _CHUNK_INTERVALS = 128
@@ -103,7 +103,7 @@ class _Chunk:
         """Random keys that nothing else in the fixed pattern reads: [local rows, num_random_keys], -1 where none."""
         keys, base = self.keys, self.span.base
         position = torch.arange(base, base + self.span.num_local, device=keys.key.device)
-        return random_keys(keys.call.pattern, position, keys.static, keys.window, keys.call.key_offset).int()
+        return row_keys(keys.call.pattern, position, keys.static, keys.window, keys.call.key_offset).int()
 
     def attend(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> None:
         """Fill output [H, R, D] for the chunk's query [H, R, D], all keys and values [Hkv, N, D] and sinks [H]."""

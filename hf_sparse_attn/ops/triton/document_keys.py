@@ -12,7 +12,7 @@ from hf_sparse_attn.ops.common.chunked import Call
 from hf_sparse_attn.ops.triton import launch as triton_launch
 from hf_sparse_attn.ops.triton.arguments import BucketSums, SortedKeys
 from hf_sparse_attn.ops.triton.hash_keys import hash_keys, sort_by_bucket
-from hf_sparse_attn.routing import LayerPattern, static_positions
+from hf_sparse_attn.patterns import LayerPattern, static_positions
 
 _UNBOUNDED = 2**30  # stands for no sliding window
 

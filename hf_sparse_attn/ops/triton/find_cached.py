@@ -22,7 +22,7 @@ from hf_sparse_attn.ops.triton.choose_buckets import take_best
 from hf_sparse_attn.ops.triton.hash_keys import buckets_of, hash_sizes
 from hf_sparse_attn.ops.triton.launch import TL, block_dim, strided
 from hf_sparse_attn.ops.triton.primitives import load_keys
-from hf_sparse_attn.routing import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern
 
 FEW = 16  # new keys and rows that one launch takes
 _BLOCK_KEYS = 1024

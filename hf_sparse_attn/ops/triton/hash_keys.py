@@ -13,7 +13,7 @@ from hf_sparse_attn.ops.triton import launch as triton_launch
 from hf_sparse_attn.ops.triton.arguments import HashSizes, HashTables
 from hf_sparse_attn.ops.triton.launch import TL, rows_contiguous, strided
 from hf_sparse_attn.ops.triton.primitives import load_keys
-from hf_sparse_attn.routing import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern
 
 _BLOCK = 64
 

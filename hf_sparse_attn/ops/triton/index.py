@@ -17,7 +17,8 @@ from hf_sparse_attn.ops.triton.document_keys import log_min_weights
 from hf_sparse_attn.ops.triton.find_cached import FEW, add_to_sums, append_and_score, choose_ranks, list_found
 from hf_sparse_attn.ops.triton.hash_keys import hash_keys, hash_tables, sort_by_bucket
 from hf_sparse_attn.ops.triton.launch import rows_contiguous
-from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
+from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static_positions
+from hf_sparse_attn.routing import MEANS_LAG
 
 _MOST_SCORES = 2**26  # of the rows that one launch takes
 
@@ -176,7 +177,7 @@ class Index:
             value,
             sinks,
             self._static_here,
-            random_keys(self.pattern, positions, self._static_here, window, self.key_offset).int(),
+            row_keys(self.pattern, positions, self._static_here, window, self.key_offset).int(),
             found,
             num_found,
             self._log_min_weights,
@@ -215,7 +216,7 @@ class Index:
     def _row_blocks(self, start: int, num_rows: int, num_heads: int, num_keys: int) -> Iterator[tuple[int, int]]:
         """Rows from position `start` on in blocks that one launch takes: start .. stop - 1, of one refresh interval."""
         config, end = self.pattern.config, start + num_rows
-        width = config.window_size + len(self._static) + config.num_random_keys + max(self.pattern.budgets)
+        width = config.window_size + len(self._static) + num_row_keys(config) + max(self.pattern.budgets)
         most = max(min(_MOST_SCORES // (16 * num_heads * min(width, num_keys)), FEW), 1)
         while start < end:
             stop = min(start + most, end, (start // config.page_size + 1) * config.page_size)
