@@ -329,9 +329,10 @@ def assert_continues(model, cache, ids):
 
 
 @pytest.mark.real_weights
-def test_a_long_generation_is_the_one_shot_computation():
-    """512 tokens, greedy, of a left-padded batch: each is the best one of one forward over all of the document."""
-    num_tokens, path = 512, demo_model_directory()
+@pytest.mark.parametrize("num_tokens", [128, pytest.param(512, marks=pytest.mark.nightly)])
+def test_a_long_generation_is_the_one_shot_computation(num_tokens):
+    """Greedy, of a left-padded batch: each token is the best one of one forward over all of the document."""
+    path = demo_model_directory()
     tokenizer = AutoTokenizer.from_pretrained(path)
     fields = {"dense_below": 512, "window_size": 64, "key_budget": 128}
     model = load_sparse_model(path, fields).eval()
