@@ -15,8 +15,8 @@ from hf_sparse_attn.cache.evicting import KeptKeys
 from hf_sparse_attn.masks.documents import Document
 from hf_sparse_attn.masks.read import read_documents
 from hf_sparse_attn.ops.checks import check_scores
+from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
-from hf_sparse_attn.routing import LayerPattern
 from hf_sparse_attn.side_channels import INDEXES, KEPT
 
 

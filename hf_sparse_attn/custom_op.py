@@ -17,7 +17,7 @@ from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops import compute_dtype
 from hf_sparse_attn.ops.common.chunked import ONCE
-from hf_sparse_attn.routing import LayerPattern, layer_pattern
+from hf_sparse_attn.patterns import LayerPattern, layer_pattern
 from hf_sparse_attn.tensor_parallel import HeadSplit
 
 _NUM_TENSORS = len(Inputs._fields)

@@ -19,8 +19,8 @@ from hf_sparse_attn.custom_op import compiled_attention
 from hf_sparse_attn.masks.mask_function import asks_what_is_packed, signed_positions
 from hf_sparse_attn.masks.unsupported import unsupported
 from hf_sparse_attn.notices import notice_positions
+from hf_sparse_attn.patterns import LayerPattern, layer_pattern
 from hf_sparse_attn.recording import DensityRecorder, Recorder, Recorders
-from hf_sparse_attn.routing import LayerPattern, layer_pattern
 from hf_sparse_attn.side_channels import PATTERN
 from hf_sparse_attn.tensor_parallel import head_split
 from hf_sparse_attn.tracing import input_device, is_traced, refuse_transforms

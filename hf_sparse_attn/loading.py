@@ -225,7 +225,7 @@ def load_model(
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     with argument("model", model):
-        loaded: Any = load_sparse_model(path, overrides and dict(overrides), **kwargs)
+        loaded: Any = load_sparse_model(path, dict(overrides) if overrides else None, **kwargs)
         most = getattr(text_config(loaded.config), "max_position_embeddings", None) or num_tokens
         tables = [table.num_embeddings for table in loaded.modules() if isinstance(table, torch.nn.Embedding)]
         if num_tokens > most and any(most <= size <= most + 2 for size in tables):  # OPT leaves two places free

@@ -15,7 +15,7 @@ from hf_sparse_attn.side_channels import SEEN_BY
 
 if TYPE_CHECKING:
     from hf_sparse_attn.attention import Inputs
-    from hf_sparse_attn.routing import LayerPattern
+    from hf_sparse_attn.patterns import LayerPattern
 
 _logger = logging.getLogger("hf_sparse_attn")
 _told: dict[int, tuple[weakref.ref[Any], set[str]]] = {}  # by id of a model's config, which cannot be hashed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hf_sparse_attn.routing import LayerPattern
+    from hf_sparse_attn.patterns import LayerPattern
 
 
 class Recorder(Protocol):

@@ -1,4 +1,4 @@
-"""Which keys each row reads: bucket index, bucket scoring, selection.
+"""The candidates of each row: the index of keys by bucket, the scores of buckets, the selection.
 
 Everything here is causal: what a row is given depends on its own query and on keys at or before it. Positions count
 from the first token of the document. Nothing here carries a gradient.
@@ -12,142 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.hashing import BucketHash, layer_hash
-from hf_sparse_attn.tensor_parallel import HeadSplit
+from hf_sparse_attn.patterns import LayerPattern
 
 CHUNK_PAGES = 16  # pages of rows that are routed and computed together
 MEANS_LAG = 1  # the bucket means of a page hold the keys at least this far behind its first row
 _MAX_CHUNK_ROWS = 1024  # a page may have more rows
 _COUNTED_ROWS = 64  # rows whose keys one product counts
-
-
-@dataclass(frozen=True)
-class LayerPattern:
-    """What one layer's attention reads: the config, the layer's budgets and hash, the model's own restrictions.
-
-    Args:
-        config: the model's sparse attention config.
-        layer_idx: index of the layer.
-        budgets: keys found for a row through the buckets, for each KV head of this process.
-        min_weights: smallest softmax weight of a routed key that is read, for each query head of this process.
-        bucket_hash: the hash of its KV heads.
-        sliding_window: the model's own window (keys with `p - sliding_window < j`), or None.
-    """
-
-    config: SparseAttentionConfig
-    layer_idx: int
-    budgets: list[int]
-    min_weights: list[float]
-    bucket_hash: BucketHash
-    sliding_window: int | None = None
-
-    def dense_rows(self) -> int | None:
-        """Rows at positions under this number read everything; None: all of them."""
-        return None if self.layer_idx in self.config.dense_layers else self.config.dense_below
-
-    def window(self, num_keys: int) -> int:
-        """Keys of a row's window, of `num_keys` in all: the config's, inside the model's own."""
-        window = min(self.config.window_size, num_keys)
-        return window if self.sliding_window is None else min(window, self.sliding_window)
-
-
-def layer_pattern(
-    config: SparseAttentionConfig,
-    layer_idx: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    sliding_window: int | None = None,
-    split: HeadSplit | None = None,
-) -> LayerPattern:
-    """The pattern of one layer, its hash on `device` in `dtype`.
-
-    Args:
-        config: the model's sparse attention config, which counts all heads of the layer.
-        layer_idx: index of the layer.
-        num_heads, num_kv_heads: query and KV heads of this process.
-        head_dim: size of each.
-        device, dtype: of the hash.
-        sliding_window: the model's own window, or None.
-        split: which part of the layer's heads this process holds; None: all of them.
-
-    Raises:
-        ValueError: if the config's budgets, smallest weights or calibrated hash do not fit the layer, or the layer's
-            heads or window are impossible.
-    """
-    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads or head_dim < 1:
-        raise ValueError(
-            f"query heads must be a multiple of KV heads and head_dim at least 1; got {num_heads} query heads, "
-            f"{num_kv_heads} KV heads and head_dim {head_dim}"
-        )
-    if layer_idx < 0:
-        raise ValueError(f"layer_idx must be at least 0, got {layer_idx}")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"the model's sliding_window must be at least 1 or None, got {sliding_window}")
-    split = split or HeadSplit()
-    heads = slice(split.rank * num_heads, (split.rank + 1) * num_heads)
-    kv_heads = slice(split.rank * num_kv_heads, (split.rank + 1) * num_kv_heads)
-    budgets = config.key_budgets(layer_idx, num_kv_heads * split.size)[kv_heads]
-    min_weights = config.min_weights(layer_idx, num_heads * split.size)[heads]
-    whole = layer_hash(config, layer_idx, num_kv_heads * split.size, head_dim)
-    bucket_hash = BucketHash(whole.weight[kv_heads].to(device, dtype), whole.bias[kv_heads].to(device, dtype))
-    return LayerPattern(config, layer_idx, budgets, min_weights, bucket_hash, sliding_window)
-
-
-def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0) -> Tensor:
-    """Sorted positions from `start` to `stop` - 1 that every later row reads: global, explicit, strided keys. int64."""
-    if not config.stride:
-        stop = max(start, min(stop, max(config.num_global_tokens, *(i + 1 for i in config.global_token_indices), 0)))
-        if start == stop:
-            return torch.empty(0, dtype=torch.int64, device=device)
-    position = torch.arange(start, stop, device=device)
-    chosen = position < config.num_global_tokens
-    if config.stride:
-        chosen |= position % config.stride == 0
-    if config.global_token_indices:
-        chosen |= torch.isin(position, torch.tensor(config.global_token_indices, device=device))
-    return position[chosen]
-
-
-def random_positions(config: SparseAttentionConfig, position: Tensor) -> Tensor:
-    """The seeded random pattern: [R] positions -> [R, num_random_keys] key positions, each in [0, position].
-
-    Draw i of row p is a 32-bit integer hash (the finaliser of MurmurHash3) of seed, p and i, so it is the same on
-    every device and however the rows are computed.
-    """
-    draw = torch.arange(config.num_random_keys, device=position.device)
-    mask = 0xFFFFFFFF
-    seed = config.seed * 0xC2B2AE3D & mask
-    x = (position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + seed) & mask
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = ((x ^ (x >> shift)) * factor) & mask
-    x = x ^ (x >> 16)
-    return x % (position[:, None] + 1)
-
-
-def random_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: int, key_offset: int) -> Tensor:
-    """What the random pattern adds to each row at `position` [R]: key indices [R, num_random_keys], -1 for none.
-
-    Keys are left out that the row reads anyway (in its window, static, drawn twice) and those it cannot see.
-
-    Args:
-        pattern: the layer's pattern.
-        position: the rows' positions.
-        static: positions of the static keys.
-        window: keys of the row's window.
-        key_offset: position of the key with index 0.
-    """
-    if not pattern.config.num_random_keys:
-        return position.new_empty(len(position), 0)
-    drawn = random_positions(pattern.config, position).sort(-1).values
-    seen = (drawn > position[:, None] - window) | (drawn < key_offset) | torch.isin(drawn, static)
-    if pattern.sliding_window is not None:
-        seen |= drawn <= position[:, None] - pattern.sliding_window
-    seen[:, 1:] |= drawn[:, 1:] == drawn[:, :-1]
-    return (drawn - key_offset).masked_fill_(seen, -1)
 
 
 def row_chunks(pattern: LayerPattern, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from hf_sparse_attn.calibration.budget_allocation import Allocation
-from hf_sparse_attn.routing import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern
 
 
 def bin_pairs(rows: torch.Tensor, keys: torch.Tensor, num_tokens: int, num_bins: int) -> torch.Tensor:

@@ -20,7 +20,8 @@ done
 TORCH="${TORCH:-}"
 [[ "$TORCH" =~ ^(2\.[0-9]+\.[0-9]+)?$ ]] || fail "TORCH $TORCH is no release of torch, such as 2.9.1"
 
-TESTS=(tests/test_{config,hashing,routing,masking,custom_masks,integration,integration_paths,mutants,cache,eviction,notices,recording,tracing,composite}.py tests/ops)
+TESTS=(tests/test_{config,routing,integration,integration_paths,mutants,notices,recording,tracing,composite}.py
+    tests/{cache,hashing,masks,ops})
 VENVS="${VENVS:-.venvs}"
 failed=()
 for version in "$@"; do

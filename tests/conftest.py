@@ -6,7 +6,6 @@ import runpy
 import signal
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 # Before the first import of huggingface_hub, which reads it once: nothing here may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,7 +20,10 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+# Assertions of the helpers say what they compared, as those of the test files do.
+pytest.register_assert_rewrite("helpers", "matrix")
+from helpers.paths import SCRIPTS  # noqa: E402
+from helpers.poison import poison  # noqa: E402
 
 # Property tests: the same few cases every time, or many with --hypothesis-profile=long.
 _COMMON = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True)
@@ -36,6 +38,22 @@ def pytest_addoption(parser):
         action="store_true",
         help="write docs/support.md from the cells of tests/test_matrix.py",
     )
+
+    parser.addoption("--nightly", action="store_true", help="also run the tests that take long and rarely break")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--nightly") or "nightly" in config.getoption("markexpr"):
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    config.hook.pytest_deselected(items=nightly)
+    items[:] = [item for item in items if item not in nightly]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """What reads memory that nothing was written to gets NaN, or indices of no key."""
+    poison(monkeypatch)
 
 
 @pytest.fixture(scope="session")

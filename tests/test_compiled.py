@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_checks import TOLERANCE, calibrated_hash_text, logits, padded_batch, tiny_model, tokens
+from helpers.batches import padded_batch, tokens
+from helpers.families import tiny_model
+from helpers.operation import calibrated_hash_text
+from helpers.specification import TOLERANCE, logits
 
 CALIBRATED = {"hash": "calibrated", "calibrated_hash": calibrated_hash_text(), "key_budget": [[0, 3], 4]}
 

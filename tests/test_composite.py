@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from attention_checks import tokens
+from helpers.batches import tokens
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from hf_sparse_attn import configure, record_density

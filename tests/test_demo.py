@@ -82,6 +82,7 @@ def test_every_split_has_long_documents_for_the_real_tokenizer(split):
     assert len(long_documents(load_documents("demo", split), tokenizer, 8193)) >= 4
 
 
+@pytest.mark.nightly
 @pytest.mark.real_weights
 def test_failing_to_make_the_model_leaves_nothing(monkeypatch, empty_cache):
     def fail(*args, **kwargs):

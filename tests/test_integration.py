@@ -6,13 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_checks import (
-    SPARSE,
-    calibrated_hash_text,
-    logits,
-    tiny_model,
-    tokens,
-)
+from helpers.batches import tokens
+from helpers.families import SPARSE, tiny_model
+from helpers.operation import calibrated_hash_text
+from helpers.specification import logits
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attn import check_model

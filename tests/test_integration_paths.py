@@ -1,16 +1,12 @@
 """Every field of the configuration on every kind of path, and single cases; families by paths are in the matrix."""
 
-import attention_checks as checks
 import pytest
 import torch
-from attention_checks import (
-    TOLERANCE,
-    calibrated_hash_text,
-    logits,
-    padded_batch,
-    tiny_model,
-    tokens,
-)
+from helpers import checks
+from helpers.batches import padded_batch, tokens
+from helpers.families import tiny_model
+from helpers.operation import calibrated_hash_text
+from helpers.specification import TOLERANCE, logits
 from matrix.training import gradient_checkpointing
 
 FEATURES = {

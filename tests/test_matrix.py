@@ -8,8 +8,10 @@ import re
 
 import pytest
 import torch
-from attention_checks import FAMILIES, dense_logits, logits, tiny_model, tokens
-from matrix import DECLARED, EVERY_FAMILY, PATHS, declared, table
+from helpers.batches import tokens
+from helpers.families import FAMILIES, tiny_model
+from helpers.specification import dense_logits, logits
+from matrix import DECLARED, EVERY_FAMILY, PATHS, Outcome, declared, table
 
 CELLS = [(family, path) for path in PATHS for family in FAMILIES]
 
@@ -53,6 +55,23 @@ def test_the_support_table_agrees_with_the_cells():
     assert table.without_versions(table.FILE.read_text()) == table.without_versions(table.render()), (
         "docs/support.md is out of date: python -m pytest tests/test_matrix.py -k test_cell --write-support-table"
     )
+
+
+def test_the_support_table_names_each_path_once():
+    text = table.render()
+    for path in PATHS:
+        assert text.count(f"**{path}**") == 1
+
+
+def test_an_exception_comes_first(monkeypatch):
+    works, fails = "## What works with every family", Outcome("refused", "no beams for you")
+    assert table.render().index(works) < table.render().index("**beam search**")
+    monkeypatch.setitem(DECLARED, ("gemma2", "beam search"), fails)
+    monkeypatch.setitem(DECLARED, ("gpt_oss", "beam search"), fails)
+    text = table.render()
+    [row] = [line for line in text.splitlines() if "**beam search**" in line]
+    assert row.endswith("| gemma2, gpt_oss | `ValueError: no beams for you` |")
+    assert text.index(row) < text.index(works)
 
 
 FULL_ROTATION = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from attention_checks import LargestTensor, tokens
+from helpers.batches import tokens
+from helpers.spies import LargestTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LENGTH = 131072

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
-from attention_checks import logits, tiny_model, tokens
+from helpers.batches import tokens
+from helpers.families import tiny_model
+from helpers.specification import logits
 
 import hf_sparse_attn
 from hf_sparse_attn import SparseCache

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 
-import attention_checks as checks
 import pytest
 import torch
+from helpers import checks
 from matrix import batches, masks
 
 from hf_sparse_attn import integration, ops, routing
@@ -16,7 +16,8 @@ from hf_sparse_attn.ops import dispatch
 from hf_sparse_attn.ops import torch as torch_ops
 from hf_sparse_attn.ops.numba import chunks as numba_ops
 from hf_sparse_attn.ops.numba import rules as numba_rules
-from hf_sparse_attn.routing import BucketIndex, RowChunk, layer_pattern
+from hf_sparse_attn.patterns import layer_pattern
+from hf_sparse_attn.routing import BucketIndex, RowChunk
 
 document_attention = ops.document_attention
 CHECKS = checks.CHECKS | {

@@ -4,7 +4,9 @@ import logging
 
 import pytest
 import torch
-from attention_checks import logits, packed_documents, padded_batch, tiny_model, tokens
+from helpers.batches import packed_documents, padded_batch, tokens
+from helpers.families import tiny_model
+from helpers.specification import logits
 from transformers import DynamicCache, Phi3Config
 
 from hf_sparse_attn import SparseCache

@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
-from attention_checks import FAMILIES, TOLERANCE, KeyMask, calibrated_hash_text, make_pattern, tiny_model, tokens
+from helpers.batches import tokens
+from helpers.families import FAMILIES, tiny_model
+from helpers.operation import KeyMask, calibrated_hash_text, make_pattern
+from helpers.specification import TOLERANCE
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch import nn

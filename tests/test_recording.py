@@ -1,14 +1,10 @@
 import copy
 import threading
 
-import attention_checks as checks
 import pytest
-from attention_checks import (
-    logits,
-    padded_batch,
-    tiny_model,
-    tokens,
-)
+from helpers.batches import padded_batch, tokens
+from helpers.families import NUM_HEADS, NUM_LAYERS, tiny_model
+from helpers.specification import cached_logits, logits
 
 from hf_sparse_attn import record_density
 from hf_sparse_attn.integration import observe
@@ -27,7 +23,7 @@ def test_decode_adds_up_to_one_shot():
     with record_density(model) as one_shot:
         logits(model, ids)
     with record_density(model) as decode:
-        checks.cached_logits(model, ids, (13, 1))
+        cached_logits(model, ids, (13, 1))
     assert 0 < decode.attended < decode.admissible
     assert (decode.attended, decode.admissible) == (one_shot.attended, one_shot.admissible)
 
@@ -113,7 +109,7 @@ def test_threads_count_their_own_forwards():
     barrier.wait()
     for thread in threads:
         thread.join()
-    pairs = checks.NUM_LAYERS * checks.NUM_HEADS
+    pairs = NUM_LAYERS * NUM_HEADS
     assert counts == {length: pairs * length * (length + 1) // 2 for length in (10, 20)}
     assert own.admissible == pairs * 5 * 6 // 2
 

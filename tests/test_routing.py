@@ -1,10 +1,12 @@
 import pytest
 import torch
-from attention_checks import SCALING, KeyMask, attend, calibrated_hash_text, make_pattern
+from helpers.operation import SCALING, KeyMask, attend, calibrated_hash_text, make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.ops import reference
-from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, _expand, _rank, random_positions, static_positions
+from hf_sparse_attn.patterns import static_positions
+from hf_sparse_attn.patterns.seeded_random import SeededRandom
+from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, _expand, _rank
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 90
 # 90 rows are more than one chunk of pages at page sizes 1 and 4, and less than a page at 128.
@@ -93,7 +95,7 @@ def by_the_rules(query, key, pattern):
             if config.stride:
                 static |= set(range(0, p + 1, config.stride))
             window = set(range(p - config.window_size + 1, p + 1))
-            drawn = set(random_positions(config, torch.tensor([p]))[0].tolist())
+            drawn = set(SeededRandom(config.num_random_keys, config.seed).keys(torch.tensor([p]))[0].tolist())
             page_start = p // config.page_size * config.page_size
             page_end = page_start + config.page_size - 1
             scores = {}
@@ -263,44 +265,3 @@ def test_rank_sorts_and_carries_the_bucket(dtype):
     torch.testing.assert_close(scores.gather(-1, bucket.long()), ranked, rtol=1e-5, atol=0)
     assert (ranked.diff(dim=-1) >= 0).all()
     assert torch.equal(bucket.sort(-1).values, torch.arange(16).expand_as(bucket).to(bucket))
-
-
-def test_static_positions():
-    config = SparseAttentionConfig(num_global_tokens=2, global_token_indices=(30, 7, 7), stride=10)
-    assert static_positions(config, 25, torch.device("cpu")).tolist() == [0, 1, 7, 10, 20]
-    assert static_positions(config, 1, torch.device("cpu")).tolist() == [0]
-
-
-@pytest.mark.parametrize("seed", [3, 2**32 - 1])
-def test_random_positions_are_in_range_and_spread(seed):
-    config = SparseAttentionConfig(num_random_keys=8, seed=seed)
-    position = torch.arange(2000)
-    drawn = random_positions(config, position)
-    assert drawn.shape == (2000, 8)
-    assert (drawn >= 0).all()
-    assert (drawn <= position[:, None]).all()
-    assert abs(float((drawn[100:] / position[100:, None]).mean()) - 0.5) < 0.02
-    assert drawn[1000].unique().numel() > 4
-
-
-def test_random_positions_depend_on_the_row_alone():
-    config = SparseAttentionConfig(num_random_keys=4, seed=3)
-    drawn = random_positions(config, torch.arange(100))
-    assert torch.equal(random_positions(config, torch.tensor([57, 3])), drawn[[57, 3]])
-    assert not torch.equal(random_positions(config.replace(seed=4), torch.arange(100)), drawn)
-
-
-def test_random_positions_are_the_same_on_every_machine():
-    """The finaliser of MurmurHash3 in Python's own integers."""
-
-    def drawn(seed, p, i):
-        x = (p * 0x9E3779B1 + i * 0x85EBCA77 + seed * 0xC2B2AE3D) % 2**32
-        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
-        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
-        return (x ^ x >> 16) % (p + 1)
-
-    for seed in (0, 1, 2**31 - 1):
-        config = SparseAttentionConfig(num_random_keys=3, seed=seed)
-        rows = [0, 10, 131_071, 1_000_000]
-        expected = [[drawn(seed, p, i) for i in range(3)] for p in rows]
-        assert random_positions(config, torch.tensor(rows)).tolist() == expected

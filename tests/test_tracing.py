@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from attention_checks import logits, tiny_model, tokens
+from helpers.batches import tokens
+from helpers.families import tiny_model
+from helpers.specification import logits
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap

@@ -1,11 +1,13 @@
 """What training frameworks do with a sparse model: Trainer, PEFT's soft prompts, DDP, FSDP2 and tensor parallelism."""
 
-import attention_checks
-import distributed_worker
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_checks import TOLERANCE, calibrated_hash_text, padded_batch, tiny_model, tokens
+from helpers import distributed_worker, families
+from helpers.batches import padded_batch, tokens
+from helpers.families import tiny_model
+from helpers.operation import calibrated_hash_text
+from helpers.specification import TOLERANCE
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -251,6 +253,6 @@ class TestTensorParallel:
         ids=["half a KV head for each process", "query heads split, KV heads not", "one KV head in every process"],
     )
     def test_refused(self, num_kv_heads, plan, message, two_processes, tmp_path, monkeypatch):
-        monkeypatch.setattr(attention_checks, "NUM_KV_HEADS", num_kv_heads)
+        monkeypatch.setattr(families, "NUM_KV_HEADS", num_kv_heads)
         path = self.saved(tmp_path / "model")
         two_processes.run(distributed_worker.check_refused_split, path, plan, message)

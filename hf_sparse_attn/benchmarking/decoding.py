@@ -19,8 +19,8 @@ from hf_sparse_attn.cache import SparseCache, SparseLayer
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.integration import record_density
 from hf_sparse_attn.ops import compute_dtype
+from hf_sparse_attn.patterns import layer_pattern
 from hf_sparse_attn.recording import DensityRecorder
-from hf_sparse_attn.routing import layer_pattern
 
 WARM_STEPS = 2
 _BYTES = 2**28  # of the caches that steps go through in turn: more than a processor keeps near

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.routing import BucketIndex, LayerPattern, static_positions
+from hf_sparse_attn.patterns import LayerPattern, static_positions
+from hf_sparse_attn.routing import BucketIndex
 
 SLOTS = 64  # keys that a program of the backward owns
 _SORT_PASSES = 4  # of 8 bits each, over a bucket and an index

@@ -24,8 +24,8 @@ from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.integration import observe, record_density
 from hf_sparse_attn.ops import compute_dtype, find_keys
+from hf_sparse_attn.patterns import LayerPattern, layer_pattern
 from hf_sparse_attn.recording import DensityRecorder
-from hf_sparse_attn.routing import LayerPattern, layer_pattern
 
 _MOST_TURNS = 1000
 _CHECKED_ROWS = 256

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_sparse_attn import ops
 from hf_sparse_attn.masks.documents import Document
-from hf_sparse_attn.routing import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern
 
 
 class KeyIndexes:

@@ -18,8 +18,8 @@ from hf_sparse_attn.cache.policies import Composition, UniformBudget
 from hf_sparse_attn.hashing import BucketHash
 from hf_sparse_attn.masks.documents import Document
 from hf_sparse_attn.ops.common.chunked import cap, with_sinks
+from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
-from hf_sparse_attn.routing import LayerPattern
 
 _BLOCK_WEIGHTS = 2**22  # attention weights that exist at a time
 _ROOM = 1 / 8  # of its length that a buffer grows ahead until it has its full size

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.patterns import LayerPattern, num_row_keys, static_positions
 from hf_sparse_attn.recording import admissible_pairs
-from hf_sparse_attn.routing import BucketIndex, LayerPattern, static_positions
+from hf_sparse_attn.routing import BucketIndex
 
 BUDGETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 MIN_WEIGHTS = (0.0, 1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
@@ -117,10 +118,10 @@ def fixed_pairs(config: SparseAttentionConfig, layer_idx: int, num_tokens: int, 
     if layer_idx in config.dense_layers:
         return int(admissible.sum())
     static = static_positions(config, num_tokens, position.device)
-    behind = torch.searchsorted(static, position - config.window_size, right=True)  # static keys behind the window
+    older = torch.searchsorted(static, position - config.window_size, right=True)  # static keys older than the window
     if sliding_window is not None:
-        behind = (behind - torch.searchsorted(static, position - sliding_window, right=True)).clamp(min=0)
-    fixed = torch.minimum(admissible, config.window_size + behind + config.num_random_keys)
+        older = (older - torch.searchsorted(static, position - sliding_window, right=True)).clamp(min=0)
+    fixed = torch.minimum(admissible, config.window_size + older + num_row_keys(config))
     return int(torch.where(position < config.dense_below, admissible, fixed).sum())
 
 

@@ -26,7 +26,7 @@ from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
 from hf_sparse_attn.integration import configured, observe_dense
-from hf_sparse_attn.routing import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.tracing import input_device
 
 _MAX_MEASUREMENTS = 5

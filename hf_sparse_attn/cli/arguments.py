@@ -70,7 +70,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a command's main function and exit.
 
     The status is 0; after a `UserError` or an `ArgumentError` 2; after a `RunError`, and where memory, disk space or a
-    package is lacking, 1; after Ctrl-C 130. All of these are told in one line on stderr. Other errors are bugs and have their traceback.
+    package is lacking, 1; after Ctrl-C 130. All of these are told in one line on stderr. Other errors are bugs and
+    have their traceback.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)

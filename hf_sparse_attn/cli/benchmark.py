@@ -44,8 +44,8 @@ def make_parser() -> OneLineErrors:
         default="forward",
         choices=PASSES,
         help="Measure this pass of the attention: forward, forward_backward, stages (where the time goes, with Numba "
-        "on a CPU) or decode (one step over a full cache); or of the whole --model: prefill, training_step or generation "
-        "(one token) (default: %(default)s).",
+        "on a CPU) or decode (one step over a full cache); or of the whole --model: prefill, training_step or "
+        "generation (one token) (default: %(default)s).",
     )
     add(
         parser,

@@ -83,7 +83,7 @@ def main() -> None:
     contexts = make_all_contexts(arguments, "needle_context_lengths", haystacks, tokenizer, fields)
     every_length = [arguments.context_length, *haystacks]
     with argument("budget"):
-        keys = text_config(config).dtype or torch.float32 if dtype == "auto" else dtype
+        keys = dtype if isinstance(dtype, torch.dtype) else text_config(config).dtype or torch.float32
         check_budgets(config, keys, names, arguments.budget, every_length, arguments.chunk_size)
     most = max(every_length)
     model = load_model(arguments.model, path, arguments.sparse_attention, device=device, num_tokens=most, dtype=dtype)

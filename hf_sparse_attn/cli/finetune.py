@@ -68,7 +68,7 @@ def make_parser() -> Parser:
     )
     for action in parser._actions:
         if action.nargs != 0 and action.choices is None:
-            by_type = _METAVARS_BY_TYPE.get(action.type, "VALUE")
+            by_type = _METAVARS_BY_TYPE.get(action.type, "VALUE")  # type: ignore[call-overload]
             action.metavar = _METAVARS.get(action.dest, by_type)
         action.help = action.help or "See TrainingArguments of Transformers."
     return parser

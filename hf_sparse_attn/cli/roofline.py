@@ -95,7 +95,7 @@ def count(arguments: Any, rows: int) -> Any:
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
     from hf_sparse_attn.loading import load_model, read_checkpoint
-    from hf_sparse_attn.routing import layer_pattern
+    from hf_sparse_attn.patterns import layer_pattern
 
     length, device = arguments.counted_tokens, torch.device("cpu")
     if not arguments.model:

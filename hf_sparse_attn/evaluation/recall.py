@@ -14,7 +14,7 @@ from hf_sparse_attn.calibration.budget_allocation import first_row
 from hf_sparse_attn.config import HASHES, SparseAttentionConfig
 from hf_sparse_attn.integration import Observer, observe_dense
 from hf_sparse_attn.ops import compute_dtype, document_attention
-from hf_sparse_attn.routing import LayerPattern, layer_pattern
+from hf_sparse_attn.patterns import LayerPattern, layer_pattern
 from hf_sparse_attn.tracing import input_device
 
 FAMILIES = (*HASHES, "none")

@@ -12,8 +12,8 @@ from hf_sparse_attn.ops.backend import Index, compute_dtype
 from hf_sparse_attn.ops.checks import check_document, check_scores
 from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.dispatch import find_backend
+from hf_sparse_attn.patterns import LayerPattern, layer_pattern
 from hf_sparse_attn.recording import Recorder
-from hf_sparse_attn.routing import LayerPattern, layer_pattern
 from hf_sparse_attn.tracing import refuse_transforms
 
 

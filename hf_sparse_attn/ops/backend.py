@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.ops.common.call import AttentionCall
-from hf_sparse_attn.routing import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern
 
 
 class Index(Protocol):

@@ -9,7 +9,7 @@ import math
 
 from torch import Tensor
 
-from hf_sparse_attn.routing import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern
 
 
 def check_scores(scaling: float, softcap: float | None) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_sparse_attn.ops.backend import Backend
 from hf_sparse_attn.ops.common.call import AttentionCall
-from hf_sparse_attn.routing import LayerPattern, random_positions
+from hf_sparse_attn.patterns import LayerPattern, row_patterns, static_patterns
 
 
 def scored_keys(
@@ -31,11 +31,9 @@ def scored_keys(
     group = num_heads // key.shape[0]
     bucket = pattern.bucket_hash.assign(key)
     position = torch.arange(key.shape[1], device=key.device) + key_offset
-    static = position < config.num_global_tokens
-    for index in config.global_token_indices:
-        static = static | (position == index)
-    if config.stride:
-        static = static | (position % config.stride == 0)
+    static = torch.zeros_like(position, dtype=torch.bool)
+    for part in static_patterns(config):
+        static = static | part.admits(position)
     all_scored, all_routed = [], []
     for head in range(num_heads):
         kv_head = head // group
@@ -49,9 +47,8 @@ def scored_keys(
             dense_rows = pattern.dense_rows()
             if dense_rows is not None and p >= dense_rows:
                 fixed = static | (position > p - config.window_size)
-                if config.num_random_keys:
-                    drawn = random_positions(config, torch.tensor([p], device=key.device))
-                    fixed = fixed | torch.isin(position, drawn)
+                for own in row_patterns(config):
+                    fixed = fixed | own.admits(p, position)
                 fixed = fixed & admissible
                 routable = admissible & ~static & (position <= p - config.window_size)
                 routed = _routed(

@@ -23,7 +23,8 @@ from hf_sparse_attn.ops.backend import Backend
 from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces, cap, hide, with_sinks
 from hf_sparse_attn.ops.common.threads import in_order
-from hf_sparse_attn.routing import BucketIndex, LayerPattern, random_keys, row_chunks, static_positions
+from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static_positions
+from hf_sparse_attn.routing import BucketIndex, row_chunks
 
 _BLOCK = 64  # rows per banded matrix product
 
@@ -132,8 +133,8 @@ def _sparse(
             if bool((count < gathered.shape[1]).any()):
                 unused = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
         num_routed = 0 if gathered is None else gathered.shape[1]
-        if pattern.config.num_random_keys:
-            gathered, unused = _with_random(
+        if num_row_keys(pattern.config):
+            gathered, unused = _with_row_keys(
                 gathered, unused, position, static, window, key_offset, pattern, table.order
             )
     outputs = []
@@ -228,7 +229,7 @@ def _band_positions(start: int, stop: int, window: int, device: torch.device) ->
     return block[:, None] + torch.arange(_BLOCK + window - 1, device=device)
 
 
-def _with_random(
+def _with_row_keys(
     gathered: Tensor | None,
     unused: Tensor | None,
     position: Tensor,
@@ -238,8 +239,8 @@ def _with_random(
     pattern: LayerPattern,
     order: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Append the random keys that no fixed part of the pattern reads already; the buckets may not find them again."""
-    drawn = random_keys(pattern, position, static, window, key_offset)
+    """Append the keys of the rows' own; the candidates lose what is among these."""
+    drawn = row_keys(pattern, position, static, window, key_offset)
     seen = drawn < 0
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)

@@ -2,13 +2,15 @@ import json
 
 import pytest
 import torch
-from attention_checks import calibrated_hash_text, tiny_model, tokens
+from helpers.batches import tokens
+from helpers.families import tiny_model
+from helpers.operation import calibrated_hash_text
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.evaluation.recall import hash_families, measure_recall
 from hf_sparse_attn.integration import observe_dense
 from hf_sparse_attn.ops import reference
-from hf_sparse_attn.routing import layer_pattern
+from hf_sparse_attn.patterns import layer_pattern
 
 FIRST, LENGTH = 32, 96
 NUM_ROWS = LENGTH - FIRST  # every sparse row is sampled

@@ -1,18 +1,9 @@
 """Paths of one plain forward: what the attention is, and what it must never do."""
 
-from attention_checks import (
-    TOLERANCE,
-    check_density,
-    check_full_coverage,
-    check_later_tokens,
-    check_matches_reference,
-    dense_logits,
-    logits,
-    padded_batch,
-    softmax_in_float64,
-    tiny_model,
-    tokens,
-)
+from helpers.batches import padded_batch, tokens
+from helpers.checks import check_density, check_full_coverage, check_later_tokens, check_matches_reference
+from helpers.families import tiny_model
+from helpers.specification import TOLERANCE, dense_logits, logits, softmax_in_float64
 from torch.testing import assert_close
 
 

@@ -1,16 +1,10 @@
 """Paths of several documents in one forward: padding and packing."""
 
 import torch
-from attention_checks import (
-    assert_each_specified,
-    assert_specified,
-    check_packed,
-    check_padding,
-    check_position_ids,
-    logits,
-    packed_documents,
-    tiny_model,
-)
+from helpers.batches import packed_documents
+from helpers.checks import check_packed, check_padding, check_position_ids
+from helpers.families import tiny_model
+from helpers.specification import assert_each_specified, assert_specified, logits
 from transformers import DataCollatorWithFlattening
 
 

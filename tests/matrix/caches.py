@@ -3,14 +3,10 @@
 import itertools
 
 import torch
-from attention_checks import (
-    FAMILIES,
-    assert_specified,
-    check_chunks,
-    padded_batch,
-    tiny_model,
-    tokens,
-)
+from helpers.batches import padded_batch, tokens
+from helpers.checks import check_chunks
+from helpers.families import FAMILIES, tiny_model
+from helpers.specification import assert_specified
 from transformers import DynamicCache, StaticCache
 
 from hf_sparse_attn import SparseCache
@@ -61,7 +57,7 @@ def sparse_cache(family):
 
 def policy_cache(family):
     """`SparseCache` with a policy that has room for every key, prompts padded on the left included; what is evicted
-    where it has not is tested by `tests/test_eviction.py`."""
+    where it has not is tested by `tests/cache/test_evicting.py`."""
     for sizes in ((7, 13), (31, 1)):
         check_chunks(family, sizes, new_cache=new_with_a_policy)
     check_padded_cache(family, "left", new_with_a_policy)

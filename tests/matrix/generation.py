@@ -1,7 +1,9 @@
 """Paths through `generate`: each chosen token and its logits are those of the specification."""
 
 import torch
-from attention_checks import padded_batch, specified, tiny_model, tokens
+from helpers.batches import padded_batch, tokens
+from helpers.families import tiny_model
+from helpers.specification import specified
 
 from hf_sparse_attn import SparseCache
 

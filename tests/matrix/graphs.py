@@ -1,7 +1,9 @@
 """Paths through `torch.compile` and `torch.export`."""
 
 import torch
-from attention_checks import assert_specified, padded_batch, tiny_model, tokens
+from helpers.batches import padded_batch, tokens
+from helpers.families import tiny_model
+from helpers.specification import assert_specified
 from transformers import StaticCache
 
 from matrix.training import assert_specified_gradients, log_likelihood

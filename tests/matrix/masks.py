@@ -1,18 +1,9 @@
 """Paths of a caller's own 4D masks, bool or added to the scores; and what else a caller may ask for and is refused."""
 
 import torch
-from attention_checks import (
-    FAMILIES,
-    TOLERANCE,
-    assert_specified,
-    dense_logits,
-    logits,
-    packed_documents,
-    padded_batch,
-    softmax_in_float64,
-    tiny_model,
-    tokens,
-)
+from helpers.batches import packed_documents, padded_batch, tokens
+from helpers.families import FAMILIES, tiny_model
+from helpers.specification import TOLERANCE, assert_specified, dense_logits, logits, softmax_in_float64
 from transformers import DynamicCache, StaticCache
 
 WINDOW = 14

@@ -1,16 +1,10 @@
 """Paths of training and of lower precision."""
 
 import torch
-from attention_checks import (
-    check_gradients,
-    dense_logits,
-    logits,
-    packed_documents,
-    padded_batch,
-    specified,
-    tiny_model,
-    tokens,
-)
+from helpers.batches import packed_documents, padded_batch, tokens
+from helpers.checks import check_gradients
+from helpers.families import tiny_model
+from helpers.specification import dense_logits, logits, specified
 
 
 def log_likelihood(output, ids):

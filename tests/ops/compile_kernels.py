@@ -21,7 +21,7 @@ from hf_sparse_attn.ops.common.chunked import Call
 from hf_sparse_attn.ops.triton import chunks as implementation
 from hf_sparse_attn.ops.triton import index as triton_index
 from hf_sparse_attn.ops.triton import launch as triton_launch
-from hf_sparse_attn.routing import layer_pattern
+from hf_sparse_attn.patterns import layer_pattern
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -47,19 +47,21 @@ def compile_kernel(capability, kernel, args, kwargs):
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, attributes = {}, {}, {}
+
+    def specialize(path, value, parameter):
+        """Type of an argument, or those of a named tuple's members, to which `do_not_specialize` does not apply."""
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            return type(value)(*(specialize((*path, i), member, parameter) for i, member in enumerate(value)))
+        free = parameter.do_not_specialize and len(path) == 1
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not free):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not free):
+            attributes[path] = [["tt.divisibility", 16]]
+        return POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+
     for place, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        aligned = False
-        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or one:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name], aligned = POINTERS[value.dtype], True
-        else:
-            signature[parameter.name] = "i32"
-            aligned = value % 16 == 0 and not parameter.do_not_specialize
-        if aligned:
-            attributes[(place,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = specialize((place,), values[parameter.name], parameter)
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled = assemble(compiled.asm["ptx"])
@@ -87,7 +89,8 @@ def main():
         name = kernel.fn.__name__
         if (name, shape) not in seen:
             seen.add((name, shape))
-            resources = compile_kernel(capability, kernel, args, kwargs | triton_launch.stages(args[0]))
+            stages = triton_launch.stages(triton_launch.first_tensor(args))
+            resources = compile_kernel(capability, kernel, args, kwargs | stages)
             print(json.dumps({"kernel": name, "shape": [str(x) for x in shape], **resources}), flush=True)
 
     triton_launch.launch = launch

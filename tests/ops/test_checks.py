@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import inputs, pattern_of
+from helpers.cases import inputs, pattern_of
 
 from hf_sparse_attn import SparseAttentionConfig, sparse_attention
 from hf_sparse_attn.attention import Inputs, attention

@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_checks import SCALING, KeyMask, LargestTensor, attend, make_pattern
-from cases import (
+from helpers.cases import (
     DIM,
     FEATURES,
     KV_HEADS,
@@ -19,6 +18,8 @@ from cases import (
     pattern_of,
     sinks_of,
 )
+from helpers.operation import SCALING, KeyMask, attend, make_pattern
+from helpers.spies import LargestTensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

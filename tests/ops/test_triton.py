@@ -7,12 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attention_checks as checks
 import pytest
 import torch
-from attention_checks import SCALING, KeyMask, attend, make_pattern
-from cases import FEATURES, assert_like_reference, check_lower_precision, output_and_gradients, pattern_of, sinks_of
-from cases import inputs as make_inputs
+from helpers import checks
+from helpers.cases import (
+    FEATURES,
+    assert_like_reference,
+    check_lower_precision,
+    output_and_gradients,
+    pattern_of,
+    sinks_of,
+)
+from helpers.cases import inputs as make_inputs
+from helpers.operation import SCALING, KeyMask, attend, make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.ops import api, dispatch, reference
@@ -37,11 +44,12 @@ sinks = functools.partial(sinks_of, device=DEVICE)
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """The host side, with chunks so short that most documents have several, and float64's tiles of several rows."""
+    from hf_sparse_attn.ops.triton import choose_buckets
     from hf_sparse_attn.ops.triton import chunks as triton
 
     monkeypatch.setattr(triton, "_CHUNK_ROWS", 32)
     monkeypatch.setattr(triton, "BACKWARD_CHUNK_ROWS", 32)
-    monkeypatch.setattr(triton, "_CHOOSING_ROWS", 8)
+    monkeypatch.setattr(choose_buckets, "_CHOOSING_ROWS", 8)
     with monkeypatch.context() as context:
         context.setattr(triton_launch, "tile_shape", half_precision_tiles)
         yield triton
@@ -245,7 +253,7 @@ def test_without_triton(monkeypatch):
         attend(*make_inputs(9, 9), pattern_of({}), "triton")
 
 
-# Kernels launched with something wrong: (kernel, argument, how it is changed).
+# Kernels launched with something wrong: (kernel, argument or a member of it, how it is changed).
 FORWARD_MUTANTS = {
     "window": ("list_keys", "window", lambda window: window + 1),
     "model's window": ("list_keys", "sliding_window", lambda _: 2**30),
@@ -254,19 +262,19 @@ FORWARD_MUTANTS = {
     "keys inside the window": ("choose_buckets", "window", lambda window: window - 2),
     "means without lag": ("mean_buckets", "means_lag", lambda lag: lag - 12),
     "means of another page": ("mean_buckets", "first_position", lambda position: position - 16),
-    "light keys": ("attend", "DROP", lambda _: False),
-    "softcap": ("attend", "SOFTCAP", lambda _: False),
-    "sinks": ("attend", "SINKS", lambda _: False),
+    "light keys": ("fwd", "DROP", lambda _: False),
+    "softcap": ("fwd", "SCORE.SOFTCAP", lambda _: None),
+    "sinks": ("fwd", "sinks", lambda _: None),
     "random keys": ("list_keys", "NUM_RANDOM", lambda _: 0),
     "other heads of the group": ("score_buckets", "GROUP", lambda _: 1),
 }
 BACKWARD_MUTANTS = {
-    "light keys": ("differentiate_older", "DROP", lambda _: False),
-    "light keys of the queries": ("differentiate_queries", "DROP", lambda _: False),
-    "softcap": ("differentiate_window", "SOFTCAP", lambda _: False),
-    "random keys": ("tiles_of_blocks", "NUM_RANDOM", lambda _: 0),
-    "window": ("differentiate_window", "window", lambda window: window - 1),
-    "model's window": ("differentiate_older", "sliding_window", lambda window: window - 1),
+    "light keys": ("bwd_dkv_older", "DROP", lambda _: False),
+    "light keys of the queries": ("bwd_dq", "DROP", lambda _: False),
+    "softcap": ("bwd_dkv_window", "SCORE.SOFTCAP", lambda _: None),
+    "random keys": ("find_readers", "NUM_RANDOM", lambda _: 0),
+    "window": ("bwd_dkv_window", "window", lambda window: window - 1),
+    "model's window": ("bwd_dkv_older", "sliding_window", lambda window: window - 1),
 }
 
 
@@ -286,13 +294,20 @@ def broken(mutant, kernels, monkeypatch):
     monkeypatch.setattr(triton_launch, "block_keys", lambda keys, dim: 16)
 
     def launch_broken(kernel, grid, *args, **kwargs):
-        if kernel.fn.__name__ != name:
+        if kernel.fn.__name__ != f"{name}_kernel":
             launch(kernel, grid, *args, **kwargs)
             return
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        kernel[grid](**values | {argument: change(values[argument])})
+        kernel[grid](**changed(values, argument, change))
 
     monkeypatch.setattr(triton_launch, "launch", launch_broken)
+
+
+def changed(values, argument, change):
+    """The values with another one of an argument, or of a named tuple's member: "argument.member"."""
+    argument, _, member = argument.partition(".")
+    value = values[argument]
+    return values | {argument: value._replace(**{member: change(getattr(value, member))}) if member else change(value)}
 
 
 def differ(ours, expected):

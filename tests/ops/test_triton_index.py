@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from attention_checks import TOLERANCE, attend, make_pattern, padded_batch, tiny_model, tokens
-from cases import FEATURES, inputs, sinks_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_index import (
+from helpers.batches import padded_batch, tokens
+from helpers.cases import FEATURES, inputs, sinks_of
+from helpers.families import tiny_model
+from helpers.index_checks import (
     Implementation,
     check_any_steps,
     check_copies,
@@ -15,12 +14,17 @@ from test_index import (
     check_taken_back,
     in_steps,
 )
+from helpers.operation import attend, make_pattern
+from helpers.specification import TOLERANCE
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_sparse_attn import SparseAttentionConfig, SparseCache, ops
 from hf_sparse_attn.ops import dispatch
 from hf_sparse_attn.ops.triton import launch as triton_launch
 
 pytest.importorskip("triton")
+from hf_sparse_attn.ops.triton import choose_buckets, find_cached
 from hf_sparse_attn.ops.triton import chunks as triton_ops
 from hf_sparse_attn.ops.triton import index as triton_index
 
@@ -36,10 +40,10 @@ def small_blocks(monkeypatch):
     """Several programs where a document of these tests would have one, and tiles of many rows."""
     tile_shape = triton_launch.tile_shape
     monkeypatch.setattr(triton_ops, "_CHUNK_ROWS", 32)
-    monkeypatch.setattr(triton_ops, "_CHOOSING_ROWS", 8)
+    monkeypatch.setattr(choose_buckets, "_CHOOSING_ROWS", 8)
     monkeypatch.setattr(triton_launch, "tile_shape", lambda query, *others: tile_shape(query.half(), *others))
     monkeypatch.setattr(triton_launch, "block_keys", lambda keys, dim: 16)
-    monkeypatch.setattr(triton_index, "_BLOCK_KEYS", 32)
+    monkeypatch.setattr(find_cached, "_BLOCK_KEYS", 32)
 
 
 def output_in_steps(fields, sizes=SIZES, **others):
@@ -159,7 +163,8 @@ def test_steps_do_not_look_at_all_keys(monkeypatch):
     monkeypatch.setattr(triton_launch, "launch", lambda kernel, *args, **kwargs: launched.append(kernel.fn.__name__))
     monkeypatch.setattr(torch, "sort", lambda *args, **kwargs: pytest.fail("sorted"))
     TRITON.go_on(pattern, *tensors, index, 37, 38)
-    assert launched == ["append_and_score", "choose_ranks", "list_found", "score_listed", "sum_listed"]
+    names = ["append_and_score", "choose_ranks", "list_found", "score_listed", "sum_listed"]
+    assert launched == [f"{name}_kernel" for name in names]
 
 
 @torch.no_grad()
@@ -206,14 +211,14 @@ MUTANTS = {
     "window": ("score_listed", "window", lambda window: window - 1),
     "static keys": ("score_listed", "num_static", lambda number: number - 1),
     "random keys": ("score_listed", "NUM_RANDOM", lambda number: number - 1),
-    "softcap": ("score_listed", "SOFTCAP", lambda _: False),
+    "softcap": ("score_listed", "SCORE", lambda score: score._replace(SOFTCAP=None)),
     "light keys": ("sum_listed", "DROP", lambda _: False),
-    "sinks": ("sum_listed", "SINKS", lambda _: False),
+    "sinks": ("sum_listed", "sinks", lambda _: None),
     "another page's sums": ("add_to_sums", "stop", lambda stop: stop - 1),
     "other heads of the group": ("append_and_score", "GROUP", lambda _: 1),
     "routed static keys": ("append_and_score", "static_bits", lambda _: 0),
-    "keys inside the window": ("choose_ranks", "first_behind", lambda number: number + 1),
-    "keys counted twice": ("choose_ranks", "num_behind", lambda number: number - 1),
+    "keys inside the window": ("choose_ranks", "first_older", lambda number: number + 1),
+    "keys counted twice": ("choose_ranks", "num_older", lambda number: number - 1),
     "unlisted keys": ("list_found", "num_keys", lambda number: number - 1),
 }
 
@@ -236,7 +241,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
 
     def launch_broken(kernel, grid, *args, **kwargs):
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        if kernel.fn.__name__ == name:
+        if kernel.fn.__name__ == f"{name}_kernel":
             values[argument] = change(values[argument])
         launch(kernel, grid, *(values.pop(parameter) for parameter in kernel.arg_names[:1]), **values)
 

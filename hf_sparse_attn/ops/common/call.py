@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
-from hf_sparse_attn.routing import LayerPattern
 
 
 @dataclass(frozen=True)

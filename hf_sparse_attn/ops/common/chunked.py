@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.threads import in_order
+from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
-from hf_sparse_attn.routing import LayerPattern
 
 _DENSE_BLOCK = 1024  # dense rows per piece where they need a mask
 _DENSE_SCORES = 2**25  # scores per piece where dense rows cannot go through SDPA

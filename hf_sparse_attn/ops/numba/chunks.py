@@ -30,7 +30,7 @@ from hf_sparse_attn.ops.numba.kernels import (
 )
 from hf_sparse_attn.ops.numba.layout import by_row, filled, flat_rows
 from hf_sparse_attn.ops.numba.rules import make_rules, num_columns, record
-from hf_sparse_attn.routing import LayerPattern, random_keys, static_positions
+from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static_positions
 
 _MIN_CHUNK_PAGES = 4
 _MAX_CHUNKS = 8  # of a document's sparse rows
@@ -221,7 +221,7 @@ class _Chunk:
         config, (num_rows, group, _) = self.call.pattern.config, rows.shape
         rules = self.rules if sinks is None else self.rules._replace(sinks=sinks.detach().numpy())
         kept_rows = min(config.page_size, num_rows, _MOST_KEPT_ROWS) if keep else 1
-        width = num_columns(rules, len(self.head.static), len(self.head.key), config.num_random_keys)
+        width = num_columns(rules, len(self.head.static), len(self.head.key), num_row_keys(config))
         read = Read(
             np.empty((kept_rows, group, width), rows.dtype),
             np.empty((kept_rows, width), np.int32),
@@ -231,7 +231,7 @@ class _Chunk:
         summed = rows.sum(1)
         positions = torch.arange(self.start, self.start + num_rows)
         static = torch.from_numpy(self.head.static)
-        drawn = random_keys(self.call.pattern, positions, static, rules.window, self.head.key_offset).int().numpy()
+        drawn = row_keys(self.call.pattern, positions, static, rules.window, self.head.key_offset).int().numpy()
         low = 0
         while low < num_rows:
             position = self.start + low

@@ -18,7 +18,7 @@ from hf_sparse_attn.ops.numba.kernels import (
 )
 from hf_sparse_attn.ops.numba.layout import filled, flat_heads, padded
 from hf_sparse_attn.ops.numba.rules import make_rules, num_columns, record
-from hf_sparse_attn.routing import random_keys
+from hf_sparse_attn.patterns import num_row_keys, row_keys
 
 
 def attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
@@ -32,9 +32,9 @@ def attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: T
         rules = rules._replace(sinks=sinks.numpy().reshape(num_kv_heads, group))
     positions = torch.arange(call.query_offset, call.query_offset + num_rows)
     static = torch.from_numpy(index.static)
-    drawn = random_keys(call.pattern, positions, static, rules.window, call.key_offset).int().numpy()
+    drawn = row_keys(call.pattern, positions, static, rules.window, call.key_offset).int().numpy()
     keep = call.recorder is not None
-    width = num_columns(rules, len(index.static), key.shape[1], call.pattern.config.num_random_keys)
+    width = num_columns(rules, len(index.static), key.shape[1], num_row_keys(call.pattern.config))
     kept_rows = num_rows if keep else 1
     read = Read(
         np.empty((num_kv_heads, kept_rows, group, width), rows.dtype),

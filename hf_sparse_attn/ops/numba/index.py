@@ -18,7 +18,8 @@ from hf_sparse_attn.ops.numba.kernels import (
 from hf_sparse_attn.ops.numba.layout import padded
 from hf_sparse_attn.ops.numba.rules import UNBOUNDED
 from hf_sparse_attn.ops.numba.simd import LANES
-from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, static_positions
+from hf_sparse_attn.patterns import LayerPattern, static_positions
+from hf_sparse_attn.routing import MEANS_LAG
 
 FEW = 8  # rows or keys from which on libraries and threads pay
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from hf_sparse_attn.ops.common.chunked import Call
-from hf_sparse_attn.ops.triton import decode as kernels
-from hf_sparse_attn.ops.triton import launch as triton_launch
-from hf_sparse_attn.ops.triton import routing as routing_kernels
-from hf_sparse_attn.ops.triton.launch import TL, block_dim, precision, rows_contiguous, with_strides
-from hf_sparse_attn.routing import MEANS_LAG, LayerPattern, random_keys, static_positions
+from hf_sparse_attn.ops.triton.arguments import CachedKeys, Score
+from hf_sparse_attn.ops.triton.decode import decode
+from hf_sparse_attn.ops.triton.document_keys import log_min_weights
+from hf_sparse_attn.ops.triton.find_cached import FEW, add_to_sums, append_and_score, choose_ranks, list_found
+from hf_sparse_attn.ops.triton.hash_keys import hash_keys, hash_tables, sort_by_bucket
+from hf_sparse_attn.ops.triton.launch import rows_contiguous
+from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static_positions
+from hf_sparse_attn.routing import MEANS_LAG
 
-FEW = 16  # new keys and rows that one launch takes
 _MOST_SCORES = 2**26  # of the rows that one launch takes
-_BLOCK_KEYS = 1024
 
 
 def _written_anywhere(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,7 +29,7 @@ def _written_anywhere(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Index:
-    """Each key's bucket and its rank in it, and what the buckets hold in all: behind a window, and known to a page.
+    """Each key's bucket and its rank in it, and what the buckets hold: older than a window, and known to an interval.
 
     Appending a key and finding a row's keys are launches for which the host does not wait. Only
     `document_attention` of `ops.triton` appends.
@@ -46,13 +45,13 @@ class Index:
     @_written_anywhere
     def __init__(self, pattern: LayerPattern, num_kv_heads: int, key_offset: int) -> None:
         self.pattern, self.key_offset = pattern, key_offset
-        self.length = self._num_behind = self._num_known = 0
+        self.length = self._num_older = self._num_known = 0
         weight, num_buckets = pattern.bucket_hash.weight, pattern.bucket_hash.num_buckets
         self.acc = weight.dtype
         numbers = partial(torch.zeros, dtype=torch.int32, device=weight.device)
         self.bucket, self._rank = numbers(num_kv_heads, 0), numbers(num_kv_heads, 0)
         self._counts = numbers(num_kv_heads, num_buckets + 1)  # of all keys, static ones last
-        self._behind = numbers(num_kv_heads, num_buckets)  # of the first _num_behind keys
+        self._older = numbers(num_kv_heads, num_buckets)  # of the first _num_older keys
         self._numbers = numbers(num_kv_heads, num_buckets)  # of the first _num_known keys
         self._sums = weight.new_zeros(num_kv_heads, num_buckets, weight.shape[1])
         self._static = torch.zeros(0, dtype=torch.int64)  # on the CPU
@@ -63,7 +62,7 @@ class Index:
 
     @_written_anywhere
     def append(self, key: Tensor) -> None:
-        """Take in the keys of [num_key_value_heads, N, head_dim] behind the first `length`, however many."""
+        """Take in the keys of [num_key_value_heads, N, head_dim] after the first `length`, however many."""
         start, stop = self.length, key.shape[1]
         if start == stop:
             return
@@ -103,13 +102,13 @@ class Index:
 
     @_written_anywhere
     def crop(self, length: int) -> None:
-        """Forget the keys behind the first `length`."""
+        """Forget the keys after the first `length`."""
         if length >= self.length:
             return
         self._count(self._counts, length, self.length, -1)
-        if length < self._num_behind:
-            self._count(self._behind, length, self._num_behind, -1)
-            self._num_behind = length
+        if length < self._num_older:
+            self._count(self._older, length, self._num_older, -1)
+            self._num_older = length
         if length < self._num_known:
             self._forget_sums()
         num_static = int((self._static < length + self.key_offset).sum())
@@ -125,7 +124,7 @@ class Index:
     def copy(self) -> Index:
         """Another one, of the same keys."""
         other = copy(self)
-        for name in ("bucket", "_rank", "_counts", "_behind", "_numbers", "_sums"):
+        for name in ("bucket", "_rank", "_counts", "_older", "_numbers", "_sums"):
             setattr(other, name, getattr(self, name).clone())
         return other
 
@@ -135,8 +134,12 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        tables = (self.bucket, self._rank, self._counts, self._behind, self._numbers, self._sums, self._static_here)
+        tables = (self.bucket, self._rank, self._counts, self._older, self._numbers, self._sums, self._static_here)
         return sum(x.nbytes for x in tables)
+
+    @property
+    def _tables(self) -> CachedKeys:
+        return CachedKeys(self.bucket, self._rank, self._counts, self._sums, self._numbers)
 
     @_written_anywhere
     def attend(self, call: Call, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
@@ -147,13 +150,73 @@ class Index:
             self.append(key)
         for start, stop in self._row_blocks(call.query_offset, query.shape[1], len(query), key.shape[1]):
             rows = slice(start - call.query_offset, stop - call.query_offset)
-            _Rows(self, call, query[:, rows], key, value, start).attend(output[:, rows], sinks)
+            self._attend(call, output[:, rows], query[:, rows], key, value, sinks, start)
         return output
 
+    def _attend(
+        self,
+        call: Call,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        first_row: int,
+    ) -> None:
+        """Fill output [H, R, D] of rows of one refresh interval from position `first_row` on."""
+        window = self.pattern.window(key.shape[1])
+        if max(self.pattern.budgets):
+            self._move(key, first_row, window)
+        scores = self._append_and_score(query, key)
+        found, num_found = self._find(scores, key.shape[1], first_row - window + 1 - self.key_offset)
+        positions = torch.arange(first_row, first_row + query.shape[1], device=key.device)
+        decode(
+            output,
+            query,
+            key,
+            value,
+            sinks,
+            self._static_here,
+            row_keys(self.pattern, positions, self._static_here, window, self.key_offset).int(),
+            found,
+            num_found,
+            self._log_min_weights,
+            first_row,
+            self.key_offset,
+            window,
+            any(self.pattern.min_weights),
+            Score(call.scaling, call.softcap),
+        )
+
+    def _append_and_score(self, query: Tensor, key: Tensor) -> Tensor:
+        """Append the keys that the index does not have yet; the buckets' scores [Hkv, R, B]."""
+        start, stop = self.length, key.shape[1]
+        self._make_room(stop)
+        static = self._static_keys(start, stop)
+        scores = append_and_score(self._tables, self._hash, self.pattern, query, key, start, static)
+        self.length = stop
+        return scores
+
+    def _find(self, scores: Tensor, num_keys: int, first_older: int) -> tuple[Tensor, Tensor]:
+        """The keys found through buckets, [Hkv, R, most], and how many they are, [Hkv, R].
+
+        `first_older` keys are older than the first row's window, see `choose_ranks`.
+        """
+        num_kv_heads, num_rows, _ = scores.shape
+        most = min(max(self.pattern.budgets), num_keys)
+        if not most:
+            numbers = partial(torch.zeros, num_kv_heads, num_rows, dtype=torch.int32, device=scores.device)
+            return numbers(0), numbers()
+        taken, num_found, older = choose_ranks(
+            scores, self._tables, self._older, self._budgets, self._num_older, first_older
+        )
+        self._older, self._num_older = older, max(first_older + num_rows - 1, 0)
+        return list_found(self._tables, taken, self._num_older, most), num_found
+
     def _row_blocks(self, start: int, num_rows: int, num_heads: int, num_keys: int) -> Iterator[tuple[int, int]]:
-        """Rows from position `start` on in blocks start .. stop - 1, of one page each, that one launch takes."""
+        """Rows from position `start` on in blocks that one launch takes: start .. stop - 1, of one refresh interval."""
         config, end = self.pattern.config, start + num_rows
-        width = config.window_size + len(self._static) + config.num_random_keys + max(self.pattern.budgets)
+        width = config.window_size + len(self._static) + num_row_keys(config) + max(self.pattern.budgets)
         most = max(min(_MOST_SCORES // (16 * num_heads * min(width, num_keys)), FEW), 1)
         while start < end:
             stop = min(start + most, end, (start // config.page_size + 1) * config.page_size)
@@ -161,270 +224,19 @@ class Index:
             start = stop
 
     def _move(self, key: Tensor, row: int, window: int) -> None:
-        """Know the keys that the page of a row at this position knows, and nearly those behind its window."""
+        """Know the keys that the interval of a row at this position knows, and nearly those older than its window."""
         page_size = self.pattern.config.page_size
         known = max(row // page_size * page_size - MEANS_LAG + 1 - self.key_offset, 0)
         if known < self._num_known:
             self._forget_sums()
         if known > self._num_known:
-            num_buckets, head_dim = self._sums.shape[1:]
-            block_buckets = min(max(num_buckets, 16), 32)
-            triton_launch.launch(
-                kernels.add_to_sums,
-                (triton.cdiv(num_buckets, block_buckets), len(key)),
-                *with_strides(key),
-                self.bucket,
-                self._sums,
-                self._numbers,
-                self._num_known,
-                known,
-                self.bucket.shape[1],
-                NUM_BUCKETS=num_buckets,
-                HEAD_DIM=head_dim,
-                BLOCK_DIM=block_dim(head_dim),
-                BLOCK_BUCKETS=block_buckets,
-                BLOCK=triton_launch.block_keys(key, head_dim),
-                PRECISION="ieee",
-                ACC=TL[self.acc],
-            )
+            add_to_sums(self._tables, key, self._num_known, known)
             self._num_known = known
-        behind = max(row - window + 1 - self.key_offset, 0)
-        if behind - self._num_behind > FEW:
-            self._count(self._behind, self._num_behind, behind, 1)
-        elif self._num_behind - behind > FEW:
-            self._count(self._behind, behind, self._num_behind, -1)
+        older = max(row - window + 1 - self.key_offset, 0)
+        if older - self._num_older > FEW:
+            self._count(self._older, self._num_older, older, 1)
+        elif self._num_older - older > FEW:
+            self._count(self._older, older, self._num_older, -1)
         else:
             return
-        self._num_behind = behind
-
-
-class _Rows:
-    """Rows of one page from position `start` on, with all cached keys and values."""
-
-    def __init__(self, index: Index, call: Call, query: Tensor, key: Tensor, value: Tensor, start: int) -> None:
-        self.index, self.call, self.start = index, call, start
-        self.query, self.key, self.value = query, key, value
-        self.num_heads, self.num_rows, self.head_dim = query.shape
-        self.num_kv_heads, self.num_keys, _ = key.shape
-        self.group = self.num_heads // self.num_kv_heads
-        self.num_buckets = index.pattern.bucket_hash.num_buckets
-        self.window = index.pattern.window(self.num_keys)
-
-    def attend(self, output: Tensor, sinks: Tensor | None) -> None:
-        """Fill output [H, R, D]."""
-        max_found = min(max(self.index.pattern.budgets), self.num_keys)
-        if max_found:
-            self.index._move(self.key, self.start, self.window)
-        scores = self._append_and_score()
-        found, num_found = self._empty(max_found), self._empty()
-        if max_found:
-            self._find(scores, found, num_found)
-        else:
-            num_found.zero_()
-        self._attend(output, sinks, found, num_found)
-
-    def _empty(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(self.num_kv_heads, self.num_rows, *shape, dtype=dtype, device=self.key.device)
-
-    def _append_and_score(self) -> Tensor:
-        """Append the keys that the index does not have yet; the buckets' scores [Hkv, R, B]."""
-        index, start, stop = self.index, self.index.length, self.num_keys
-        index._make_room(stop)
-        static = index._static_keys(start, stop)
-        block_buckets = min(max(self.num_buckets, 16), 32)
-        scores = self._empty(self.num_buckets, dtype=index.acc)
-        triton_launch.launch(
-            kernels.append_and_score,
-            (1 + triton.cdiv(self.num_buckets, block_buckets), self.num_kv_heads),
-            *with_strides(self.query, self.key),
-            *index._hash,
-            index.bucket,
-            index._rank,
-            index._counts,
-            index._sums,
-            index._numbers,
-            scores,
-            start,
-            stop,
-            index.bucket.shape[1],
-            sum(1 << i for i in (static - start).tolist()) if len(static) else 0,
-            self.num_rows,
-            NUM_BUCKETS=self.num_buckets,
-            GROUP=self.group,
-            BLOCK_DIM=block_dim(self.head_dim),
-            BLOCK_BUCKETS=block_buckets,
-            BLOCK=FEW,
-            **hash_constants(index.pattern),
-        )
-        index.length = stop
-        return scores
-
-    def _find(self, scores: Tensor, found: Tensor, num_found: Tensor) -> None:
-        """The keys found through buckets: found [Hkv, R, most] and num_found [Hkv, R]."""
-        index = self.index
-        low, high, shift = (self._empty(self.num_buckets) for _ in range(3))
-        first_behind = self.start - self.window + 1 - index.key_offset
-        num_behind = max(first_behind + self.num_rows - 1, 0)
-        behind = torch.empty_like(index._behind)
-        triton_launch.launch(
-            kernels.choose_ranks,
-            (self.num_rows, self.num_kv_heads),
-            scores,
-            index.bucket,
-            index._behind,
-            behind,
-            index._budgets,
-            low,
-            high,
-            shift,
-            num_found,
-            index.bucket.shape[1],
-            index._num_behind,
-            first_behind,
-            NUM_BUCKETS=self.num_buckets,
-            BLOCK=self.num_buckets,
-            SCORE_BITS=64 if index.acc == torch.float64 else 32,
-        )
-        index._behind, index._num_behind = behind, num_behind
-        if num_behind:
-            triton_launch.launch(
-                kernels.list_found,
-                (triton.cdiv(num_behind, _BLOCK_KEYS), self.num_kv_heads, self.num_rows),
-                index.bucket,
-                index._rank,
-                low,
-                high,
-                shift,
-                found,
-                index.bucket.shape[1],
-                num_behind,
-                found.shape[2],
-                NUM_BUCKETS=self.num_buckets,
-                BLOCK=_BLOCK_KEYS,
-            )
-
-    def _attend(self, output: Tensor, sinks: Tensor | None, found: Tensor, num_found: Tensor) -> None:
-        """Fill output [H, R, D] from the window, static, random and found keys."""
-        index, call, config = self.index, self.call, self.index.pattern.config
-        num_random, num_static, value_dim = config.num_random_keys, len(index._static), self.value.shape[-1]
-        positions = torch.arange(self.start, self.start + self.num_rows, device=self.key.device)
-        drawn = random_keys(index.pattern, positions, index._static_here, self.window, index.key_offset).int()
-        block = triton_launch.block_keys(self.key, max(self.head_dim, value_dim))
-        num_parts = triton.cdiv(self.window + num_static + num_random + found.shape[2], block)
-        capacity = num_parts * block
-        group_padded = max(triton.next_power_of_2(self.group), 16)
-        listed, scores = self._empty(capacity), self._empty(group_padded, capacity, dtype=index.acc)
-        largest, weights = (self._empty(num_parts, group_padded, dtype=index.acc) for _ in range(2))
-        constants = {
-            "NUM_RANDOM": num_random,
-            "GROUP": self.group,
-            "GROUP_PADDED": group_padded,
-            "BLOCK": block,
-            "PRECISION": precision(self.value.dtype),
-            "ACC": TL[index.acc],
-        }
-        triton_launch.launch(
-            kernels.score_listed,
-            (num_parts, self.num_kv_heads, self.num_rows),
-            *with_strides(self.query, self.key),
-            index._static_here,
-            drawn,
-            found,
-            num_found,
-            listed,
-            scores,
-            largest,
-            weights,
-            call.scaling,
-            call.softcap or 1.0,
-            index.key_offset,
-            self.start,
-            self.window,
-            num_static,
-            found.shape[2],
-            capacity,
-            HEAD_DIM=self.head_dim,
-            BLOCK_DIM=block_dim(self.head_dim),
-            SOFTCAP=call.softcap is not None,
-            **constants,
-        )
-        block_value_dim = min(block_dim(value_dim), 32)
-        triton_launch.launch(
-            kernels.sum_listed,
-            (triton.cdiv(value_dim, block_value_dim), self.num_kv_heads, self.num_rows),
-            *with_strides(self.value, output),
-            listed,
-            scores,
-            largest,
-            weights,
-            num_found,
-            sinks,
-            index._log_min_weights,
-            self.window,
-            num_static,
-            num_parts,
-            capacity,
-            VALUE_DIM=value_dim,
-            BLOCK_VALUE_DIM=block_value_dim,
-            PARTS_PADDED=triton.next_power_of_2(num_parts),
-            DROP=any(index.pattern.min_weights),
-            SINKS=sinks is not None,
-            **constants,
-        )
-
-
-def hash_keys(pattern: LayerPattern, key: Tensor) -> Tensor:
-    """The bucket of every key: [num_key_value_heads, N, head_dim] -> [num_key_value_heads, N], int32."""
-    num_kv_heads, num_keys, _ = key.shape
-    bucket = torch.empty(num_kv_heads, num_keys, dtype=torch.int32, device=key.device)
-    block = 64
-    triton_launch.launch(
-        routing_kernels.hash_keys,
-        (triton.cdiv(num_keys, block), num_kv_heads),
-        *with_strides(rows_contiguous(key)),
-        *hash_tables(pattern),
-        bucket,
-        num_keys,
-        BLOCK=block,
-        **hash_constants(pattern),
-    )
-    return bucket
-
-
-def sort_by_bucket(bucket: Tensor, num_buckets: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys by bucket, oldest first: buckets in order [Hkv, N], their keys' indices [Hkv, N] int64, each one's start.
-
-    Args:
-        bucket: [Hkv, N] int32, `num_buckets` for static keys.
-        num_buckets: B.
-
-    Returns:
-        The third is [Hkv, B + 1] int32; the static keys start last.
-    """
-    in_order, order = torch.sort(bucket, dim=1, stable=True)
-    edges = torch.arange(num_buckets + 1, device=bucket.device, dtype=torch.int32).expand(len(bucket), -1)
-    return in_order, order, torch.searchsorted(in_order, edges.contiguous()).int()
-
-
-def hash_tables(pattern: LayerPattern) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a pattern's hash, in one piece each."""
-    return pattern.bucket_hash.weight.contiguous(), pattern.bucket_hash.bias.contiguous()
-
-
-def hash_constants(pattern: LayerPattern) -> dict[str, Any]:
-    """What the kernels that hash keys are compiled for."""
-    weight, (codebooks, codes) = pattern.bucket_hash.weight, pattern.bucket_hash.bias.shape[1:]
-    return {
-        "HEAD_DIM": weight.shape[1],
-        "CODEBOOKS": codebooks,
-        "CODEBOOKS_PADDED": max(triton.next_power_of_2(codebooks), 16 // codes),
-        "CODE_BITS": int(math.log2(codes)),
-        "BLOCK_K": 32,
-        "ACC": TL[weight.dtype],
-    }
-
-
-def log_min_weights(pattern: LayerPattern) -> Tensor:
-    """Logarithm of each query head's smallest weight of a found key, [num_heads], in the dtype of the hash."""
-    logarithms = [math.log(weight) if weight else -math.inf for weight in pattern.min_weights]
-    return torch.tensor(logarithms, dtype=pattern.bucket_hash.weight.dtype, device=pattern.bucket_hash.weight.device)
+        self._num_older = older

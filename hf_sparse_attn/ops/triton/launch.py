@@ -11,17 +11,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse_attn.ops.triton.arguments import Strided
+
 TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Run a kernel on the device of its first argument, which also tells how wide its numbers are."""
-    device = args[0].device
+    """Run a kernel on the device of its first tensor, which also tells how wide its numbers are."""
+    first = first_tensor(args)
     on_device: AbstractContextManager[Any] = nullcontext()
-    if device.type == "cuda":
-        on_device = torch.cuda.device(device)
+    if first.device.type == "cuda":
+        on_device = torch.cuda.device(first.device)
     with on_device:
-        kernel[grid](*args, **kwargs, **stages(args[0]))
+        kernel[grid](*args, **kwargs, **stages(first))
+
+
+def first_tensor(args: Any) -> Any:
+    """The first argument, or the first member of a first argument that is a tuple."""
+    while isinstance(args, tuple):
+        args = args[0]
+    return args
 
 
 def stages(x: Tensor) -> dict[str, int]:
@@ -49,9 +58,10 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def with_strides(*tensors: Tensor) -> list[Any]:
-    """Each tensor [heads, rows, D] with its first two strides."""
-    return [part for x in tensors for part in (x, *x.stride()[:2])]
+def strided(x: Tensor) -> Strided:
+    """A tensor [heads, rows, D] for a kernel; each of its rows is in one piece."""
+    assert x.stride(-1) == 1
+    return Strided(x, *x.stride()[:2])
 
 
 def block_dim(dim: int) -> int:
@@ -66,8 +76,8 @@ def block_keys(x: Tensor, dim: int) -> int:
     return max(16, min(64, room // row_bytes))
 
 
-def tile_shape(query: Tensor, group: int, page_size: int) -> tuple[int, int]:
-    """Rows of one page that a tile of queries takes, and the query heads of a group that it has room for.
+def tile_shape(query: Tensor, group: int, interval_size: int) -> tuple[int, int]:
+    """Rows of one refresh interval that a tile of queries takes, and the query heads that it has room for.
 
     As many as the registers hold, so that each key is loaded once for them all; a row has one bit of 32. In float64 a
     tile is one row, whose sums other rows' keys do not regroup: what comes later changes nothing, to the last bit.
@@ -77,4 +87,4 @@ def tile_shape(query: Tensor, group: int, page_size: int) -> tuple[int, int]:
         return 1, max(group_padded, 16)
     room = 2**14 if query.dtype.itemsize > 2 or _has_little_memory(query.device) else 2**15
     pairs = max(16, min(128, room // (query.dtype.itemsize * block_dim(query.shape[-1]))))
-    return min(max(pairs // group_padded, 1), 32, int(triton.next_power_of_2(page_size))), group_padded
+    return min(max(pairs // group_padded, 1), 32, int(triton.next_power_of_2(interval_size))), group_padded

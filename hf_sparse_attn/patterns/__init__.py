@@ -1,0 +1,31 @@
+"""What a row may attend to besides its window and its candidates: one pattern, one file.
+
+Two kinds, which are all that kernels know: keys that every later row attends to (`StaticPattern`), and keys of a row's
+own (`RowPattern`). `STATIC_PATTERNS` and `ROW_PATTERNS` list what a config turns on.
+"""
+
+from hf_sparse_attn.patterns.base import RowPattern, StaticPattern
+from hf_sparse_attn.patterns.combine import (
+    ROW_PATTERNS,
+    STATIC_PATTERNS,
+    num_row_keys,
+    row_keys,
+    row_patterns,
+    static_patterns,
+    static_positions,
+)
+from hf_sparse_attn.patterns.layer import LayerPattern, layer_pattern
+
+__all__ = [
+    "ROW_PATTERNS",
+    "STATIC_PATTERNS",
+    "LayerPattern",
+    "RowPattern",
+    "StaticPattern",
+    "layer_pattern",
+    "num_row_keys",
+    "row_keys",
+    "row_patterns",
+    "static_patterns",
+    "static_positions",
+]

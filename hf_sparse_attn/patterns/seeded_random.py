@@ -1,0 +1,39 @@
+"""Random keys of each row (BigBird, Zaheer et al. 2020), drawn from a hash of the seed and the row's position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.config import SparseAttentionConfig
+
+
+@dataclass(frozen=True)
+class SeededRandom:
+    """`num_random_keys`, `seed`: so many draws from 0 .. p for the row at position p.
+
+    Draw i of row p is a 32-bit integer hash (the finaliser of MurmurHash3) of seed, p and i, so it is the same on
+    every device and however the rows are computed.
+    """
+
+    num_keys: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: SparseAttentionConfig) -> SeededRandom | None:
+        return cls(config.num_random_keys, config.seed) if config.num_random_keys else None
+
+    def keys(self, position: Tensor) -> Tensor:
+        draw = torch.arange(self.num_keys, device=position.device)
+        mask = 0xFFFFFFFF
+        seed = self.seed * 0xC2B2AE3D & mask
+        x = (position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + seed) & mask
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = ((x ^ (x >> shift)) * factor) & mask
+        x = x ^ (x >> 16)
+        return x % (position[:, None] + 1)
+
+    def admits(self, row: int, position: Tensor) -> Tensor:
+        return torch.isin(position, self.keys(torch.tensor([row], device=position.device)))
