@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 
 from hf_sparse_attn import configure, record_density
 from hf_sparse_attn.calibration.calibrate import calibrate
-from hf_sparse_attn.cli.loading import load_sparse_model
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity, token_nll
 from hf_sparse_attn.integration import configured, merge_sparse_attention, observe_dense
+from hf_sparse_attn.loading import load_sparse_model
 
 FIELDS = {
     "window_size": 8,

@@ -13,9 +13,9 @@ from torch.func import functional_call, grad, jvp, vmap
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attn import SparseAttentionConfig, SparseCache, check_model, sparse_attention
-from hf_sparse_attn.cli.loading import load_sparse_model
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.integration import configure
+from hf_sparse_attn.loading import load_sparse_model
 from hf_sparse_attn.tracing import input_device
 
 IMPLEMENTATIONS = ("numba", "torch", "reference")

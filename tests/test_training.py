@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparse_attn.cli.loading import load_sparse_model
-from hf_sparse_attn.cli.output_files import RunError
 from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
+from hf_sparse_attn.errors import RunError
 from hf_sparse_attn.evaluation.perplexity import token_nll
+from hf_sparse_attn.loading import load_sparse_model
 from hf_sparse_attn.training import (
     FinetuneArguments,
     FinetuneTrainer,

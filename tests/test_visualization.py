@@ -5,8 +5,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 
 from hf_sparse_attn.calibration.budget_allocation import Allocation
-from hf_sparse_attn.cli.loading import load_sparse_model
 from hf_sparse_attn.integration import record
+from hf_sparse_attn.loading import load_sparse_model
 from hf_sparse_attn.visualization import PatternRecorder, bin_pairs, causal_pairs, plot_heads, plot_pattern, plot_trade
 
 

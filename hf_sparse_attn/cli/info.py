@@ -1,7 +1,9 @@
 """Show what a bug report needs: versions, devices and which implementation "auto" takes.
 
-hf-sparse-attn info
-hf-sparse-attn info --output info.json
+    hf-sparse-attn info
+    hf-sparse-attn info --output info.json
+
+Paste what it prints into the report.
 """
 
 from __future__ import annotations

@@ -11,18 +11,18 @@ from hf_sparse_attn.cli.arguments import UserError, run, show_warnings
 
 # By command: its module, and what it does.
 COMMANDS = {
-    "convert": ("convert", "convert a dense checkpoint: fit the hash and what every head reads on sample documents"),
-    "eval-perplexity": ("eval_perplexity", "perplexity over long documents, dense and sparse, on the same tokens"),
-    "eval-needle": ("eval_needle", "facts hidden in long text and asked for, dense and sparse"),
-    "eval-recall": ("eval_recall", "what the sparse attention keeps of the dense one, by layer and head"),
-    "eval-cache-policies": ("eval_cache_policies", "perplexity, needles and bytes of every eviction policy"),
-    "finetune": ("finetune", "fine-tune on long documents with Transformers' Trainer"),
-    "benchmark": ("benchmark", "time and memory against dense attention"),
-    "roofline": ("roofline", "what the GPU kernels compute and move, and the least time that takes"),
-    "plot": ("plot_pattern", "a picture of who reads what"),
-    "chat": ("chat", "questions about a document that is read once"),
-    "info": ("info", 'versions, devices and what "auto" takes: what a bug report needs'),
-    "run": ("run_program", 'run any program with "sparse" registered: a script, or -m and a module'),
+    "convert": ("convert", "Convert a dense checkpoint: fit the hash and what every head reads on sample documents."),
+    "eval-perplexity": ("eval_perplexity", "Measure perplexity over long documents, dense and sparse."),
+    "eval-needle": ("eval_needle", "Hide facts in long text and ask for them, dense and sparse."),
+    "eval-recall": ("eval_recall", "Measure what the sparse attention keeps of the dense one, by layer and head."),
+    "eval-cache-policies": ("eval_cache_policies", "Compare the eviction policies: perplexity, needles and bytes."),
+    "finetune": ("finetune", "Fine-tune on long documents with Transformers' Trainer."),
+    "benchmark": ("benchmark", "Measure time and memory against dense attention."),
+    "roofline": ("roofline", "Say what the GPU kernels compute and move, and the least time that this takes."),
+    "plot": ("plot_pattern", "Draw which keys each row attends to."),
+    "chat": ("chat", "Answer questions about a document that is read once."),
+    "info": ("info", 'Print versions, devices and what "auto" takes: what a bug report needs.'),
+    "run": ("run_program", 'Run any program with "sparse" registered: a script, or -m and a module.'),
 }
 
 

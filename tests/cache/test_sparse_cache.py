@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, DynamicCache
 
 from hf_sparse_attn import SparseCache, configure, record_density
 from hf_sparse_attn.cache import SparseLayer
-from hf_sparse_attn.cli.loading import load_sparse_model
 from hf_sparse_attn.data import load_documents
 from hf_sparse_attn.demo import demo_model_directory
+from hf_sparse_attn.loading import load_sparse_model
 from hf_sparse_attn.side_channels import INDEXES
 
 NUM_LAYERS = 2

@@ -13,10 +13,11 @@ from helpers.paths import SCRIPTS
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_sparse_attn.cli import argument_types, output_files
+from hf_sparse_attn import loading, output_files
+from hf_sparse_attn.cli import argument_types
 from hf_sparse_attn.cli import arguments as command_line
 from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, argument
-from hf_sparse_attn.cli.output_files import RunError
+from hf_sparse_attn.errors import ArgumentError, RunError
 
 
 def exit_status(main):
@@ -210,16 +211,16 @@ def test_json_object_reads_one(tmp_path):
 
 @pytest.mark.parametrize("device", ["meta", "gpu", "hpu", "cuda:99"])
 def test_device_that_does_not_compute(device):
-    with pytest.raises(UserError, match=f"argument --device: '{device}' is no device of this machine"):
-        command_line.choose_device(device)
-    assert command_line.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ArgumentError, match=f"device: '{device}' is not a device of this machine"):
+        loading.parse_device(device)
+    assert loading.parse_device("cpu") == torch.device("cpu")
 
 
 def test_dtype_that_no_model_computes_in():
-    with pytest.raises(UserError, match="argument --dtype: no model computes in 'float8_e4m3fn'"):
-        command_line.choose_dtype("float8_e4m3fn")
-    assert command_line.choose_dtype("bfloat16") == torch.bfloat16
-    assert command_line.choose_dtype("auto") == "auto"
+    with pytest.raises(ArgumentError, match="dtype: no model computes in 'float8_e4m3fn'"):
+        loading.parse_dtype("float8_e4m3fn")
+    assert loading.parse_dtype("bfloat16") == torch.bfloat16
+    assert loading.parse_dtype("auto") == "auto"
 
 
 def test_table_shows_texts_as_they_are(capsys):
@@ -293,8 +294,8 @@ def test_damaged_checkpoint_is_one_line(tiny_model_path, tmp_path, capfd, change
     path = tmp_path / "model"
     shutil.copytree(tiny_model_path, path)
     damaged(path, **changes)
-    with pytest.raises(UserError, match=f"^argument --model {path}: ") as refused:
-        command_line.load_model(str(path), command_line.read_checkpoint(str(path), {})[0])
+    with pytest.raises(ArgumentError, match=f"^model {path}: ") as refused:
+        loading.load_model(str(path), loading.read_checkpoint(str(path), {})[0])
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 600
@@ -307,8 +308,8 @@ def test_truncated_weights(tiny_model_path, tmp_path):
     whole = (path / "model.safetensors").read_bytes()
     for length in (4, 100, len(whole) // 2, len(whole) - 1):
         (path / "model.safetensors").write_bytes(whole[:length])
-        with pytest.raises(UserError, match="its weights cannot be read"):
-            command_line.load_model(str(path), str(path))
+        with pytest.raises(ArgumentError, match="its weights cannot be read"):
+            loading.load_model(str(path), str(path))
 
 
 def test_weights_that_are_not_finite(tiny_model_path, tmp_path):
@@ -318,46 +319,44 @@ def test_weights_that_are_not_finite(tiny_model_path, tmp_path):
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, path / "model.safetensors")
     with pytest.raises(
-        UserError, match=r"its weights are damaged: model\.norm\.weight has numbers that are not finite"
+        ArgumentError, match=r"its weights are damaged: model\.norm\.weight has numbers that are not finite"
     ):
-        command_line.load_model(str(path), str(path))
+        loading.load_model(str(path), str(path))
 
 
 def test_tokenizer_of_another_model(tiny_model_path, tmp_path):
     path = tmp_path / "model"
     shutil.copytree(tiny_model_path, path)
     damaged(path, config__json={"vocab_size": 100})
-    with pytest.raises(UserError, match=r"its tokenizer has 256 tokens, but its config\.json a vocab_size of 100"):
-        command_line.read_checkpoint(str(path), {})
+    with pytest.raises(ArgumentError, match=r"its tokenizer has 256 tokens, but its config\.json a vocab_size of 100"):
+        loading.read_checkpoint(str(path), {})
 
 
 def test_weights_that_are_not_used_are_told_in_one_line(tiny_model_path, tmp_path, caplog):
     path = tmp_path / "model"
     shutil.copytree(tiny_model_path, path)
     save_file(load_file(path / "model.safetensors") | {"further.weight": torch.zeros(2)}, path / "model.safetensors")
-    command_line.load_model(str(path), str(path))
+    loading.load_model(str(path), str(path))
     assert "1 weights that the model has no use for, such as further.weight" in caplog.text
 
 
 def test_bugs_of_our_own_are_not_blamed_on_the_model(tiny_model_path, monkeypatch):
-    from hf_sparse_attn.cli import loading
-
     monkeypatch.setattr(loading, "check_model", lambda model: model.no_such_attribute)
     with pytest.raises(AttributeError):
-        command_line.load_model("tiny", str(tiny_model_path))
+        loading.load_model("tiny", str(tiny_model_path))
 
 
-def test_more_tokens_than_the_model_was_made_for_are_told_once(tiny_model_path, capsys):
-    command_line.load_model("tiny", str(tiny_model_path), num_tokens=512)
-    assert capsys.readouterr().err == ""
-    command_line.load_model("tiny", str(tiny_model_path), num_tokens=513)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "warning: 513 tokens are more than the 512 that the model was made for" in line
+def test_more_tokens_than_the_model_was_made_for_are_told_once(tiny_model_path, caplog):
+    loading.load_model("tiny", str(tiny_model_path), num_tokens=512)
+    assert caplog.text == ""
+    loading.load_model("tiny", str(tiny_model_path), num_tokens=513)
+    (record,) = caplog.records
+    assert "513 tokens are more than the 512 that the model was made for" in record.getMessage()
 
 
 def test_more_tokens_than_there_are_learned_positions_are_refused(tmp_path):
     config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    command_line.load_model("gpt2", str(tmp_path), num_tokens=32)
-    with pytest.raises(UserError, match="argument --model gpt2: it has learned 32 positions and cannot read 33 tokens"):
-        command_line.load_model("gpt2", str(tmp_path), num_tokens=33)
+    loading.load_model("gpt2", str(tmp_path), num_tokens=32)
+    with pytest.raises(ArgumentError, match="model gpt2: it has learned 32 positions and cannot read 33 tokens"):
+        loading.load_model("gpt2", str(tmp_path), num_tokens=33)

@@ -2,8 +2,7 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.cli import loading
+from hf_sparse_attn import SparseAttentionConfig, loading
 from hf_sparse_attn.integration import merge_sparse_attention
 
 
@@ -59,7 +58,7 @@ def test_parse_device():
     assert loading.parse_device("cpu") == torch.device("cpu")
     assert loading.parse_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
     for device in ("gpu", "cuda:99"):
-        with pytest.raises(ValueError, match=f"'{device}' is no device of this machine"):
+        with pytest.raises(ValueError, match=f"'{device}' is not a device of this machine"):
             loading.parse_device(device)
 
 
@@ -67,5 +66,5 @@ def test_parse_dtype():
     assert loading.parse_dtype("auto") == "auto"
     assert loading.parse_dtype("bfloat16") == torch.bfloat16
     for dtype in ("int8", "nn", "float33"):
-        with pytest.raises(ValueError, match=f"'{dtype}' is no floating-point dtype"):
+        with pytest.raises(ValueError, match=f"'{dtype}' is not a floating-point dtype"):
             loading.parse_dtype(dtype)

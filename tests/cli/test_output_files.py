@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_sparse_attn.cli import output_files
-from hf_sparse_attn.cli.output_files import RunError
+from hf_sparse_attn import output_files
+from hf_sparse_attn.errors import RunError
 
 
 def test_output_directory_must_be_new_or_empty(tmp_path):

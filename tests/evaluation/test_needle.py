@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from hf_sparse_attn.cli.loading import load_sparse_model
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.evaluation.haystack import Context, Needle, make_contexts
 from hf_sparse_attn.evaluation.needle import (
@@ -16,6 +15,7 @@ from hf_sparse_attn.evaluation.needle import (
     plot_retrieval,
     retrieve,
 )
+from hf_sparse_attn.loading import load_sparse_model
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
-from hf_sparse_attn.cli.loading import load_sparse_model
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity, paired_difference, token_nll
+from hf_sparse_attn.loading import load_sparse_model
 
 SMALL = {
     "vocab_size": 256,

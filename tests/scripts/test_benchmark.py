@@ -5,7 +5,7 @@ import torch
 from helpers.batches import tokens
 from helpers.families import tiny_model
 
-from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn import SparseAttentionConfig, loading
 from hf_sparse_attn.benchmarking import decoding, speed
 from hf_sparse_attn.benchmarking.decoding import compare_decoding, compare_generation
 from hf_sparse_attn.benchmarking.speed import (
@@ -15,7 +15,6 @@ from hf_sparse_attn.benchmarking.speed import (
     layer_inputs,
     make_inputs,
 )
-from hf_sparse_attn.cli import loading
 from hf_sparse_attn.integration import observe
 from hf_sparse_attn.ops import find_keys
 from hf_sparse_attn.ops.numba import BACKEND

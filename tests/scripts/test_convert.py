@@ -160,9 +160,9 @@ def test_key_budget_limits_the_mean(convert):
 
 
 def test_max_loss_is_kept_on_the_last_calibration_document(convert, arguments):
-    from hf_sparse_attn.cli.loading import load_sparse_model
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
+    from hf_sparse_attn.loading import load_sparse_model
 
     _, _, printed = convert(target_density=None, max_loss=0.05)
     assert "measuring the loss at density" in printed
@@ -211,9 +211,9 @@ def test_nothing_to_evaluate_on(convert):
 
 
 def test_dense_below_auto_writes_a_number(convert, monkeypatch):
-    from hf_sparse_attn.benchmarking import speed
+    from hf_sparse_attn.calibration import convert as conversion
 
-    monkeypatch.setattr(speed, "measure_dense_below", lambda *_: 40)
+    monkeypatch.setattr(conversion, "measure_dense_below", lambda *_: 40)
     sparse, card, _ = convert(dense_below="auto")
     assert sparse["dense_below"] == 40
     assert "positions under 40 read everything" in card
@@ -357,14 +357,14 @@ def test_names_cannot_inject_anything_into_the_card(convert, text_directory):
         ({"--context-length": 100_000}, ["--calibration-dataset", "at least 100000 tokens"]),
         ({"--context-length": 90}, ["--context-length", "at least 160"]),
         ({"--key-budget": 0}, ["--key-budget", "'0'"]),
-        ({"--target-density": 0}, ["--target-density", "over 0 and at most 1"]),
-        ({"--target-density": 1.5}, ["--target-density", "over 0 and at most 1"]),
-        ({"--target-density": "nan"}, ["--target-density", "over 0 and at most 1"]),
+        ({"--target-density": 0}, ["--target-density", "greater than 0 and at most 1"]),
+        ({"--target-density": 1.5}, ["--target-density", "greater than 0 and at most 1"]),
+        ({"--target-density": "nan"}, ["--target-density", "greater than 0 and at most 1"]),
         ({"--target-density": 0.1}, ["--target-density", "at least 0.1767 at 200 tokens"]),
         ({"--target-density": "much"}, ["--target-density", "much"]),
         ({"--max-loss": 0.01}, ["--max-loss", "--target-density", "not allowed with"]),
-        ({"--target-density": None, "--max-loss": 0}, ["--max-loss", "over 0"]),
-        ({"--target-density": None, "--max-loss": "nan"}, ["--max-loss", "over 0"]),
+        ({"--target-density": None, "--max-loss": 0}, ["--max-loss", "greater than 0"]),
+        ({"--target-density": None, "--max-loss": "nan"}, ["--max-loss", "greater than 0"]),
         ({"--sparse-attention": '{"key_budget": 4}'}, ["--sparse-attention", "--key-budget"]),
         ({"--sparse-attention": '{"min_weight": 0.1}'}, ["--sparse-attention", "min_weight"]),
         ({"--sparse-attention": '{"windw_size": 4}'}, ["--sparse-attention", "windw_size"]),
@@ -374,7 +374,7 @@ def test_names_cannot_inject_anything_into_the_card(convert, text_directory):
         ({"--output": ""}, ["--output", "''"]),
         ({"--model": ""}, ["--model", "''"]),
         ({"--device": "meta"}, ["--device", "'meta'"]),
-        ({"--target-density": None, "--max-loss": "inf"}, ["--max-loss", "over 0"]),
+        ({"--target-density": None, "--max-loss": "inf"}, ["--max-loss", "greater than 0"]),
         ({"--sparse-attention": "[" * 100_000}, ["--sparse-attention", "nested too deeply"]),
     ],
     ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) and len(value) == 1 else None,
