@@ -229,7 +229,7 @@ def _check_context_length(context_length: int) -> None:
 
 
 def _tokenize_batch(batch: dict[str, list[str]], tokenizer: Any) -> dict[str, list[Any]]:
-    # verbose=False: the tokenizer's warning about its maximum length is no news for long documents.
+    # verbose=False: the tokenizer's warning about its maximum length says nothing new about long documents.
     return {"name": batch["name"], "input_ids": tokenizer(batch["text"], verbose=False)["input_ids"]}
 
 

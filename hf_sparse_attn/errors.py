@@ -11,8 +11,8 @@ from typing import Any
 
 _LONGEST_LINE = 500
 
-# What a machine runs out of: as numbers of an OSError, and in the words of libraries that raise errors of their own,
-# here torch.save and what is written in Rust.
+# A machine's resources that may run out: as numbers of an OSError, and in the words of libraries that raise errors of
+# their own, here torch.save and what is written in Rust.
 _RESOURCES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EPIPE)
 _SPACE_WORDS = ["PytorchStreamWriter failed", ". unexpected pos ", *(f"(os error {number})" for number in _RESOURCES)]
 _MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
@@ -98,7 +98,7 @@ def add_note(error: BaseException, note: str) -> None:
 
 
 def reason(error: OSError) -> str:
-    """What the system says about an error, without the file's name."""
+    """The system's words for an error, without the file's name."""
     return error.strerror or one_line(error)
 
 
@@ -109,7 +109,7 @@ def one_line(error: BaseException) -> str:
 
 
 def fault_of_the_machine(error: BaseException) -> str | None:
-    """What to tell of an error that no argument is to blame for: a package, memory or disk space is lacking."""
+    """The line to tell of an error that no argument is to blame for: a package, memory or disk space is lacking."""
     if broken := _broken_import(error):
         return broken
     if isinstance(error, ModuleNotFoundError) and error.name:  # without a name, somebody says what is needed for what
@@ -122,7 +122,7 @@ def fault_of_the_machine(error: BaseException) -> str | None:
 
 
 def _broken_import(error: BaseException | None) -> str | None:
-    """What to tell of an error that was raised, or caused, in the own code of a module that was being imported."""
+    """The line to tell of an error that was raised, or caused, in the own code of a module that was being imported."""
     while error is not None:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         modules = [frame.f_globals.get("__name__", "?") for frame in frames if frame.f_code.co_name == "<module>"]

@@ -27,14 +27,14 @@ from hf_sparse_attn.tracing import input_device, is_traced, refuse_transforms
 
 NAME = "sparse"
 
-# What some families also pass, and what would change the answer: biases, the choices of an indexer of their own.
+# Arguments that some families also pass and that would change the answer: biases, the choices of an own indexer.
 _NOT_READ = ("position_bias", "indices", "block_indices", "sinks", "cache")
 
 Observer = Callable[[LayerPattern, Tensor, Tensor, Tensor, float, Tensor], None]
 
 
 class _Attached(NamedTuple):
-    """What watches the forwards of a model in one block of one thread."""
+    """The recorders and observers of a model's forwards in one block of one thread."""
 
     model: nn.Module
     modules: frozenset[int]  # ids of the model's modules

@@ -251,7 +251,7 @@ def document_name(own_name: Any, default: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """`text` with "?" for what is no character: odd bytes of a file name, half a surrogate pair."""
+    """`text` with "?" for what is not a character: odd bytes of a file name, half a surrogate pair."""
     return text.encode("utf-8", "replace").decode()
 
 

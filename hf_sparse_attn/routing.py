@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_sparse_attn.patterns import LayerPattern
 
 CHUNK_PAGES = 16  # pages of rows that are routed and computed together
-MEANS_LAG = 1  # the bucket means of a page hold the keys at least this far behind its first row
+MEANS_LAG = 1  # the bucket means of a page hold the keys at least this much older than its first row
 _MAX_CHUNK_ROWS = 1024  # a page may have more rows
 _COUNTED_ROWS = 64  # rows whose keys one product counts
 
@@ -52,7 +52,7 @@ class BucketIndex:
         self.sliding_window = pattern.sliding_window
         self.key_offset = key_offset
         self.key = key.detach()
-        # Static keys get a bucket of their own behind all others.
+        # Static keys get a bucket of their own after all others.
         self.bucket = bucket.clone()
         held = static[(static >= key_offset) & (static < key_offset + len(bucket))] - key_offset
         self.bucket[held] = self.num_buckets
@@ -83,18 +83,18 @@ class BucketIndex:
         return RowChunk(self, start, stop, means, routable, upper, lower)
 
     def _page_lag(self) -> int:
-        """Lag behind a page's first row under which a key is inside the model's window for all rows of the page."""
+        """How much older than a page's first row a key may be and yet lie inside the window of all its rows."""
         assert self.sliding_window is not None
         return self.sliding_window - self.page_size + 1
 
     def _page_of_entry(self, lag: int, position: Tensor) -> Tensor:
-        """First page whose first row is at least `lag` behind each key's position."""
+        """First page to whose first row each key is at least `lag` older."""
         return -(-(position + lag) // self.page_size)
 
     def _chunk_sums(self, lag: int) -> Tensor:
         """Sums of keys and their number, per chunk start: [num_chunks, num_buckets + 1, head_dim + 1].
 
-        Entry c holds the keys at least `lag` behind the first row of chunk c.
+        Entry c holds the keys at least `lag` older than the first row of chunk c.
         """
         end = self.key_offset + len(self.key)
         num_chunks = -(-end // self.page_size) // CHUNK_PAGES + 1 - self.first_page // CHUNK_PAGES

@@ -92,7 +92,7 @@ class FinetuneArguments(TrainingArguments):
                 allowed = f"at least {least} and under {under}" if name in _UNDER else f"finite and at least {least}"
                 raise ValueError(f"{name} must be {allowed}, got {value}")
         if not 0 < self.num_train_epochs < math.inf:
-            raise ValueError(f"num_train_epochs must be finite and over 0, got {self.num_train_epochs}")
+            raise ValueError(f"num_train_epochs must be finite and greater than 0, got {self.num_train_epochs}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be at least 1, or -1 for all of num_train_epochs, got {self.max_steps}")
         super().__post_init__()

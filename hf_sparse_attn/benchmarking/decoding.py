@@ -29,7 +29,7 @@ _CHECKED_STEPS = 16
 
 
 def decoded_tokens(repeats: int) -> int:
-    """How many tokens behind the context `compare_decoding` needs."""
+    """How many tokens after the context `compare_decoding` needs."""
     return WARM_STEPS + max(8 * repeats, _CHECKED_STEPS)
 
 

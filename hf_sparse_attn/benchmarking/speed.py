@@ -116,7 +116,7 @@ def measure_stages(
     (num_heads, num_tokens, head_dim), num_kv_heads = query.shape, len(key)
     dense_rows = case.pattern.dense_rows()
     if dense_rows is None or dense_rows >= num_tokens:
-        raise ValueError(f"all of the {num_tokens} rows are dense, there are no stages")
+        raise ValueError(f"all of the {num_tokens} rows are dense: there are no stages")
     timed: dict[str, Callable[[], None]] = {
         last: partial(run_stages, query, key, value, case.pattern, head_dim**-0.5, last) for last in STAGES
     }
@@ -324,7 +324,7 @@ def layer_inputs(model: PreTrainedModel, input_ids: Tensor, layer_idx: int) -> t
     Args:
         model: with attn_implementation="sparse".
         input_ids: [1, N] int64.
-        layer_idx: which layer; those behind it are not computed.
+        layer_idx: which layer; later ones are not computed.
 
     Returns:
         query [1, num_heads, N, head_dim], key and value [1, num_key_value_heads, N, head_dim].

@@ -43,7 +43,7 @@ class KeyIndexes:
         return started
 
     def crop(self, num_slots: int) -> None:
-        """Forget the keys behind the layer's first `num_slots`."""
+        """Forget the keys after the layer's first `num_slots`."""
         for place, (start, index) in list(self._of_row.items()):
             if num_slots <= start:
                 del self._of_row[place]

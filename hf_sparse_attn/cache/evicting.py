@@ -236,7 +236,7 @@ class HeadGroup:
         return self.tensors[3][:, : self.length] if len(self.tensors) > 3 else None
 
     def append(self, new: list[Tensor], full_size: int) -> bool:
-        """Put tokens behind those held; buffers that are too small grow ahead, but not beyond `full_size` for that.
+        """Put tokens after those held; buffers that are too small grow ahead, but not beyond `full_size` for that.
 
         Returns:
             Whether they have grown.

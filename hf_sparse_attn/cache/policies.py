@@ -157,7 +157,7 @@ class UniformBudget:
         slack: keys beyond these that come together before any are evicted, so that a step seldom evicts.
 
     Raises:
-        ValueError: for a number that is no positive integer.
+        ValueError: for a number that is not a positive integer.
     """
 
     tokens: int

@@ -173,7 +173,7 @@ def check_stages(arguments: Any, config: Any, layer: int = 0) -> None:
     with argument("seq_lens"):
         shortest = min(arguments.seq_lens)
         if arguments.passes == "stages" and (layer in config.dense_layers or shortest <= config.dense_below):
-            raise ValueError(f"all of the {shortest} rows are dense, there are no stages")
+            raise ValueError(f"all of the {shortest} rows are dense: there are no stages")
 
 
 def measure_attention(arguments: Any, inputs: Any, config: Any, layer: int = 0) -> dict[str, Any]:

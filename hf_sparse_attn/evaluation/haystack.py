@@ -149,7 +149,7 @@ def hide_needles(
 ) -> Context:
     """Put one fact per entry of `depths` into the first tokens of a document.
 
-    No fact can be read directly through the static part of the sparse attention. Depth 0 is the first place behind the
+    No fact can be read directly through the static part of the sparse attention. Depth 0 is the first place after the
     `num_globals` leading tokens, depth 1 the last one that lies outside the window of the question's first token, hence
     of every later one: start >= num_globals and end <= question - window_size + 1. A depth that is listed several times
     has its facts there one after the other, `GAP` tokens of text between them.

@@ -133,7 +133,7 @@ class _DenseRows:
         start: position of the first row.
         weights: [num_heads, R, N], softmax over the admissible keys.
         best: [num_heads, R, N], sum of the 1, 2, ... largest weights.
-        top: [num_heads, R, T], keys with the largest weights; behind the admissible ones, others.
+        top: [num_heads, R, T], keys with the largest weights; after the admissible ones, others.
         num_top: [R], how many of `top` are admissible.
     """
 

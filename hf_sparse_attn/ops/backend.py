@@ -1,4 +1,4 @@
-"""What an implementation offers: the contract of `reference`, `torch`, `numba` and `triton` with the operation."""
+"""A backend: the contract of `reference`, `torch`, `numba` and `triton` with the operation."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Backend:
         self.cached_dtypes = cached_dtypes
 
     def dtype(self, query: Tensor, key: Tensor) -> torch.dtype:
-        """Of the tensors that it is given."""
+        """The gradients of the tensors that it is given."""
         return torch.promote_types(query.dtype, key.dtype) if self.keeps_half else compute_dtype(query, key)
 
 

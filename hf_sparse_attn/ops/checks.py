@@ -13,7 +13,7 @@ from hf_sparse_attn.patterns import LayerPattern
 
 
 def check_scores(scaling: float, softcap: float | None) -> None:
-    """What scores are multiplied by and where they saturate.
+    """Check what scores are multiplied by and where they saturate.
 
     Raises:
         ValueError: if scaling is not a finite number greater than 0, or softcap neither that nor None.

@@ -87,7 +87,7 @@ def _usable(name: str) -> bool:
 
 @cache
 def _failure(name: str) -> Exception | None:
-    """What comes of loading an implementation: compiled libraries that do not fit raise all kinds of errors."""
+    """The outcome of loading an implementation: compiled libraries that do not fit raise all kinds of errors."""
     try:
         import_module(f"hf_sparse_attn.ops.{name}")
     except Exception as error:

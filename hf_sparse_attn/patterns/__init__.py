@@ -1,4 +1,4 @@
-"""What a row may attend to besides its window and its candidates: one pattern, one file.
+"""The keys that a row attends to besides its window and its candidates: one pattern, one file.
 
 Two kinds, which are all that kernels know: keys that every later row attends to (`StaticPattern`), and keys of a row's
 own (`RowPattern`). `STATIC_PATTERNS` and `ROW_PATTERNS` list what a config turns on.

@@ -1,4 +1,4 @@
-"""What all patterns of a config together give a row."""
+"""The keys that all patterns of a config together give a row."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def num_row_keys(config: SparseAttentionConfig) -> int:
 
 
 def row_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: int, key_offset: int) -> Tensor:
-    """What the patterns of a row's own keys add to each row at `position` [R]: key indices [R, W], -1 for none.
+    """The keys that the patterns of a row's own add to each row at `position` [R]: key indices [R, W], -1 for none.
 
     Keys are left out that the row attends to anyway (in its window, static, given twice) and those it cannot see.
 

@@ -13,7 +13,7 @@ from hf_sparse_attn.tensor_parallel import HeadSplit
 
 @dataclass(frozen=True)
 class LayerPattern:
-    """What one layer's attention reads: the config, the layer's budgets and hash, the model's own restrictions.
+    """The pattern of one layer's attention: the config, the layer's budgets and hash, the model's own restrictions.
 
     Args:
         config: the model's sparse attention config.

@@ -1,4 +1,4 @@
-"""What the implementations share: rows are computed in pieces, and the backward computes each piece again.
+"""The frame of the implementations: rows are computed in pieces, and the backward computes each piece again.
 
 Rows that read everything are one kind of piece, computed here, by SDPA where it can, unless an implementation computes
 those before sparse rows too. The sparse rows' pieces are each implementation's own.
@@ -76,7 +76,7 @@ def attend_in_pieces(
 
 @dataclass(frozen=True)
 class Call:
-    """What the pieces of a call know of it; an `AttentionCall` without its tensors.
+    """The part of a call that its pieces know; an `AttentionCall` without its tensors.
 
     Where there will be a backward, an implementation may leave `statistics` of all rows for it; the backward then has
     the `output` too.
@@ -145,7 +145,7 @@ class Piece:
 
     @classmethod
     def by_autograd(cls, heads: slice, rows: slice, kv_heads: slice, compute: Callable[..., Tensor]) -> Piece:
-        """Of a differentiable function from the parts of `of` to the output."""
+        """The gradients of a differentiable function from the parts of `of` to the output."""
 
         def attend(output: Tensor, *parts: Tensor) -> None:
             output.copy_(compute(*parts))

@@ -61,7 +61,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers:
 
 
 def together(works: list[Callable[[], None]]) -> None:
-    """Do several things at once that are no operations of PyTorch, each in a thread, the last one in this one."""
+    """Do several things at once that are not operations of PyTorch, each in a thread, the last one in this one."""
     pending: list[Future[None]] = []
     try:
         for work in works[:-1]:

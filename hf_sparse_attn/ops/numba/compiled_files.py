@@ -114,6 +114,6 @@ def _warn(failures: str) -> None:
     )
 
 
-# Of what this process runs, whatever happens to the files later.
+# A digest of what this process runs, whatever happens to the files later.
 _VERSIONS = f"{numba.__version__} {llvmlite.__version__} {np.__version__} {LANES} "
 _DEPENDENCIES = sha256(b"".join([_VERSIONS.encode(), *map(_read, _SOURCES)])).digest()

@@ -51,7 +51,7 @@ class Index:
         self.states = empty_states(num_kv_heads, num_buckets, head_dim, dtype)
 
     def append(self, key: Tensor) -> None:
-        """Take in the keys of [num_key_value_heads, N, head_dim] behind the first `length`."""
+        """Take in the keys of [num_key_value_heads, N, head_dim] after the first `length`."""
         start, stop = self.length, key.shape[1]
         if start == stop:
             return
@@ -75,7 +75,7 @@ class Index:
         self.length = stop
 
     def crop(self, length: int) -> None:
-        """Forget the keys behind the first `length`."""
+        """Forget the keys after the first `length`."""
         if length >= self.length:
             return
         row = length + self.key_offset
@@ -112,7 +112,7 @@ class Index:
 
 
 def never_route(bucket: Any, static: Any, num_buckets: int) -> None:
-    """Put the static keys at these indices, of which some may not be held, behind all buckets [..., N]."""
+    """Put the static keys at these indices, of which some may not be held, into a bucket after all others [..., N]."""
     bucket[:, static[(static >= 0) & (static < bucket.shape[1])]] = num_buckets
 
 

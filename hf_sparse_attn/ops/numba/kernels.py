@@ -64,7 +64,7 @@ def inlined(function):
 
 
 class Head(NamedTuple):
-    """What all rows of one KV head of one document share.
+    """The inputs that all rows of one KV head of one document share.
 
     Args:
         key, value: [N, head_dim], head_dim filled up with zeros to a multiple of LANES.
@@ -90,7 +90,7 @@ class Head(NamedTuple):
 
 
 class State(NamedTuple):
-    """What rows may know of the buckets; moves on with them.
+    """The state of the buckets that rows may know; it moves on with them.
 
     Args:
         sums, counts: [num_buckets, head_dim] and [num_buckets]: sums and numbers of the keys before a row's page.
@@ -99,8 +99,8 @@ class State(NamedTuple):
         lower: [num_buckets], of these, keys that are outside of the model's own window.
         place: [num_buckets], where each bucket stands in the list of those with a count, or -1.
         listed: [C] int32, the list; C is at least num_buckets.
-        means: [C / LANES, head_dim, LANES], of the list's buckets; what follows behind the list is finite.
-        available: [C] int32, upper - lower, and 0 behind the list.
+        means: [C / LANES, head_dim, LANES], of the list's buckets; what follows the list is finite.
+        available: [C] int32, upper - lower, and 0 after the list.
         reach: [5] int64: how many keys have been added to sums, taken away again, counted in upper, and in lower; and
             the length of the list.
     """
@@ -118,11 +118,11 @@ class State(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What rows read; see `SparseAttentionConfig`.
+    """The rules for what rows attend to; see `SparseAttentionConfig`.
 
     Args:
         dense_rows: position of the first row that does not read everything.
-        means_lag: how far behind a page's first row the newest key lies that its means know.
+        means_lag: how much older than a page's first row the newest key is that its means know.
         min_weights, sinks: [group]; sinks [0] if there are none.
     """
 
@@ -138,7 +138,7 @@ class Rules(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What rows read.
+    """The keys that rows attended to.
 
     Args:
         weights: [R, group, C]; 0 for keys that were found and are not read.
@@ -263,9 +263,9 @@ def _score_buckets(summed, low, high, means, num_buckets, scores):
 
 @inlined
 def _score(query, at_query, key, slots, low, high, scores, at):
-    """Products of a row's queries with the keys in columns low .. high - 1; up to three columns behind are written too.
+    """Products of a row's queries with the keys in columns low .. high - 1; up to three more are written too.
 
-    The first head's columns begin at flat index `at`. Of the slots behind `high`, three are set as well. Three heads at
+    The first head's columns begin at flat index `at`. Three slots after `high` are set as well. Three heads at
     a time fill the registers: each key is loaded once for them.
     """
     group, head_dim, width = query.shape[1], key.shape[1], scores.shape[2]
@@ -305,7 +305,7 @@ def _score(query, at_query, key, slots, low, high, scores, at):
 
 @inlined
 def _fill(slots, n, start, number):
-    """Write start, start + 1, ... to slots[n : n + number], and up to LANES - 1 more behind; returns n + number."""
+    """Write start, start + 1, ... to slots[n : n + number], and up to LANES - 1 more after them; returns n + number."""
     for i in range(0, number, LANES):
         store_run(slots, n + i, start + i)
     return n + number
@@ -652,7 +652,7 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
         oldest = max(p - sliding_window + 1, key_offset)
         low, n = oldest, 0
         if sparse:
-            # Static keys behind the window.
+            # Static keys older than the window.
             while newest_static < len(static) and static[newest_static] <= p - window:
                 newest_static += 1
             while oldest_static < newest_static and static[oldest_static] < oldest:
@@ -869,7 +869,7 @@ def unlink_keys(bucket, previous, tail, start, stop):
 
 @compiled
 def move_back(bucket, previous, states, num_older, first_of_page):
-    """Bring the states of all KV heads back to a row behind whose window lie `num_older` keys.
+    """Bring the states of all KV heads back to a row with `num_older` keys older than its window.
 
     A state whose means know keys from `first_of_page` on, which the row's may not, begins anew: sums cannot be taken
     apart to the last bit.

@@ -27,7 +27,7 @@ def by_row(x: Tensor) -> Array:
 def flat_heads(x: Tensor) -> tuple[Array, int]:
     """The memory of [num_key_value_heads, N, head_dim] from its first element on, and the step from head to head.
 
-    No copy is made of what a cache keeps, unless head_dim is no multiple of LANES.
+    No copy is made of what a cache keeps, unless head_dim is not a multiple of LANES.
     """
     if x.shape[2] % LANES or x.stride(2) != 1 or x.stride(1) != x.shape[2]:
         x = filled(x)

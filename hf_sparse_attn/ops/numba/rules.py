@@ -1,4 +1,4 @@
-"""What the rows of a chunk or a step read, as the compiled code is told, and what they read, as a recorder is."""
+"""The rules of a chunk's or a step's rows, as the compiled code is told, and their keys, as a recorder is."""
 
 from __future__ import annotations
 

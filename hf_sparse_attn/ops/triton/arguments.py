@@ -1,4 +1,4 @@
-"""What the kernels are given together: named tuples, of tensors on the host, of their pointers in a kernel.
+"""The arguments that kernels are given together: named tuples, of tensors on the host, of their pointers in a kernel.
 
 Triton treats a member of a tuple like an argument of its own: what is known of it (a pointer's alignment, a number that
 16 divides or that is 1) is compiled in. Numbers that change from call to call must not be, and stay outside of tuples,
@@ -51,7 +51,7 @@ class BucketSums(NamedTuple):
 
 
 class BucketMeans(NamedTuple):
-    """What the rows of each refresh interval may know of the buckets.
+    """The means of the buckets that the rows of each refresh interval may know.
 
     Args:
         mean: [Hkv, intervals, B, D].
@@ -118,7 +118,7 @@ class Readers(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the backward needs to know of each row, [H, R].
+    """The numbers that the backward needs of each row, [H, R].
 
     Args:
         logsumexp: of the scores of the attended keys and the sink.
@@ -155,7 +155,7 @@ class CachedKeys(NamedTuple):
 
 
 class TakenRanks(NamedTuple):
-    """What each row takes of each bucket, [Hkv, R, B] int32: ranks low .. high - 1, at the places shift + rank."""
+    """The keys each row takes of each bucket, [Hkv, R, B] int32: ranks low .. high - 1, at the places shift + rank."""
 
     low: Tensor
     high: Tensor

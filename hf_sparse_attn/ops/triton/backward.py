@@ -22,7 +22,7 @@ from hf_sparse_attn.ops.triton.primitives import load_keys, load_listed, load_ro
 
 
 def bwd_preprocess(output: Tensor, grad: Tensor, logsumexp: Tensor, least: Tensor) -> Statistics:
-    """What the kernels below need of each row: output, grad [H, R, D], the others [H, R] of the forward."""
+    """The tensors that the kernels below need of each row: output, grad [H, R, D], the others [H, R] of the forward."""
     delta = (output.to(logsumexp.dtype) * grad).sum(-1)
     return Statistics(logsumexp.contiguous(), least.contiguous(), delta.contiguous())
 

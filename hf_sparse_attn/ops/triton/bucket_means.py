@@ -93,7 +93,7 @@ def mean_buckets_kernel(
 
 
 def mean_buckets(keys: DocumentKeys, span: Span) -> BucketMeans:
-    """What the chunk's intervals may know; chunks come in order."""
+    """The means that the chunk's intervals may know; chunks come in order."""
     refresh_interval = keys.call.pattern.config.page_size
     means = BucketMeans(
         keys.empty(span.num_intervals, keys.num_buckets, keys.head_dim, dtype=keys.acc),

@@ -72,7 +72,7 @@ def score_buckets_kernel(
 
 
 def score_buckets(query: Tensor, means: BucketMeans, keys: DocumentKeys, span: Span) -> Tensor:
-    """What the chunk's rows, query [H, R, D], think of each bucket: [Hkv, local rows, B]."""
+    """The scores that the chunk's rows, query [H, R, D], give each bucket: [Hkv, local rows, B]."""
     scores = keys.empty(span.num_local, keys.num_buckets, dtype=keys.acc)
     block_buckets = min(max(keys.num_buckets, 16), 128)
     triton_launch.launch(
@@ -115,7 +115,7 @@ def first_newer(order, low, high, limit):
 def take_best(score, available, budget, SCORE_BITS: tl.constexpr):
     """Keys that rows take of each bucket, [ROWS, BLOCK]: from the best down, all that are available, up to `budget`.
 
-    Of equal scores the higher bucket comes first.
+    Among equal scores the higher bucket comes first.
     """
     score = tl.where(score == 0.0, 0.0, score)  # no negative zero
     # The score at which the budget ends: the highest number whose bits, from the first down, keep enough keys.
@@ -157,7 +157,7 @@ def choose_buckets_kernel(
 ):
     """Each row's buckets from the best down until its budget of keys is used; ROWS rows of an interval at a time.
 
-    Of a row's last bucket only the newest keys are taken.
+    Only the newest keys of a row's last bucket are taken.
 
     Args:
         scores: [Hkv, local rows, B].
@@ -229,7 +229,7 @@ def choose_buckets(scores: Tensor, keys: DocumentKeys, span: Span) -> Choice:
 
 
 def choose_none(keys: DocumentKeys, span: Span) -> Choice:
-    """What rows without a budget take: nothing."""
+    """The choice of rows without a budget: nothing."""
     choice = _empty_choice(keys, span)
     for table in choice:
         table.zero_()

@@ -259,7 +259,7 @@ def choose_ranks_kernel(
 def choose_ranks(
     scores: Tensor, cached: CachedKeys, older: Tensor, budgets: Tensor, num_older: int, first_older: int
 ) -> tuple[TakenRanks, Tensor, Tensor]:
-    """What each row takes, by the buckets' scores [Hkv, R, B].
+    """The keys that each row takes, by the buckets' scores [Hkv, R, B].
 
     Args:
         scores, cached: of `append_and_score`.

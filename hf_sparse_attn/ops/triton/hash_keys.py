@@ -82,7 +82,7 @@ def hash_tables(pattern: LayerPattern) -> HashTables:
 
 
 def hash_sizes(pattern: LayerPattern) -> HashSizes:
-    """What the kernels that hash keys are compiled for."""
+    """The sizes that the kernels that hash keys are compiled for."""
     codebooks, codes = pattern.bucket_hash.bias.shape[1:]
     padded = max(triton.next_power_of_2(codebooks), 16 // codes)
     return HashSizes(pattern.bucket_hash.weight.shape[1], codebooks, padded, int(math.log2(codes)), 32)

@@ -1,4 +1,4 @@
-"""What several Triton kernels share: the rows of a tile, loads and stores, scores.
+"""The parts that several Triton kernels share: the rows of a tile, loads and stores, scores.
 
 A tile is up to ROWS consecutive rows of one refresh interval, taken together for all query heads of a KV head: M = ROWS
 * GROUP_PADDED pairs of a row and a head. The rows of a chunk are counted from position `base` on, where its first
