@@ -24,7 +24,7 @@ _MOST_SCORES = 2**26  # of the rows that one launch takes
 
 
 def _written_anywhere(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Tensors that the method makes can be changed inside torch.inference_mode() and outside, and carry no gradients."""
+    """Tensors that the method makes may change inside torch.inference_mode() and outside, and carry no gradients."""
     return torch.inference_mode(False)(torch.no_grad()(method))
 
 
