@@ -9,6 +9,7 @@ from helpers import checks
 from matrix import batches, masks
 
 from hf_sparse_attn import integration, ops, routing
+from hf_sparse_attn.hashing import BucketHash
 from hf_sparse_attn.masks import documents as masking
 from hf_sparse_attn.masks import read
 from hf_sparse_attn.masks.documents import documents
@@ -245,8 +246,8 @@ def drop_the_globals(monkeypatch):
 
 def statistics_of_the_whole_sequence(monkeypatch):
     """Keys are centred on their mean before they are hashed."""
-    assign = routing.BucketHash.assign
-    monkeypatch.setattr(routing.BucketHash, "assign", lambda self, key: assign(self, key - key.mean(1, keepdim=True)))
+    assign = BucketHash.assign
+    monkeypatch.setattr(BucketHash, "assign", lambda self, key: assign(self, key - key.mean(1, keepdim=True)))
 
 
 def planes_drawn_at_call_time(monkeypatch):
@@ -254,7 +255,7 @@ def planes_drawn_at_call_time(monkeypatch):
         codes = (key @ torch.randn_like(self.weight[..., 0])) > 0
         return (codes * 2 ** torch.arange(codes.shape[-1])).sum(-1)
 
-    monkeypatch.setattr(routing.BucketHash, "assign", mutant)
+    monkeypatch.setattr(BucketHash, "assign", mutant)
 
 
 def no_gradient_through_routed_keys(monkeypatch):
