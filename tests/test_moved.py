@@ -49,6 +49,8 @@ def test_pickled_caches():
         text = text.replace(f"chf_sparse_attn.{new}\n".encode(), f"chf_sparse_attn.{old}\n".encode())
     for new, old in {
         "cache.sparse_cache": "cache",
+        "cache.layers": "cache",
+        "patterns.layer": "routing",
         "ops.numba.index": "ops.numba",
         "hashing.bucket_hash": "hashing",
     }.items():

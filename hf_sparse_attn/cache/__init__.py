@@ -1,5 +1,6 @@
 """The KV cache that makes decoding sparse, and the policies that keep it small."""
 
-from hf_sparse_attn.cache.sparse_cache import EvictingLayer, SparseCache, SparseLayer, _Memory, layer_bytes
+from hf_sparse_attn.cache.layers import EvictingLayer, SparseLayer, layer_bytes
+from hf_sparse_attn.cache.sparse_cache import SparseCache, _Memory
 
 __all__ = ["EvictingLayer", "SparseCache", "SparseLayer", "_Memory", "layer_bytes"]

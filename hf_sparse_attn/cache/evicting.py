@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn import ops
+from hf_sparse_attn.cache.buffers import is_writable, size_ahead
 from hf_sparse_attn.cache.policies import Composition, UniformBudget
 from hf_sparse_attn.hashing import BucketHash
 from hf_sparse_attn.masks.documents import Document
@@ -22,8 +23,6 @@ from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
 
 _BLOCK_WEIGHTS = 2**22  # attention weights that exist at a time
-_ROOM = 1 / 8  # of its length that a buffer grows ahead until it has its full size
-_LEAST_ROOM = 64  # tokens
 
 
 class KeptKeys:
@@ -319,13 +318,3 @@ def _of_heads(pattern: LayerPattern, kv_heads: slice, heads: slice) -> LayerPatt
         min_weights=pattern.min_weights[heads],
         bucket_hash=BucketHash(weight, bias),
     )
-
-
-def size_ahead(num_tokens: int) -> int:
-    """Tokens to allocate where a buffer must grow to so many."""
-    return num_tokens + max(int(num_tokens * _ROOM), _LEAST_ROOM)
-
-
-def is_writable(tensor: Tensor) -> bool:
-    """Whether it may be changed in place: one made in inference mode may not outside of it."""
-    return not tensor.is_inference() or torch.is_inference_mode_enabled()

@@ -17,7 +17,7 @@ from hf_sparse_attn.ops import numba
 
 COMPILED = {"kernels", "simd", "compiled_files"}  # compiled code is not told
 NUMPY_USERS = [
-    "hf_sparse_attn.cache.sparse_cache",
+    "hf_sparse_attn.cache.buffers",
     *(
         f"{numba.__name__}.{module.name}"
         for module in pkgutil.iter_modules(numba.__path__)

@@ -12,7 +12,7 @@ from helpers.cases import FEATURES, assert_like_reference, inputs, pattern_of
 from helpers.checks import check_padding
 from helpers.poison import poison
 
-from hf_sparse_attn.cache import sparse_cache
+from hf_sparse_attn.cache import buffers
 from hf_sparse_attn.ops.numba import chunks as numba_chunks
 
 LIKE = torch.zeros(2, 3)
@@ -46,7 +46,7 @@ class TestTensors:
 
 
 def test_numpys_in_the_package():
-    assert numba_chunks.np is sparse_cache.np is not np
+    assert numba_chunks.np is buffers.np is not np
     assert np.isnan(numba_chunks.np.empty((2, 3), np.float32)).all()
     assert np.isnan(numba_chunks.np.empty_like(np.zeros(3))).all()
     assert (numba_chunks.np.empty(3, np.int32) == 2**30 - 1).all()
