@@ -22,7 +22,7 @@ class SparseAttentionConfig:
     With positions counted from the first token of the row's own document, a row at position `p` reads, out of the
     keys that are admissible (same document, not padding, `j <= p`, inside the model's own sliding window):
 
-        every key                                         if p < dense_below, or in a dense layer
+        every key                                         if at most dense_below are admissible, or in a dense layer
         window    p - window_size < j <= p                window_size keys, the row's own included
         static    j < num_global_tokens, j in global_token_indices, or j % stride == 0 (stride > 0)
         random    num_random_keys positions drawn from a fixed hash of (seed, p)
@@ -49,7 +49,8 @@ class SparseAttentionConfig:
         seed: of the random hash and the random pattern; under 2**32.
         page_size: positions between two refreshes of the bucket means; at least 1.
         dense_layers: indices of layers whose rows read everything.
-        dense_below: rows at positions under it read everything; 0 turns it off.
+        dense_below: rows with at most so many admissible keys read everything: those at positions under it, and all
+            rows of a layer whose own sliding window is no larger; 0 turns it off.
         implementation: "reference", "torch" (any device), "numba" (CPU; the extra `cpu`), "triton" (GPU), or "auto":
             numba on a CPU and triton on an NVIDIA GPU (compute capability 8.0 and newer) where they are installed, else
             torch.
@@ -216,3 +217,45 @@ def text_config(config: Any) -> Any:
     `sparse_attention`, num_hidden_layers and the like stand there.
     """
     return config.get_text_config(decoder=True)
+
+
+def layer_config(config: Any, layer_idx: int) -> Any:
+    """What a model's config says of one layer; some families give their layers different heads.
+
+    Of those, Transformers lets nobody read the fields that differ from the config itself.
+    """
+    config = text_config(config)
+    by_layer = getattr(config, "per_layer_config", None)  # newer versions of Transformers
+    return config if by_layer is None else by_layer[layer_idx]
+
+
+def layer_shape(config: Any, layer_idx: int) -> tuple[int, int, int] | None:
+    """Query heads, KV heads and head_dim of a layer by a model's config, or None if it does not count heads."""
+    layer = layer_config(config, layer_idx)
+    num_heads = getattr(layer, "num_attention_heads", None)
+    if not isinstance(num_heads, int):
+        return None
+    num_kv_heads = getattr(layer, "num_key_value_heads", None)
+    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // num_heads
+    return num_heads, num_heads if num_kv_heads is None else num_kv_heads, head_dim
+
+
+# Of Transformers' kinds of layers.
+_SLIDING = ("sliding_attention", "hybrid_sliding")
+_WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
+
+
+def sliding_windows(config: Any) -> dict[int, int | None]:
+    """The layers with attention by a model's config: index -> the layer's own sliding window, None without one.
+
+    Layers of other kinds, such as linear attention, are left out. What a forward passes to the attention function is
+    what holds; this tells it before there are weights.
+    """
+    config = text_config(config)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = window if getattr(config, "use_sliding_window", True) else None
+        return dict.fromkeys(range(config.num_hidden_layers), window)
+    with_attention = {layer: kind for layer, kind in enumerate(kinds) if kind not in _WITHOUT_ATTENTION}
+    return {layer: window if kind in _SLIDING else None for layer, kind in with_attention.items()}

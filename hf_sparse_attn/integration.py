@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_sparse_attn import ops
 from hf_sparse_attn.attention import Inputs, attention
-from hf_sparse_attn.config import SparseAttentionConfig, text_config
+from hf_sparse_attn.config import SparseAttentionConfig, layer_config, layer_shape, text_config
 from hf_sparse_attn.custom_op import compiled_attention
 from hf_sparse_attn.masks.mask_function import asks_what_is_packed, signed_positions
 from hf_sparse_attn.masks.unsupported import unsupported
@@ -208,7 +208,7 @@ def check_model(model: nn.Module) -> None:
     tokens = torch.zeros(1, 8, dtype=torch.int64, device=input_device(model))
     with record_density(model) as density:
         model(input_ids=tokens, use_cache=False)
-    if density.admissible == 0:
+    if density.admissible == density.local == 0:
         raise unsupported(f"{type(model).__name__}, which never calls its attention through Transformers' registry")
 
 
@@ -220,22 +220,24 @@ def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None)
             numbers of heads that cannot be; the message names the field.
     """
     config = text_config(config)
-    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim"):
-        number = getattr(config, name, None)
-        if isinstance(number, int) and number < 1:
-            raise ValueError(f"{name} in its config.json must be at least 1, got {number}")
+    num_layers = config.num_hidden_layers
+    for layer in range(max(num_layers, 1)):
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim"):
+            number = getattr(config if num_layers < 1 else layer_config(config, layer), name, None)
+            if isinstance(number, int) and number < 1:
+                raise ValueError(f"{name} in its config.json must be at least 1, got {number}")
     fields = getattr(config, "sparse_attention", None)
     if fields is not None and not isinstance(fields, dict):
         raise ValueError(f"sparse_attention in its config.json must be an object, got {type(fields).__name__}")
     own = SparseAttentionConfig.from_dict(fields)
     merged = SparseAttentionConfig.from_dict({**own.to_dict(), **(overrides or {})})
-    num_heads = getattr(config, "num_attention_heads", None)
-    if isinstance(num_heads, int):
-        num_kv_heads = getattr(config, "num_key_value_heads", None)
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        last_layer = config.num_hidden_layers - 1
-        layer_pattern(merged, last_layer, num_heads, num_kv_heads, head_dim, torch.device("cpu"), torch.float32)
+    shapes = {layer: layer_shape(config, layer) for layer in range(num_layers) if layer not in merged.dense_layers}
+    known = {layer: shape for layer, shape in shapes.items() if shape is not None}
+    for layer, (num_heads, num_kv_heads, _) in known.items():
+        merged.key_budgets(layer, num_kv_heads)
+        merged.min_weights(layer, num_heads)
+    for shape, layer in {shape: layer for layer, shape in known.items()}.items():  # the hash, once for each shape
+        layer_pattern(merged, layer, *shape, torch.device("cpu"), torch.float32)
     return merged.to_dict()
 
 
@@ -275,7 +277,7 @@ def configured(model: nn.Module, fields: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def record_density(model: nn.Module) -> Iterator[DensityRecorder]:
-    """Count attended and admissible (row, key) pairs of the forwards in this block, over all sparse layers."""
+    """Count attended and admissible (row, key) pairs of the forwards in this block; see `DensityRecorder`."""
     recorder = DensityRecorder()
     with record(model, recorder):
         yield recorder

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_sparse_attn.config import text_config
@@ -20,20 +20,6 @@ from hf_sparse_attn.integration import check_model, merge_sparse_attention
 from hf_sparse_attn.notices import beyond_trained_length, tell_once
 
 logger = logging.getLogger(__name__)
-
-# Shapes of known models, for measurements that need no weights of theirs.
-_LARGE = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 2**18,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    name: {**_LARGE, "vocab_size": size, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
-    for name, size, theta in (("llama-3-8b", 128256, 500000.0), ("mistral-7b", 32768, 1000000.0))
-}
 
 
 def resolve_model(model: str) -> str:
@@ -237,21 +223,3 @@ def load_model(
         told = f"{num_tokens} tokens are more than the {most} that the model was made for (max_position_embeddings)"
         tell_once(text_config(loaded.config), beyond_trained_length(most), lambda _: logger.warning(told))
     return loaded if device is None else loaded.to(device).eval()
-
-
-def random_sparse_model(
-    shape: str, overrides: dict[str, Any] | None, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """A LLaMA model of one of SHAPES with seeded random weights and `attn_implementation="sparse"`.
-
-    Raises:
-        ValueError: an unknown shape, or an override that `SparseAttentionConfig` refuses.
-    """
-    if shape not in SHAPES:
-        raise ValueError(f"{shape!r} is not a known shape; expected {' or '.join(SHAPES)}")
-    config = LlamaConfig(**SHAPES[shape])
-    text_config(config).sparse_attention = merge_sparse_attention(config, overrides)
-    torch.manual_seed(0)
-    with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sparse", dtype=dtype)
-    return model.eval()

@@ -57,22 +57,32 @@ class Recorders:
 
 
 class DensityRecorder:
-    """Counts (row, key) pairs: attended, scored with the row's own query, and admissible."""
+    """Counts (row, key) pairs: attended, scored with the row's own query, and admissible.
+
+    Pairs of local layers, which the model's own small window keeps dense, are counted apart, in `local`: sparsity
+    cannot change them.
+    """
 
     def __init__(self) -> None:
         self.attended = 0
         self.scored = 0
         self.admissible = 0
+        self.local = 0
 
     @property
     def density(self) -> float:
-        """Attended over admissible pairs; NaN before any forward."""
-        return self.attended / self.admissible if self.admissible else float("nan")
+        """Attended over admissible pairs; 1 if all layers are local, and NaN before any forward."""
+        return self._share(self.attended)
 
     @property
     def scored_density(self) -> float:
-        """Scored over admissible pairs: products of queries and keys that were formed; NaN before any forward."""
-        return self.scored / self.admissible if self.admissible else float("nan")
+        """Scored over admissible pairs, products of queries and keys that were formed; 1 and NaN as for `density`."""
+        return self._share(self.scored)
+
+    def _share(self, pairs: int) -> float:
+        if not self.admissible:
+            return 1.0 if self.local else float("nan")
+        return pairs / self.admissible
 
     def add(
         self,
@@ -89,6 +99,9 @@ class DensityRecorder:
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
         pairs = len(heads) * admissible_pairs(torch.arange(start, stop), pattern.sliding_window)
+        if pattern.is_local:
+            self.local += pairs
+            return
         self.attended += pairs
         self.scored += pairs
         self.admissible += pairs

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sparse_attn.config import layer_shape, text_config
+
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
@@ -75,14 +77,17 @@ def refuse_parted_kv_heads(config: Any) -> None:
     """
     distributed: Any = getattr(config, "distributed_config", None)
     tp_size = getattr(distributed, "tp_size", None) or 1
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or tp_size
-    if num_kv_heads % tp_size == 0:
+    if tp_size == 1:
+        return
+    shapes = [layer_shape(config, layer) for layer in range(text_config(config).num_hidden_layers)]
+    parted = [shape[1] for shape in shapes if shape is not None and shape[1] % tp_size]
+    if not parted:
         return
     changed = distributed.tp_plan if isinstance(distributed.tp_plan, dict) else {}
     plan = {**(config.base_model_tp_plan or {}), **changed}
     styles = {name.rsplit(".", 1)[-1]: style for name, style in plan.items()}
     if any(styles.get(name) == "colwise" for name in _KEY_PROJECTIONS):
-        raise _refused(f"tp_size={tp_size} does not divide num_key_value_heads={num_kv_heads}")
+        raise _refused(f"tp_size={tp_size} does not divide num_key_value_heads={parted[0]}")
 
 
 def _refused(what: str) -> ValueError:

@@ -41,6 +41,8 @@ PATTERNS = {
     "sliding window of the window's size": {"sliding_window": 6},
     "sliding window one wider than the window": {"sliding_window": 7, "page_size": 1},
     "sliding window narrower than a page": {"sliding_window": 20, "page_size": 64},
+    "sliding window of dense_below": {"sliding_window": 31, "dense_below": 31},
+    "sliding window one wider than dense_below": {"sliding_window": 31, "dense_below": 30},
     "everything at once": {
         "sliding_window": 50,
         "stride": 11,
@@ -88,7 +90,7 @@ def by_the_rules(query, key, pattern):
         kv_head = head // group
         for p in range(query.shape[1]):
             admissible = set(range(max(0, p - sliding_window + 1), p + 1))
-            if p < config.dense_below or 0 in config.dense_layers:
+            if min(p + 1, sliding_window) <= config.dense_below or 0 in config.dense_layers:
                 rows[head, p] = admissible
                 continue
             static = {j for j in range(p + 1) if j < config.num_global_tokens or j in config.global_token_indices}

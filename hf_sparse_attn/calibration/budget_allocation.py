@@ -8,14 +8,14 @@ the prediction is too low, but it ranks the choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.patterns import LayerPattern, num_row_keys, static_positions
+from hf_sparse_attn.patterns import LayerPattern, is_local, num_row_keys, static_positions
 from hf_sparse_attn.recording import admissible_pairs
 from hf_sparse_attn.routing import BucketIndex
 
@@ -69,7 +69,7 @@ class Costs:
 
     @classmethod
     def stack(cls, layers: dict[int, Costs], num_layers: int) -> Costs:
-        """All layers of a model; those without attention cost nothing."""
+        """All layers of a model; those without attention, and local ones, cost nothing and count no pairs."""
         some = next(iter(layers.values()))
 
         def stacked(name: str) -> Tensor:
@@ -95,8 +95,8 @@ class Allocation:
         key_budget: per layer and KV head, as in the config.
         min_weight: per layer and query head, as in the config.
         dense_layers: layers that read everything.
-        mean_key_budget: keys found for a row, on average over the KV heads of layers with attention.
-        density: read over admissible pairs that this is expected to take.
+        mean_key_budget: keys found for a row, on average over the KV heads of the layers that count.
+        density: read over admissible pairs that this is expected to take; pairs of local layers do not count.
         loss: predicted loss in nats per token.
     """
 
@@ -125,10 +125,26 @@ def fixed_pairs(config: SparseAttentionConfig, layer_idx: int, num_tokens: int, 
     return int(torch.where(position < config.dense_below, admissible, fixed).sum())
 
 
-def least_density(config: SparseAttentionConfig, num_layers: int, num_tokens: int) -> float:
-    """Share of a document's pairs that is read without any routed key, if the model has no windows itself."""
-    pairs = sum(fixed_pairs(config, layer, num_tokens, None) for layer in range(num_layers))
-    return pairs / (num_layers * num_tokens * (num_tokens + 1) / 2)
+def least_density(config: SparseAttentionConfig, windows: Mapping[int, int | None], num_tokens: int) -> float:
+    """Share of a document's admissible pairs that is read without any routed key.
+
+    Args:
+        config: what is not fitted.
+        windows: by layer, the model's own sliding windows (`config.sliding_windows`); local layers do not count.
+        num_tokens: length of the document.
+
+    Raises:
+        ValueError: all layers are local.
+    """
+    windows = {layer: window for layer, window in windows.items() if not is_local(config, window)}
+    if not windows:
+        raise ValueError(
+            f"all of its layers have a sliding window of at most dense_below={config.dense_below} keys, which is read "
+            "whole: there is nothing to make sparse"
+        )
+    position = torch.arange(num_tokens)
+    fixed = sum(fixed_pairs(config, layer, num_tokens, window) for layer, window in windows.items())
+    return fixed / sum(admissible_pairs(position, window) for window in windows.values())
 
 
 def first_row(config: SparseAttentionConfig) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
 from hf_sparse_attn.integration import configured, observe_dense
-from hf_sparse_attn.patterns import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern, is_local
 from hf_sparse_attn.tracing import input_device
 
 _MAX_MEASUREMENTS = 5
@@ -39,12 +38,15 @@ class Calibration:
     """What was measured on the calibration documents.
 
     Args:
-        config: with hash="calibrated" and the fitted hash; what heads read is still to be chosen.
+        config: with hash="calibrated" and the fitted hash, local layers as dense ones; what heads read is still to be
+            chosen.
         costs: of every choice, over all documents.
+        local_layers: those whose own small window is read whole.
     """
 
     config: SparseAttentionConfig
     costs: Costs
+    local_layers: tuple[int, ...] = ()
 
     def choose(self, density: float, key_budget: int) -> tuple[SparseAttentionConfig, Allocation]:
         """The configuration with the smallest predicted loss; see `allocation.allocate`."""
@@ -105,12 +107,15 @@ def calibrate(
         for layer, moment in _gradient_moments(model, document[:GRADIENT_TOKENS], config.seed + i).items():
             sensitivity[layer] = sensitivity.get(layer, 0) + moment / len(documents)
     samples: list[dict[int, _LayerSample]] = []
+    local: set[int] = set()
     for i, document in enumerate(documents):
         progress(f"queries and keys, document {i + 1} of {len(documents)}")
-        samples.append(_read(model, document, config))
+        samples.append(_read(model, document, config, local))
+    if not samples[0]:
+        raise ValueError("model: all of its layers have sliding windows of their own so small that they are read whole")
     progress("fitting the hash")
     hashes = {}
-    for layer in sorted(sensitivity):
+    for layer in sorted(samples[0]):
         fitting = [sample[layer] for sample in (samples[:-1] or samples)]
         keys = torch.cat([sample.key.float() for sample in fitting], 1)
         moment = torch.stack([sample.query_moment for sample in fitting]).mean(0)
@@ -122,7 +127,12 @@ def calibrate(
         of_document = _document_costs(sample, sensitivity, hashes, config, num_layers)
         costs = of_document if costs is None else costs + of_document
     assert costs is not None
-    return Calibration(config.replace(hash="calibrated", calibrated_hash=_encode(hashes, num_layers)), costs)
+    fitted = config.replace(
+        hash="calibrated",
+        calibrated_hash=_encode(hashes, num_layers),
+        dense_layers=tuple(sorted({*config.dense_layers, *local})),
+    )
+    return Calibration(fitted, costs, tuple(sorted(local)))
 
 
 @dataclass
@@ -138,14 +148,19 @@ class _LayerSample:
 
 
 @torch.no_grad()
-def _read(model: PreTrainedModel, document: Tensor, config: SparseAttentionConfig) -> dict[int, _LayerSample]:
-    """The dense model's own queries and keys."""
+def _read(
+    model: PreTrainedModel, document: Tensor, config: SparseAttentionConfig, local: set[int]
+) -> dict[int, _LayerSample]:
+    """The dense model's own queries and keys, but for local layers, which are added to `local`."""
     sampled = torch.cat([torch.arange(*block) for block in sampled_blocks(config, len(document))])
     layers: dict[int, _LayerSample] = {}
 
     def observer(
         pattern: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float, _output: Tensor
     ) -> None:
+        if is_local(config, pattern.sliding_window):
+            local.add(pattern.layer_idx)
+            return
         queries = query[0].float().unflatten(0, (key.shape[1], -1)).flatten(1, 2)  # [K, group * N, D]
         layers[pattern.layer_idx] = _LayerSample(
             key[0].cpu(),
@@ -285,9 +300,3 @@ def _smallest_density(
         else:
             low = middle
     return best
-
-
-def describe_budgets(choice: Allocation) -> dict[str, Any]:
-    """Mean, smallest and largest number of keys found for a row of the sparse layers, JSON-ready."""
-    budgets = [b for i, layer in enumerate(choice.key_budget) if i not in choice.dense_layers for b in layer] or [0]
-    return {"mean": sum(budgets) / len(budgets), "min": min(budgets), "max": max(budgets)}

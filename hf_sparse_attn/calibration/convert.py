@@ -15,8 +15,8 @@ from hf_sparse_attn import visualization
 from hf_sparse_attn.benchmarking.speed import layer_inputs, measure_dense_below
 from hf_sparse_attn.calibration import calibrate, model_card
 from hf_sparse_attn.calibration.budget_allocation import FIXED, Allocation, least_density
-from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss, describe_budgets, minimum_tokens
-from hf_sparse_attn.config import SparseAttentionConfig, text_config
+from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss, minimum_tokens
+from hf_sparse_attn.config import SparseAttentionConfig, sliding_windows, text_config
 from hf_sparse_attn.data import load_documents, long_documents
 from hf_sparse_attn.environment import describe_environment
 from hf_sparse_attn.errors import ArgumentError, RunError, argument, check_integer, check_positive, one_line
@@ -170,7 +170,7 @@ def convert(
     path, config, tokenizer, _ = read_checkpoint(model)
     _check_context_length(settings.context_length, base)
     documents = _calibration_documents(settings, texts, tokenizer)
-    _check_density(settings, base, text_config(config).num_hidden_layers)
+    _check_density(settings, base, sliding_windows(config))
     held_out = _evaluation_documents(settings, documents, tokenizer)
     loaded = load_model(model, path, device=device, num_tokens=settings.context_length)
     with argument("model", model):
@@ -199,7 +199,7 @@ def convert(
                 unfinished / "README.md",
                 source=model,
                 config=fitted,
-                budgets=describe_budgets(choice),
+                local_layers=calibration.local_layers,
                 trade=trade,
                 choice=choice,
                 calibration=[document["name"] for document in documents],
@@ -216,8 +216,13 @@ def _check_context_length(context_length: int, config: SparseAttentionConfig) ->
         raise ArgumentError("context_length", f"must be at least {least}, so that some rows are sparse")
 
 
-def _check_density(settings: ConversionSettings, base: SparseAttentionConfig, num_layers: int) -> None:
-    least = least_density(base, num_layers, settings.context_length)
+def _check_density(
+    settings: ConversionSettings, base: SparseAttentionConfig, windows: Mapping[int, int | None]
+) -> None:
+    if not windows:  # loading the model shows whether it calls its attention
+        return
+    with argument("model"):
+        least = least_density(base, windows, settings.context_length)
     if settings.max_loss is None and settings.density < least:
         raise ArgumentError(
             "target_density",

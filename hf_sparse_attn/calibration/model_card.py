@@ -19,7 +19,7 @@ def write_model_card(
     *,
     source: str,
     config: SparseAttentionConfig,
-    budgets: dict[str, Any],
+    local_layers: Sequence[int],
     trade: Sequence[Allocation],
     choice: Allocation,
     calibration: list[str],
@@ -31,7 +31,7 @@ def write_model_card(
     Args:
         source: the dense checkpoint that was converted.
         config: the fitted configuration.
-        budgets: what `conversion.describe_budgets` returns.
+        local_layers: those whose own small window is read whole.
         trade: choices at other densities.
         choice: what the configuration was chosen as.
         calibration: names of the calibration documents.
@@ -53,12 +53,26 @@ def write_model_card(
         data,
         template_path=str(TEMPLATE),
         config=config,
-        budgets=budgets,
+        budgets=describe_budgets(config),
+        local_layers=local_layers,
+        dense_layers=[layer for layer in config.dense_layers if layer not in local_layers],
         trade=trade,
         choice=choice,
         **escaped({"source": name, "calibration": calibration, "result": result, "environment": environment}),
     )
     path.write_text(str(card) + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def describe_budgets(config: SparseAttentionConfig) -> dict[str, Any]:
+    """Mean, smallest and largest number of candidates of a row of a converted model's sparse layers, JSON-ready."""
+    layers = config.key_budget if isinstance(config.key_budget, tuple) else (config.key_budget,)
+    budgets = [
+        budget
+        for i, layer in enumerate(layers)
+        if i not in config.dense_layers
+        for budget in (layer if isinstance(layer, tuple) else (layer,))
+    ] or [0]
+    return {"mean": sum(budgets) / len(budgets), "min": min(budgets), "max": max(budgets)}
 
 
 def escaped(value: Any) -> Any:

@@ -56,7 +56,8 @@ def make_parser() -> OneLineErrors:
     parser.add_argument(
         "--random-model",
         metavar="NAME",
-        help="Measure a whole untrained model instead of --model: llama-3-8b or mistral-7b.",
+        help="Measure a whole untrained model instead of --model: llama-3-8b, llama-3.2-1b, mistral-7b, "
+        "mistral-7b-v0.1, gemma-2-2b, gemma-3-270m or gemma-3-1b.",
     )
     parser.add_argument(
         "--layer", type=int, metavar="N", help="Take the inputs of the layer of index N (default: the middle one)."
@@ -200,10 +201,11 @@ def measure_model(
     """Say what is measured: its source, the model's configuration, and the rows, each measured when it is asked for."""
     import torch
 
+    from hf_sparse_attn.benchmarking.random_models import random_sparse_model
     from hf_sparse_attn.benchmarking.speed import layer_inputs
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
-    from hf_sparse_attn.loading import load_model, random_sparse_model, read_checkpoint
+    from hf_sparse_attn.loading import load_model, read_checkpoint
 
     if arguments.random_model:
         with argument("random_model"):

@@ -24,7 +24,7 @@ from hf_sparse_attn.cache.policies import (
     Sinks,
     UniformBudget,
 )
-from hf_sparse_attn.config import text_config
+from hf_sparse_attn.config import layer_shape, text_config
 from hf_sparse_attn.evaluation.haystack import Context
 from hf_sparse_attn.evaluation.needle import mean_answers, retrieve
 from hf_sparse_attn.evaluation.perplexity import paired_difference
@@ -79,8 +79,8 @@ def budget_tokens(config: Any, dtype: torch.dtype, share: float, context_length:
     Raises:
         ValueError: nothing could be kept.
     """
-    config = text_config(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shapes = [layer_shape(config, layer) for layer in range(text_config(config).num_hidden_layers)]
+    head_dim = max(shape[2] for shape in shapes if shape is not None)
     key_bytes = 2 * head_dim * dtype.itemsize
     most = int(PEAK_OVER_BUDGET * share * context_length * key_bytes / (key_bytes + 8)) - chunk_size
     tokens = min(int(share * context_length), most)

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse_attn.evaluation.haystack import SEVERAL, SINGLE, Context, Needle
-from hf_sparse_attn.integration import record_density
+from hf_sparse_attn.integration import record
+from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.tracing import input_device
 
 DENSE, SPARSE = "sdpa", "sparse"
@@ -47,17 +48,15 @@ def compare_retrieval(
     """
     answers: dict[str, dict[int, list[dict[str, Any]]]] = {DENSE: {}, SPARSE: {}}
     seconds: dict[str, dict[int, float]] = {DENSE: {}, SPARSE: {}}
-    attended = admissible = 0
+    density = DensityRecorder()
     # Whoever goes first on a context pays for cold caches: they take turns.
     turns = [(DENSE, SPARSE), (SPARSE, DENSE)]
     for index, side in progress([(i, side) for i in range(len(contexts)) for side in turns[i % 2]]):
         model.set_attn_implementation(side)
-        with record_density(model) if side == SPARSE else nullcontext() as density:
+        with record(model, density) if side == SPARSE else nullcontext():
             started = time.perf_counter()
             answers[side][index] = retrieve(model, contexts[index])
             seconds[side][index] = time.perf_counter() - started
-        if density is not None:
-            attended, admissible = attended + density.attended, admissible + density.admissible
     model.set_attn_implementation(SPARSE)
 
     asked = [
@@ -68,7 +67,7 @@ def compare_retrieval(
     ]
     result = _summary(asked) | {"difference": paired_difference(asked)}
     result["dense"]["seconds"] = sum(seconds[DENSE].values())
-    result["sparse"] |= {"seconds": sum(seconds[SPARSE].values()), "density": attended / admissible}
+    result["sparse"] |= {"seconds": sum(seconds[SPARSE].values()), "density": density.density}
     result["tasks"] = _grouped(asked, "task")
     result["cells"] = _grouped(asked, "task", "context_length", "depth")
     result["contexts"] = [

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from hf_sparse_attn.integration import record_density
+from hf_sparse_attn.integration import record
+from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.tracing import input_device
 
 DENSE, SPARSE = "sdpa", "sparse"
@@ -81,19 +82,15 @@ def compare_perplexity(
 
     nll: dict[str, list[torch.Tensor]] = {DENSE: [], SPARSE: []}
     seconds = {DENSE: 0.0, SPARSE: 0.0}
-    attended = scored = admissible = 0
+    density = DensityRecorder()
     # Whoever goes first on a document pays for cold caches: they take turns.
     turns = [(DENSE, SPARSE), (SPARSE, DENSE)]
     for index, implementation in progress([(i, turn) for i in range(len(rows)) for turn in turns[i % 2]]):
         model.set_attn_implementation(implementation)
-        with record_density(model) if implementation == SPARSE else nullcontext() as density:
+        with record(model, density) if implementation == SPARSE else nullcontext():
             started = time.perf_counter()
             losses = token_nll(model, rows[index], chunk_size)  # ends on the CPU, so the time is all of it
             seconds[implementation] += time.perf_counter() - started
-        if density is not None:
-            attended += density.attended
-            scored += density.scored
-            admissible += density.admissible
         if not losses.isfinite().all():
             name = documents[index]["name"]
             raise ValueError(f"the loss of document {name!r} is not finite with {implementation} attention")
@@ -117,7 +114,7 @@ def compare_perplexity(
         "tokens": dense.numel(),
         "dense": _summary(dense, seconds[DENSE]),
         "sparse": _summary(sparse, seconds[SPARSE])
-        | {"density": attended / admissible, "scored_density": scored / admissible},
+        | {"density": density.density, "scored_density": density.scored_density},
         "perplexity_ratio": _ratio(dense, sparse),
         "delta_nll": paired_difference(sparse - dense),
         "by_position": _by_position(dense, sparse),

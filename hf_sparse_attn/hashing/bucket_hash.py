@@ -27,6 +27,11 @@ class BucketHash:
     weight: Tensor
     bias: Tensor
 
+    @classmethod
+    def empty(cls, num_kv_heads: int, head_dim: int) -> BucketHash:
+        """One bucket for all keys, in float32 on the CPU: the place of a layer that hashes nothing."""
+        return cls(torch.zeros(num_kv_heads, head_dim, 1, 1), torch.zeros(num_kv_heads, 1, 1))
+
     @property
     def num_buckets(self) -> int:
         return int(self.bias.shape[-1] ** self.bias.shape[-2])

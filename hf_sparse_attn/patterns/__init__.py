@@ -14,7 +14,7 @@ from hf_sparse_attn.patterns.combine import (
     static_patterns,
     static_positions,
 )
-from hf_sparse_attn.patterns.layer import LayerPattern, layer_pattern
+from hf_sparse_attn.patterns.layer import LayerPattern, is_local, layer_pattern
 
 __all__ = [
     "ROW_PATTERNS",
@@ -22,6 +22,7 @@ __all__ = [
     "LayerPattern",
     "RowPattern",
     "StaticPattern",
+    "is_local",
     "layer_pattern",
     "num_row_keys",
     "row_keys",

@@ -31,14 +31,25 @@ class LayerPattern:
     bucket_hash: BucketHash
     sliding_window: int | None = None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the model's own window leaves no row more than `dense_below` keys, so that nothing can be sparse."""
+        return is_local(self.config, self.sliding_window)
+
     def dense_rows(self) -> int | None:
         """Rows at positions under this number read everything; None: all of them."""
-        return None if self.layer_idx in self.config.dense_layers else self.config.dense_below
+        all_dense = self.is_local or self.layer_idx in self.config.dense_layers
+        return None if all_dense else self.config.dense_below
 
     def window(self, num_keys: int) -> int:
         """Keys of a row's window, of `num_keys` in all: the config's, inside the model's own."""
         window = min(self.config.window_size, num_keys)
         return window if self.sliding_window is None else min(window, self.sliding_window)
+
+
+def is_local(config: SparseAttentionConfig, sliding_window: int | None) -> bool:
+    """Whether rows of a layer with such a window of its own, or None, have at most `dense_below` keys each."""
+    return sliding_window is not None and sliding_window <= config.dense_below
 
 
 def layer_pattern(
@@ -79,6 +90,9 @@ def layer_pattern(
     split = split or HeadSplit()
     heads = slice(split.rank * num_heads, (split.rank + 1) * num_heads)
     kv_heads = slice(split.rank * num_kv_heads, (split.rank + 1) * num_kv_heads)
+    if layer_idx in config.dense_layers:  # it may have another shape than those that the config was fitted to
+        no_hash = BucketHash.empty(num_kv_heads, head_dim)
+        return LayerPattern(config, layer_idx, [0] * num_kv_heads, [0.0] * num_heads, no_hash, sliding_window)
     budgets = config.key_budgets(layer_idx, num_kv_heads * split.size)[kv_heads]
     min_weights = config.min_weights(layer_idx, num_heads * split.size)[heads]
     whole = layer_hash(config, layer_idx, num_kv_heads * split.size, head_dim)

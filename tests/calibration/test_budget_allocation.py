@@ -148,7 +148,7 @@ class TestMeasureLayer:
         costs = assert_written_out(drawn_layer(220, 4, 2, config))
         assert (costs.rows, costs.tokens) == (160, 220)
         assert float(costs.admissible) == 220 * 221 // 2
-        assert costs.least_density == pytest.approx(least_density(config, 1, 220))
+        assert costs.least_density == pytest.approx(least_density(config, {0: None}, 220))
 
     def test_a_head_that_the_loss_does_not_feel_costs_nothing(self):
         layer = drawn_layer(200, 4, 2, CONFIG)
@@ -190,7 +190,7 @@ def test_least_density_counts_dense_rows_window_and_globals(fields):
     for p in range(200):
         keys = {*range(config.num_global_tokens), *range(p - config.window_size + 1, p + 1)}
         read += p + 1 if p < config.dense_below else len(keys & set(range(p + 1)))
-    assert least_density(config, 1, 200) == pytest.approx(read / (200 * 201 / 2))
+    assert least_density(config, {0: None}, 200) == pytest.approx(read / (200 * 201 / 2))
 
 
 def drawn_costs(layers, heads, group, seed=0, budgets=None):

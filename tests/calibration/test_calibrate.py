@@ -10,8 +10,8 @@ from helpers.specification import logits
 from hf_sparse_attn import SparseAttentionConfig, configure, record_density
 from hf_sparse_attn.calibration import budget_allocation as allocation
 from hf_sparse_attn.calibration import calibrate as conversion
-from hf_sparse_attn.calibration.budget_allocation import Allocation, least_density
-from hf_sparse_attn.calibration.calibrate import calibrate, choose_by_loss, describe_budgets, minimum_tokens, num_steps
+from hf_sparse_attn.calibration.budget_allocation import least_density
+from hf_sparse_attn.calibration.calibrate import calibrate, choose_by_loss, minimum_tokens, num_steps
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 
 CONFIG = SparseAttentionConfig(window_size=16, num_global_tokens=2, page_size=16, dense_below=60)
@@ -109,7 +109,7 @@ class TestCalibrate:
         assert costs.loss.shape == costs.read.shape == (NUM_LAYERS, NUM_HEADS, 4, 3)
         assert (costs.rows, costs.tokens, costs.group) == (3 * (LENGTH - 60), 3 * LENGTH, NUM_HEADS // NUM_KV_HEADS)
         assert costs.admissible.tolist() == [3 * LENGTH * (LENGTH + 1) / 2] * NUM_LAYERS
-        assert costs.least_density == pytest.approx(least_density(CONFIG, NUM_LAYERS, LENGTH))
+        assert costs.least_density == pytest.approx(least_density(CONFIG, dict.fromkeys(range(NUM_LAYERS)), LENGTH))
         assert (costs.loss > 0).all()
 
     @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "qwen3", "gemma2", "gpt_oss"])
@@ -117,10 +117,26 @@ class TestCalibrate:
         model = tiny_model(family, dtype=torch.float32).train()
         next(model.parameters()).requires_grad_(False)
         before = traces(model)
-        calibrate(model, [tokens(minimum_tokens(CONFIG))[0]], CONFIG)
+        config = CONFIG.replace(dense_below=10)  # smaller than any layer's own window
+        calibrate(model, [tokens(minimum_tokens(config))[0]], config)
         after = traces(model)
         after["attached"] = [key for key in after["attached"] if key != "_sparse_attention_pattern"]
         assert after == before
+
+    def test_local_layers_become_dense_ones_that_cost_nothing(self):
+        model, document = tiny_model("gemma3", dtype=torch.float32), tokens(LENGTH)[0]
+        calibration = calibrate(model, [document], CONFIG)
+        config, choice = calibration.choose(0.7, 1000)
+        assert (calibration.local_layers, config.dense_layers, choice.dense_layers) == ((0,), (0,), ())
+        costs = calibration.costs
+        assert costs.admissible.tolist() == [0, LENGTH * (LENGTH + 1) / 2]
+        assert costs.fixed[0] == costs.loss[0].sum() == costs.read[0].sum() == 0
+        assert costs.least_density == pytest.approx(least_density(CONFIG, {0: 14, 1: None}, LENGTH))
+        assert measured_density(model, config, document) == pytest.approx(choice.density, rel=0.1)
+
+    def test_a_model_of_local_layers_alone(self):
+        with pytest.raises(ValueError, match="all of its layers have sliding windows of their own so small"):
+            calibrate(tiny_model("mistral-sliding", dtype=torch.float32), [tokens(LENGTH)[0]], CONFIG)
 
     def test_absent_configuration_stays_absent(self):
         model = tiny_model(dtype=torch.float32)
@@ -427,12 +443,3 @@ class TestChooseByLoss:
         else:
             choose_by_loss(model, calibration, documents[0], 100.0, 1000)
         assert model.config.__dict__ == before
-
-
-def test_described_budgets_are_those_of_sparse_layers():
-    choice = Allocation(((8, 16), (40, 40), (0, 0)), ((0.0,) * 4,) * 3, (1,), 4.0, 0.2, 0.1)
-    assert describe_budgets(choice) == {"mean": 6, "min": 0, "max": 16}
-
-
-def test_described_budgets_of_a_dense_model():
-    assert describe_budgets(Allocation(((8,),), ((0.0,),), (0,), 0.0, 1.0, 0.0)) == {"mean": 0, "min": 0, "max": 0}

@@ -3,8 +3,7 @@ import yaml
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.calibration.budget_allocation import Allocation
-from hf_sparse_attn.calibration.calibrate import describe_budgets
-from hf_sparse_attn.calibration.model_card import write_model_card
+from hf_sparse_attn.calibration.model_card import describe_budgets, write_model_card
 
 CHOICE = Allocation(((64, 0), (512, 128)), ((0.0,) * 4,) * 2, (), 176.0, 0.1914, 0.00123)
 TRADE = [
@@ -31,8 +30,8 @@ def card(path, **changes):
     """Front matter and the text, its lines joined."""
     arguments = {
         "source": "someone/model",
-        "config": SparseAttentionConfig(dense_below=1000),
-        "budgets": describe_budgets(CHOICE),
+        "config": SparseAttentionConfig(dense_below=1000, key_budget=CHOICE.key_budget),
+        "local_layers": (),
         "trade": TRADE,
         "choice": CHOICE,
         "calibration": ["emma", "ulysses"],
@@ -55,8 +54,18 @@ def test_what_is_read(tmp_path):
     assert "Queries at positions under 1000 read everything." in words
 
 
+def test_local_layers_are_told_apart_from_dense_ones(tmp_path):
+    config = SparseAttentionConfig(dense_below=1000, dense_layers=(0, 2, 3), key_budget=CHOICE.key_budget)
+    _, body = card(tmp_path, config=config, local_layers=(0, 3))
+    words = " ".join(body.split())
+    assert "as do all queries of the layers 2." in words
+    assert "sliding window of the layers 0, 3 is small and is read whole" in words
+
+
 def test_dense_layers(tmp_path):
-    _, body = card(tmp_path, config=SparseAttentionConfig(dense_below=1000, dense_layers=(0, 3)))
+    _, body = card(
+        tmp_path, config=SparseAttentionConfig(dense_below=1000, dense_layers=(0, 3), key_budget=CHOICE.key_budget)
+    )
     assert "read everything, as do all queries of the layers 0, 3." in " ".join(body.split())
 
 
@@ -153,3 +162,13 @@ def test_names_stay_mere_text(tmp_path, name):
     assert f"document(s): {safe}. 2026" in words
     assert "base_model" not in front
     assert name not in body.replace(safe, "")
+
+
+def test_described_budgets_are_those_of_sparse_layers():
+    config = SparseAttentionConfig(key_budget=((8, 16), (40, 40), (0, 0)), dense_layers=(1,))
+    assert describe_budgets(config) == {"mean": 6, "min": 0, "max": 16}
+
+
+def test_described_budgets_of_a_dense_model():
+    config = SparseAttentionConfig(key_budget=((8,),), dense_layers=(0,))
+    assert describe_budgets(config) == {"mean": 0, "min": 0, "max": 0}

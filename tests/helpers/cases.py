@@ -32,6 +32,8 @@ FEATURES = {
     "model's window of ours": {"sliding_window": 11},
     "model's window wider than ours": {"sliding_window": 41},
     "model's window and a dense layer": {"sliding_window": 41, "dense_layers": (0,)},
+    "model's window of dense_below": {"sliding_window": 41, "dense_below": 41},
+    "model's window one wider than dense_below": {"sliding_window": 41, "dense_below": 40},
     "everything at once": {
         "sliding_window": 90,
         "stride": 17,

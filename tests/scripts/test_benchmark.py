@@ -5,8 +5,8 @@ import torch
 from helpers.batches import tokens
 from helpers.families import tiny_model
 
-from hf_sparse_attn import SparseAttentionConfig, loading
-from hf_sparse_attn.benchmarking import decoding, speed
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.benchmarking import decoding, random_models, speed
 from hf_sparse_attn.benchmarking.decoding import compare_decoding, compare_generation
 from hf_sparse_attn.benchmarking.speed import (
     compare_model_speed,
@@ -129,7 +129,8 @@ def test_decoding_of_a_model(run_script, tmp_path, tiny_model_path, passes):
 @pytest.mark.parametrize("passes", ["prefill", "training_step", "generation"])
 def test_of_a_random_model(run_script, tmp_path, monkeypatch, passes, tiny_llama_config):
     fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    monkeypatch.setitem(loading.SHAPES, "mistral-7b", {name: getattr(tiny_llama_config, name) for name in fields})
+    shape = "llama", {name: getattr(tiny_llama_config, name) for name in fields}
+    monkeypatch.setitem(random_models.SHAPES, "mistral-7b", shape)
     output = tmp_path / "benchmark.json"
     options = ["--pass", passes, "--repeats", 1, "--sparse-attention", FIELDS, "--output", output]
     finished = run_script(SCRIPT, "--random-model", "mistral-7b", "--seq-lens", 64, *options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -21,13 +21,15 @@ from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
 
-_DENSE_BLOCK = 1024  # dense rows per piece where they need a mask
+_DENSE_BLOCK = 1024  # dense rows per piece where they need a mask, at most
+_WINDOW_BLOCK = 64  # and at least, where the model's own window is small
 _DENSE_SCORES = 2**25  # scores per piece where dense rows cannot go through SDPA
 _PARALLEL_ROWS = 64  # sparse rows from which on threads pay
 ONCE = (
     'attn_implementation="sparse" has no second derivatives; use implementation="reference" or '
     'attn_implementation="eager" where they are needed'
 )
+_EVERYTHING = slice(None)
 _RECORDING = threading.Lock()  # recorders need not be safe for threads
 
 Result = TypeVar("Result")
@@ -70,7 +72,8 @@ def attend_in_pieces(
         # Nothing is sparse and there is one block: a backward of its own needs no second computation.
         if call.recorder is not None:
             call.recorder.add_dense(call.pattern, range(query.shape[0]), start, end)
-        return _dense(own, start, query, key, value, sinks)
+        keys = _dense_keys(start, end, own)
+        return _dense(own, start, query, key[:, keys], value[:, keys], sinks)
     return _Attention.apply(query, key, value, sinks, own)
 
 
@@ -133,6 +136,7 @@ class Piece:
 
     Args:
         heads, rows, kv_heads: which these are.
+        keys: which keys the parts hold.
         attend: takes room for the output, [heads, rows, head_dim], and the parts of `of`; fills the first.
         differentiate: from the output's gradient and these parts to the parts' gradients.
     """
@@ -142,9 +146,12 @@ class Piece:
     kv_heads: slice
     attend: Callable[..., None]
     differentiate: Callable[..., tuple[Tensor, ...]]
+    keys: slice = field(default_factory=lambda: _EVERYTHING)
 
     @classmethod
-    def by_autograd(cls, heads: slice, rows: slice, kv_heads: slice, compute: Callable[..., Tensor]) -> Piece:
+    def by_autograd(
+        cls, heads: slice, rows: slice, kv_heads: slice, compute: Callable[..., Tensor], keys: slice = _EVERYTHING
+    ) -> Piece:
         """The gradients of a differentiable function from the parts of `of` to the output."""
 
         def attend(output: Tensor, *parts: Tensor) -> None:
@@ -156,11 +163,11 @@ class Piece:
                 output = compute(*inputs)
             return torch.autograd.grad(output, inputs, grad)
 
-        return cls(heads, rows, kv_heads, attend, differentiate)
+        return cls(heads, rows, kv_heads, attend, differentiate, keys)
 
     def of(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> list[Tensor]:
         """The piece's own rows, keys, values and, where there are any, sinks."""
-        parts = [query[self.heads, self.rows], key[self.kv_heads], value[self.kv_heads]]
+        parts = [query[self.heads, self.rows], *(x[self.kv_heads, self.keys] for x in (key, value))]
         return parts if sinks is None else [*parts, sinks[self.heads]]
 
 
@@ -228,8 +235,8 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             for piece, parts in _each_piece(gradients, query, key, value, call):
                 grads[0][piece.heads, piece.rows] = parts[0]
-                grads[1][piece.kv_heads] += parts[1]
-                grads[2][piece.kv_heads] += parts[2]
+                grads[1][piece.kv_heads, piece.keys] += parts[1]
+                grads[2][piece.kv_heads, piece.keys] += parts[2]
                 if sinks_grad is not None:
                     sinks_grad[piece.heads] += parts[3]
         return grads[0], grads[1].to(key.dtype), grads[2].to(value.dtype), sinks_grad, None
@@ -251,34 +258,41 @@ def _each_piece(
 
 
 def _dense_pieces(query: Tensor, dense_end: int, call: Call) -> Iterator[Piece]:
-    everything = slice(None)
     for start, stop in _dense_blocks(call.query_offset, dense_end, query.shape[0], call):
         if call.recorder is not None:
             call.recorder.add_dense(call.pattern, range(query.shape[0]), start, stop)
         rows = slice(start - call.query_offset, stop - call.query_offset)
-        yield Piece.by_autograd(everything, rows, everything, partial(_dense, call, start))
+        keys = _dense_keys(start, stop, call)
+        yield Piece.by_autograd(_EVERYTHING, rows, _EVERYTHING, partial(_dense, call, start), keys)
 
 
 def _dense_blocks(start: int, stop: int, num_heads: int, call: Call) -> Iterator[tuple[int, int]]:
     """Dense rows in one piece where SDPA's causal flag describes them, else in blocks whose tables stay small."""
-    if call.plain and start == call.key_offset and call.pattern.sliding_window is None:
+    num_keys, size = stop - call.key_offset, _DENSE_BLOCK
+    window = call.pattern.sliding_window or num_keys
+    if window < num_keys:  # in shorter blocks, as each row is compared with the keys of all rows of its block
+        size = min(max(window // 2, _WINDOW_BLOCK), size)
+        num_keys = min(window + size, num_keys)
+    elif call.plain and start == call.key_offset:
         size = max(stop - start, 1)
-    elif call.plain:
-        size = _DENSE_BLOCK
-    else:
-        num_keys = stop - call.key_offset
-        size = max(_DENSE_SCORES // (num_heads * max(num_keys, 1)), 1)
+    if not call.plain:
+        size = max(min(_DENSE_SCORES // (num_heads * max(num_keys, 1)), size), 1)
     yield from ((row, min(row + size, stop)) for row in range(start, stop, size))
 
 
-def _dense(call: Call, start: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """Rows from position `start` on that read everything: [num_heads, R, head_dim]."""
-    stop = start + query.shape[1]
+def _dense_keys(start: int, stop: int, call: Call) -> slice:
+    """The keys that the dense rows at positions start .. stop - 1 read, together."""
     sliding_window = call.pattern.sliding_window
-    first = call.key_offset if sliding_window is None else max(start - sliding_window + 1, call.key_offset)
-    key, value = (x[:, first - call.key_offset : stop - call.key_offset] for x in (key, value))
+    first = 0 if sliding_window is None else max(start - sliding_window + 1 - call.key_offset, 0)
+    return slice(first, stop - call.key_offset)
+
+
+def _dense(call: Call, start: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Rows from position `start` on that read everything of their `_dense_keys`: [num_heads, R, head_dim]."""
+    stop, sliding_window = start + query.shape[1], call.pattern.sliding_window
+    first = stop - key.shape[1]
     mask = None
-    if start > first or sliding_window is not None or not call.plain:
+    if start > first or not call.plain or (sliding_window is not None and key.shape[1] > sliding_window):
         row = torch.arange(start, stop, device=key.device)[:, None]
         column = torch.arange(first, stop, device=key.device)
         mask = column <= row
