@@ -51,7 +51,7 @@ class SparseAttentionConfig:
         dense_layers: indices of layers whose rows read everything.
         dense_below: rows with at most so many admissible keys read everything: those at positions under it, and all
             rows of a layer whose own sliding window is no larger; 0 turns it off.
-        implementation: "reference", "torch" (any device), "numba" (CPU; the extra `cpu`), "triton" (GPU), or "auto":
+        implementation: "reference", "torch" (any device), "numba" (CPU), "triton" (GPU), or "auto":
             numba on a CPU and triton on an NVIDIA GPU (compute capability 8.0 and newer) where they are installed, else
             torch.
         calibrated_hash: the fitted hash as text (`routing.encode_calibrated_hash`); needed by hash="calibrated".

@@ -31,7 +31,7 @@ for version in "$@"; do
     # Older releases of Transformers need older ones of its companions.
     grep -vE "^(transformers|huggingface-hub|tokenizers${TORCH:+|torch})==" constraints.txt > "$venv/constraints.txt"
     "$venv/bin/python" -m pip install --disable-pip-version-check -c "$venv/constraints.txt" \
-        -e '.[cpu]' hypothesis pytest "transformers==$version" "torch${TORCH:+==$TORCH}"
+        -e . hypothesis pytest "transformers==$version" "torch${TORCH:+==$TORCH}"
     "$venv/bin/python" -m pytest -m "not real_weights" "${TESTS[@]}" || failed+=("$version")
 done
 echo "== Tested on Transformers $*; failed: ${failed[*]:-none}"

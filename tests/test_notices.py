@@ -11,6 +11,7 @@ from transformers import DynamicCache, Phi3Config
 
 from hf_sparse_attn import SparseCache
 from hf_sparse_attn.notices import tell_once
+from hf_sparse_attn.ops import dispatch
 
 
 @pytest.fixture
@@ -125,3 +126,26 @@ def test_each_message_once_per_model(heard):
     third = tiny_model().config
     tell_once(third, "one")
     assert len(heard()) == 4
+
+
+class TestPackagesThatAreMissing:
+    @pytest.fixture(autouse=True)
+    def nothing_installed(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "_installed", lambda package: False)
+        dispatch._tell_what_is_missing.cache_clear()
+        yield
+        dispatch._tell_what_is_missing.cache_clear()
+
+    def test_is_told_once_when_rows_are_sparse(self, heard):
+        for length in (40, 50):
+            run(tiny_model(dense_below=39), input_ids=tokens(length))
+        (message,) = heard()
+        assert message.endswith("slower than dense attention up to 16000 tokens and more: pip install numba")
+
+    @pytest.mark.parametrize(
+        "fields", [{"dense_below": 40}, {"dense_layers": (0, 1)}, {"implementation": "torch"}], ids=str
+    )
+    def test_nothing_is_told_without_sparse_rows_or_where_it_was_asked_for(self, heard, fields):
+        ids, mask, _ = padded_batch([tokens(length)[0] for length in (40, 33)], "left", 0)
+        run(tiny_model(**fields), input_ids=ids, attention_mask=mask)
+        assert not [message for message in heard() if "pip install" in message]

@@ -11,7 +11,7 @@ from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops.backend import Index, compute_dtype
 from hf_sparse_attn.ops.checks import check_document, check_scores
 from hf_sparse_attn.ops.common.call import AttentionCall
-from hf_sparse_attn.ops.dispatch import find_backend
+from hf_sparse_attn.ops.dispatch import find_backend, warn_if_slow
 from hf_sparse_attn.patterns import LayerPattern, layer_pattern
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.tracing import refuse_transforms
@@ -117,7 +117,10 @@ def document_attention(
     check_document(query, key, value, pattern, query_offset, key_offset, sinks)
     if not query.shape[1]:
         return query.new_empty(len(query), 0, value.shape[-1])
-    backend = find_backend(pattern.config.implementation, query.device)
+    implementation, dense_rows = pattern.config.implementation, pattern.dense_rows()
+    backend = find_backend(implementation, query.device)
+    if implementation == "auto" and dense_rows is not None and query_offset + query.shape[1] > dense_rows:
+        warn_if_slow(query.device)
     dtype, precise = backend.dtype(query, key), compute_dtype(query, key)
     sinks = None if sinks is None else sinks.to(precise)
     call = AttentionCall(pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index)

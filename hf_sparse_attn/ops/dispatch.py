@@ -34,9 +34,7 @@ def find_backend(name: str, device: torch.device) -> Backend:
     if name == "numba" and device.type != "cpu":
         raise ValueError(f'implementation="numba" runs on a CPU only, not on {device}; choose "auto" or "torch"')
     if name == "numba" and not _installed("numba"):
-        raise ModuleNotFoundError(
-            'implementation="numba" needs Numba: pip install \'hf_sparse_attn[cpu]\', or choose "auto" or "torch"'
-        )
+        raise ModuleNotFoundError('implementation="numba" needs Numba: pip install numba, or choose "auto" or "torch"')
     if name == "triton" and not _installed("triton"):
         raise ModuleNotFoundError(
             'implementation="triton" needs Triton: pip install triton, or choose "auto" or "torch"'
@@ -61,6 +59,21 @@ def _best(device: torch.device) -> str:
     if device.type == "cuda" and torch.version.cuda and _installed("triton"):
         best = "triton" if torch.cuda.get_device_capability(device) >= (8, 0) else "torch"
     return best if _usable(best) else "torch"
+
+
+def warn_if_slow(device: torch.device) -> None:
+    """Tell once that "auto" takes PyTorch's operations because a package is missing, where that costs speed."""
+    package = "numba" if device.type == "cpu" else "triton" if device.type == "cuda" and torch.version.cuda else None
+    if package is not None and not _installed(package):
+        _tell_what_is_missing(package)
+
+
+@cache
+def _tell_what_is_missing(package: str) -> None:
+    getLogger("hf_sparse_attn").warning(
+        f"{package.capitalize()} is not installed, so sparse attention is computed by PyTorch's operations, which are "
+        f"several times slower, and slower than dense attention up to 16000 tokens and more: pip install {package}"
+    )
 
 
 def explain(device: torch.device) -> str:
