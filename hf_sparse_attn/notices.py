@@ -43,9 +43,9 @@ def beyond_trained_length(longest: int) -> str:
 def notice_positions(config: Any, inputs: Inputs, pattern: LayerPattern) -> None:
     """Look once a forward at position_ids that the attention cannot follow, or that nobody trained the model for."""
     ids, mask, num_keys = inputs.position_ids, inputs.attention_mask, inputs.key.shape[2]
-    if ids is None or ids.ndim != 2 or getattr(ids, SEEN_BY, None) == id(config):
+    if ids is None or ids.ndim != 2 or getattr(ids, SEEN_BY, None) is config:
         return
-    setattr(ids, SEEN_BY, id(config))
+    setattr(ids, SEEN_BY, config)
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and num_keys > longest and int(ids.max()) >= longest:
         tell_once(config, beyond_trained_length(longest))

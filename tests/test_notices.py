@@ -9,7 +9,7 @@ from helpers.families import tiny_model
 from helpers.specification import logits
 from transformers import DynamicCache, Phi3Config
 
-from hf_sparse_attn import SparseCache
+from hf_sparse_attn import SparseCache, configure
 from hf_sparse_attn.notices import tell_once
 from hf_sparse_attn.ops import dispatch
 
@@ -147,5 +147,7 @@ class TestPackagesThatAreMissing:
     )
     def test_nothing_is_told_without_sparse_rows_or_where_it_was_asked_for(self, heard, fields):
         ids, mask, _ = padded_batch([tokens(length)[0] for length in (40, 33)], "left", 0)
-        run(tiny_model(**fields), input_ids=ids, attention_mask=mask)
+        model = tiny_model()
+        configure(model, **fields)
+        run(model, input_ids=ids, attention_mask=mask)
         assert not [message for message in heard() if "pip install" in message]
