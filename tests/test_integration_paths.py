@@ -20,7 +20,7 @@ FEATURES = {
         "dense_below": 7,
     },
     "a dense layer": {"dense_layers": [0]},
-    "dense rows in the middle": {"dense_below": 19},
+    "dense rows in the middle": {"dense_below": 12},
     "calibrated hash": {"hash": "calibrated", "calibrated_hash": calibrated_hash_text()},
 }
 every_feature = pytest.mark.parametrize("fields", FEATURES.values(), ids=FEATURES.keys())

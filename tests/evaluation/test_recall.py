@@ -6,7 +6,7 @@ from helpers.batches import tokens
 from helpers.families import tiny_model
 from helpers.operation import calibrated_hash_text
 
-from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.config import SparseAttentionConfig, sliding_windows
 from hf_sparse_attn.evaluation.recall import hash_families, measure_recall
 from hf_sparse_attn.integration import observe_dense
 from hf_sparse_attn.ops import reference
@@ -69,9 +69,13 @@ def figures(heads):
 
 
 @pytest.mark.parametrize("num_top", [1, 20, 50], ids=lambda n: f"top {n}")
-@pytest.mark.parametrize("family", ["llama", "qwen2-mixed"])  # the second has one layer with a window of 14
+@pytest.mark.parametrize("family", ["llama", "qwen2-mixed"])  # the second has one layer with a window of its own
 def test_every_figure_of_every_family_is_the_naive_one(family, num_top):
     model = tiny_model(family)
+    model.config.sliding_window = FIRST + 8  # wide enough for sparse rows
+    for layer in model.model.layers:
+        if getattr(layer.self_attn, "sliding_window", None) is not None:
+            layer.self_attn.sliding_window = FIRST + 8
     documents = [tokens(LENGTH, seed=seed)[0] for seed in range(2)]
     configs = hash_families(config_of(**CALIBRATED))
     reports = measure_recall(model, documents, configs, NUM_ROWS, num_top)
@@ -94,6 +98,14 @@ def test_dense_layers_are_marked_and_left_out_of_the_means():
     assert one["layers"] == [{"dense": True}, both["layers"][1]]
     torch.testing.assert_close(figures([one])[0], figures(both["layers"][1]).mean(0))
     assert one["recall"] != both["recall"]
+
+
+def test_local_layers_are_marked_as_dense():
+    model, document = tiny_model("qwen2-mixed"), tokens(LENGTH)[0]
+    layers = measure_recall(model, [document], {"own": config_of()}, NUM_ROWS)["own"]["layers"]
+    assert [layer == {"dense": True} for layer in layers] == [
+        window == 14 for window in sliding_windows(model.config).values()
+    ]
 
 
 def test_layers_without_attention_are_none():
