@@ -1,9 +1,6 @@
 """Time and memory against SDPA: `hf-sparse-attn benchmark`, from a checkout."""
 
-try:
-    from hf_sparse_attn.cli.main import run_command
-except KeyboardInterrupt:  # these imports take seconds
-    raise SystemExit(130) from None
+from hf_sparse_attn_command import run_command
 
 if __name__ == "__main__":
     run_command("benchmark")

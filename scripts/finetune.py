@@ -1,10 +1,6 @@
 """Fine-tune on long documents: `hf-sparse-attn finetune`, from a checkout."""
 
-try:
-    from hf_sparse_attn.cli.finetune import resolve_checkpoint  # noqa: F401
-    from hf_sparse_attn.cli.main import run_command
-except KeyboardInterrupt:  # these imports take seconds
-    raise SystemExit(130) from None
+from hf_sparse_attn_command import run_command
 
 if __name__ == "__main__":
     run_command("finetune")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 # Before the first import of huggingface_hub, which reads it once: nothing here may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before PyTorch is loaded: threads that spin while they wait take minutes beside a busy process.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +21,9 @@ from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.patterns import LayerPattern, is_local, num_row_keys, static_positions
 from hf_sparse_attn.recording import admissible_pairs
 from hf_sparse_attn.routing import BucketIndex
+
+Array = npt.NDArray[Any]
+Choice = TypeVar("Choice")
 
 BUDGETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 MIN_WEIGHTS = (0.0, 1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
@@ -196,8 +202,8 @@ def measure_layer(
             error, num_read = _errors(
                 query, key[kv_head], value[kv_head], position, static, routed.long(), count, pattern
             )
-            loss[heads] += (error @ root[heads, None, None]).square().sum((-1, 1)) / 2
-            read[heads] += num_read.sum(1)
+            loss[heads] += (error.flatten(2, 3) @ root[heads]).square_().sum((0, 3)).view_as(loss[heads]) / 2
+            read[heads] += num_read.sum(0)
     sparse_rows = max(num_rows - config.dense_below, 0)
     scale = 0.0 if pattern.dense_rows() is None else sparse_rows / sampled
     return Costs(
@@ -226,7 +232,7 @@ def _errors(
     The smallest weights are compared with the dense attention's weights, which a row's own can only exceed.
 
     Returns:
-        errors [group, R, len(BUDGETS), len(MIN_WEIGHTS), head_dim], and keys read through the buckets [group, R,
+        errors [R, group, len(BUDGETS), len(MIN_WEIGHTS), head_dim], and keys read through the buckets [R, group,
         len(BUDGETS), len(MIN_WEIGHTS)].
     """
     column = torch.arange(len(key))
@@ -237,24 +243,27 @@ def _errors(
     local = column > position[:, None] - pattern.config.window_size
     local[:, static] = True
     local &= admissible
-    taken = weights.gather(2, routed.expand(len(rows), -1, -1))
+    taken = weights.transpose(0, 1).gather(2, routed.unsqueeze(1).expand(-1, len(rows), -1))  # [R, group, keys]
     live = torch.arange(routed.shape[1]) < count[:, None]
+    taken = taken.masked_fill_(~live.unsqueeze(1), -1).unsqueeze(2)  # less than any smallest weight
     least = torch.tensor(MIN_WEIGHTS, dtype=weights.dtype)[:, None]
     local_weights = weights * local
-    output = (local_weights @ value).unsqueeze(2)  # grows by the keys of one budget after the other
-    mass = local_weights.sum(-1)[..., None]
+    output = (local_weights @ value).transpose(0, 1).unsqueeze(2)  # grows by the keys of one budget after the other
+    mass = local_weights.sum(-1).T.unsqueeze(2)
     number = torch.zeros((), dtype=weights.dtype)
     outputs, numbers = [], []
     for start, stop in zip((0, *BUDGETS), BUDGETS, strict=False):
-        chosen = (taken[:, :, None, start:stop] >= least) & live[:, None, start:stop]  # [group, R, weights, keys]
-        kept = (taken[:, :, None, start:stop] * chosen).transpose(0, 1)  # [R, group, weights, keys]
-        values = value[routed[:, start:stop]]  # [R, keys, head_dim]
-        output = output + (kept.flatten(1, 2) @ values).unflatten(1, kept.shape[1:3]).transpose(0, 1)
-        mass = mass + kept.sum(-1).transpose(0, 1)
-        number = number + chosen.sum(-1)
+        part = taken[..., start:stop]
+        kept = (part >= least).to(part.dtype)  # [R, group, weights, keys]
+        number = number + kept.sum(-1)
+        kept *= part
+        mass = mass + kept.sum(-1)
+        index = routed[:, start:stop]
+        values = value.index_select(0, index.flatten()).unflatten(0, index.shape)  # [R, keys, head_dim]
+        output = output + (kept.flatten(1, 2) @ values).unflatten(1, kept.shape[1:3])
         outputs.append(output / mass.unsqueeze(-1))
         numbers.append(number)
-    exact = (weights @ value)[:, :, None, None]
+    exact = (weights @ value).transpose(0, 1)[:, :, None, None]
     return torch.stack(outputs, 2) - exact, torch.stack(numbers, 2)
 
 
@@ -275,16 +284,28 @@ def allocate(costs: Costs, density: float, key_budget: int) -> Allocation:
             "window_size or dense_below smaller"
         )
 
-    def under_budget(price: float) -> Allocation:
+    def under_budget(read_price: float) -> Allocation:
         """The choice at a price per read pair, with found keys as expensive as their limit makes them."""
-        return _cheapest_fit(
-            lambda found_price: _choose(costs, price, found_price), lambda choice: choice.mean_key_budget <= key_budget
-        )
+        best = (costs.loss.numpy() + read_price * costs.read.numpy()).min(-1)  # [L, H, B]
+        best = best.reshape(len(best), -1, costs.group, len(BUDGETS)).sum(2)
+        whole = read_price * costs.loss.shape[1] * (costs.admissible - costs.fixed).numpy()
+        attends = (costs.admissible > 0).numpy()
+
+        def budgets(found_price: float) -> tuple[Array, Array]:
+            """Each KV head's budget, as an index [L, K], and which layers are cheaper dense [L]."""
+            of_budget = best + found_price * costs.rows * np.array(BUDGETS)
+            return of_budget.argmin(-1), whole < of_budget.min(-1).sum(1)
+
+        def mean(budget: Array, dense: Array) -> float:
+            return float((np.array(BUDGETS)[budget] * ~dense[:, None])[attends].mean())
+
+        budget, dense = _cheapest_fit(budgets, lambda choice: mean(*choice) <= key_budget)
+        return _allocation(costs, read_price, budget, dense, mean(budget, dense))
 
     return _cheapest_fit(under_budget, lambda choice: choice.density <= density)
 
 
-def _cheapest_fit(choose: Callable[[float], Allocation], fits: Callable[[Allocation], bool]) -> Allocation:
+def _cheapest_fit(choose: Callable[[float], Choice], fits: Callable[[Choice], bool]) -> Choice:
     """The choice at the lowest price, in nats, at which it fits."""
     choice = choose(0.0)
     if fits(choice):
@@ -301,28 +322,28 @@ def _cheapest_fit(choose: Callable[[float], Allocation], fits: Callable[[Allocat
     return best
 
 
-def _choose(costs: Costs, read_price: float, found_price: float) -> Allocation:
-    """The cheapest choice at prices in nats per pair that is read and per key that is found for a row."""
-    best, weight = (costs.loss + read_price * costs.read).min(-1)  # [L, H, B]
-    found = torch.tensor(BUDGETS, dtype=best.dtype)
-    of_budget = best.unflatten(1, (-1, costs.group)).sum(2) + found_price * costs.rows * found
-    sparse_price, budget = of_budget.min(-1)  # [L, K]
-    own_budget = budget.repeat_interleave(costs.group, 1).unsqueeze(-1)  # [L, H, 1]
-    weight = weight.gather(2, own_budget)  # [L, H, 1]
-    loss, read = (
-        x.gather(2, own_budget.unsqueeze(-1).expand(-1, -1, 1, x.shape[-1])).squeeze(2).gather(2, weight).sum((1, 2))
-        for x in (costs.loss, costs.read)
-    )
+def _allocation(costs: Costs, read_price: float, budget: Array, dense: Array, mean_key_budget: float) -> Allocation:
+    """What budgets and dense layers come to, with the cheapest smallest weights at a price per read pair.
+
+    Args:
+        costs: of all layers.
+        read_price: in nats per pair.
+        budget: [L, K] int64, index of each KV head's budget.
+        dense: [L] bool, layers that read everything.
+        mean_key_budget: as in the result.
+    """
     num_heads = costs.loss.shape[1]
-    found = found[budget]
-    dense = read_price * num_heads * (costs.admissible - costs.fixed) < sparse_price.sum(1)
-    pairs = torch.where(dense, num_heads * costs.admissible, num_heads * costs.fixed + read)
-    found = found * ~dense[:, None]
+    own_budget = budget.repeat(costs.group, 1)[..., None, None]  # [L, H, 1, 1]
+    loss, read = (np.take_along_axis(x.numpy(), own_budget, 2)[:, :, 0] for x in (costs.loss, costs.read))  # [L, H, W]
+    weight = (loss + read_price * read).argmin(-1)  # [L, H]
+    loss, read = (np.take_along_axis(x, weight[..., None], 2).sum((1, 2)) for x in (loss, read))  # [L]
+    admissible, fixed = costs.admissible.numpy(), costs.fixed.numpy()
+    pairs = np.where(dense, num_heads * admissible, num_heads * fixed + read)
     return Allocation(
         key_budget=tuple(tuple(BUDGETS[i] for i in layer) for layer in budget.tolist()),
-        min_weight=tuple(tuple(MIN_WEIGHTS[i] for i in layer) for layer in weight.squeeze(-1).tolist()),
-        dense_layers=tuple(torch.nonzero(dense).flatten().tolist()),
-        mean_key_budget=float(found[costs.admissible > 0].mean()),
-        density=float(pairs.sum() / (num_heads * costs.admissible.sum())),
+        min_weight=tuple(tuple(MIN_WEIGHTS[i] for i in layer) for layer in weight.tolist()),
+        dense_layers=tuple(np.flatnonzero(dense).tolist()),
+        mean_key_budget=mean_key_budget,
+        density=float(pairs.sum() / (num_heads * admissible.sum())),
         loss=float((loss * ~dense).sum() / costs.tokens),
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,11 @@ from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
 from hf_sparse_attn.integration import configured, observe_dense
+from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.patterns import LayerPattern, is_local
 from hf_sparse_attn.tracing import input_device
+
+Result = TypeVar("Result")
 
 _MAX_MEASUREMENTS = 5
 _TRADE_POINTS = 10
@@ -114,12 +118,8 @@ def calibrate(
     if not samples[0]:
         raise ValueError("model: all of its layers have sliding windows of their own so small that they are read whole")
     progress("fitting the hash")
-    hashes = {}
-    for layer in sorted(samples[0]):
-        fitting = [sample[layer] for sample in (samples[:-1] or samples)]
-        keys = torch.cat([sample.key.float() for sample in fitting], 1)
-        moment = torch.stack([sample.query_moment for sample in fitting]).mean(0)
-        hashes[layer] = fit_hash(keys, moment, config.seed)
+    fitting = samples[:-1] or samples
+    hashes = _by_layer(lambda layer: _fitted([sample[layer] for sample in fitting], config.seed), sorted(samples[0]))
     num_layers = text_config(model.config).num_hidden_layers
     costs = None
     for i, sample in enumerate(samples):
@@ -135,6 +135,12 @@ def calibrate(
     return Calibration(fitted, costs, tuple(sorted(local)))
 
 
+def _by_layer(work: Callable[[int], Result], layers: Iterable[int]) -> dict[int, Result]:
+    """What `work` gives for each layer; several at once, as it consists of many operations too small for threads."""
+    layers = list(layers)
+    return dict(zip(layers, in_order(work, layers, torch.get_num_threads()), strict=True))
+
+
 @dataclass
 class _LayerSample:
     """What calibration keeps of one layer on one document, on the CPU in the model's dtype."""
@@ -145,6 +151,12 @@ class _LayerSample:
     query_moment: Tensor  # [num_key_value_heads, head_dim, head_dim], float32
     scaling: float
     sliding_window: int | None
+
+
+def _fitted(samples: Sequence[_LayerSample], seed: int) -> BucketHash:
+    """The hash of one layer, fitted to several documents."""
+    keys = torch.cat([sample.key.float() for sample in samples], 1)
+    return fit_hash(keys, torch.stack([sample.query_moment for sample in samples]).mean(0), seed)
 
 
 @torch.no_grad()
@@ -227,13 +239,14 @@ def _document_costs(
     config: SparseAttentionConfig,
     num_layers: int,
 ) -> Costs:
-    layers = {}
-    for layer, kept in sample.items():
+    def measure(layer: int) -> Costs:
+        kept = sample[layer]
         num_heads, num_kv_heads = len(kept.rows), len(kept.key)
         pattern = LayerPattern(config, layer, [0] * num_kv_heads, [0.0] * num_heads, hashes[layer], kept.sliding_window)
         key, value = kept.key.float(), kept.value.float()
-        layers[layer] = measure_layer(kept.rows.float(), key, value, sensitivity[layer], pattern, kept.scaling)
-    return Costs.stack(layers, num_layers)
+        return measure_layer(kept.rows.float(), key, value, sensitivity[layer], pattern, kept.scaling)
+
+    return Costs.stack(_by_layer(measure, sample), num_layers)
 
 
 def _encode(hashes: dict[int, BucketHash], num_layers: int) -> str:

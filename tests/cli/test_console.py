@@ -13,6 +13,7 @@ from helpers.batches import tokens
 from transformers import PreTrainedModel
 
 import hf_sparse_attn
+import hf_sparse_attn_command
 from hf_sparse_attn.cli import main as console
 from hf_sparse_attn.cli import run_program
 from hf_sparse_attn.errors import ArgumentError
@@ -29,7 +30,7 @@ def run_console(monkeypatch, capsys):
         monkeypatch.setattr(sys, "path", list(sys.path))
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            console.main()
+            hf_sparse_attn_command.main()
         captured = capsys.readouterr()
         return exit_.value.code, captured.out, captured.err
 
