@@ -47,8 +47,9 @@ def convert(model: str, output: str | Path, **settings: Any) -> dict[str, Any]:
 
     Returns:
         "output" (a path), "sparse_attention" (the fitted fields), "density" (expected, attended over admissible pairs),
-        "predicted_loss" (rise in nats a token; the real one is higher), and "evaluation": what
-        `evaluate_perplexity` returns on documents that calibrated nothing, or None.
+        "predicted_loss" (rise in nats a token; the real one is higher), "evaluation": what `evaluate_perplexity`
+        returns on documents that calibrated nothing, or None, and "loss_factor": how many times the prediction was
+        measured there, or None.
 
     Raises:
         ValueError: for a setting, a model or a dataset that cannot be, before any long work; the message names it.
@@ -64,6 +65,7 @@ def convert(model: str, output: str | Path, **settings: Any) -> dict[str, Any]:
         "density": done.choice.density,
         "predicted_loss": done.choice.loss,
         "evaluation": done.evaluation,
+        "loss_factor": done.loss_factor,
     }
 
 

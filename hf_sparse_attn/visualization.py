@@ -161,6 +161,39 @@ def plot_heads(maps: torch.Tensor, titles: Sequence[str], path: str | Path, num_
     figure.savefig(path)
 
 
+def plot_choice(density: torch.Tensor, loss: torch.Tensor, path: str | Path) -> None:
+    """Draw what was chosen for each head: density and predicted loss, layers downwards, heads to the right.
+
+    Args:
+        density, loss: [num_layers, num_heads], as `budget_allocation.by_head` returns them; NaN is drawn grey.
+        path: the picture to write; its suffix chooses the format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, max(3.0, 0.16 * len(density) + 1)), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    largest = max(loss.nan_to_num(0).max().item(), 1e-9)
+    scales: tuple[dict[str, Any], ...] = (
+        {"vmin": 0, "vmax": 1},
+        {"norm": LogNorm(vmin=largest / 1e4, vmax=largest, clip=True)},
+    )
+    titles = ("density", "predicted loss, nats per token")
+    for panel, values, title, scale in zip(panels, (density, loss), titles, scales, strict=True):
+        panel.set_facecolor("lightgrey")
+        image = panel.imshow(values.numpy(), cmap="viridis", aspect="auto", interpolation="nearest", **scale)
+        panel.set_title(title, fontsize=9)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=panel)
+    figure.supxlabel("head")
+    figure.supylabel("layer (grey: read whole because of its own window, or without attention)", fontsize=8)
+    figure.savefig(path)
+
+
 def plot_trade(trade: Sequence[Allocation], choice: Allocation, path: str | Path) -> None:
     """Draw the predicted loss over the density, the choice marked; the suffix of `path` chooses the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

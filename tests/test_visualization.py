@@ -7,7 +7,15 @@ from matplotlib.image import imread
 from hf_sparse_attn.calibration.budget_allocation import Allocation
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.loading import load_sparse_model
-from hf_sparse_attn.visualization import PatternRecorder, bin_pairs, causal_pairs, plot_heads, plot_pattern, plot_trade
+from hf_sparse_attn.visualization import (
+    PatternRecorder,
+    bin_pairs,
+    causal_pairs,
+    plot_choice,
+    plot_heads,
+    plot_pattern,
+    plot_trade,
+)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_bins"), [(12, 4), (13, 4), (7, 7), (63, 10), (5, 8)])
@@ -84,3 +92,12 @@ def test_trade_is_drawn_with_the_choice_marked(tmp_path, suffix):
         pictures.append(path.read_bytes())
     if suffix == ".png":
         assert pictures[0] == pictures[1] != pictures[2]
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_choice_with_layers_that_do_not_count_and_without_any_loss(tmp_path, suffix):
+    density = torch.rand(3, 4)
+    density[1] = torch.nan
+    for loss in (density / 1000, torch.zeros(3, 4)):
+        plot_choice(density, loss, tmp_path / f"heads.{suffix}")
+        assert (tmp_path / f"heads.{suffix}").stat().st_size > 1000

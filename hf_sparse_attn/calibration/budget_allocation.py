@@ -114,6 +114,22 @@ class Allocation:
     loss: float
 
 
+def by_head(costs: Costs, choice: Allocation) -> tuple[Tensor, Tensor]:
+    """What a choice comes to in each head: density and predicted loss in nats per token, [num_layers, num_heads] each.
+
+    Dense layers have density 1 and loss 0; layers that count no pairs, such as local ones, have NaN.
+    """
+    num_layers, num_heads = costs.loss.shape[:2]
+    budget = torch.tensor(np.searchsorted(BUDGETS, choice.key_budget)).repeat_interleave(costs.group, 1)  # [L, H]
+    weight = torch.tensor(np.searchsorted(MIN_WEIGHTS, choice.min_weight))
+    layer, head = torch.arange(num_layers)[:, None], torch.arange(num_heads)
+    loss, read = (x[layer, head, budget, weight] for x in (costs.loss, costs.read))
+    dense = torch.zeros(num_layers, dtype=torch.bool).index_fill_(0, torch.tensor(choice.dense_layers).long(), True)
+    density = torch.where(dense[:, None], 1, (costs.fixed[:, None] + read) / costs.admissible[:, None])
+    loss = torch.where(dense[:, None], 0, loss / costs.tokens)
+    return density, loss.masked_fill(costs.admissible[:, None] == 0, torch.nan)
+
+
 def fixed_pairs(config: SparseAttentionConfig, layer_idx: int, num_tokens: int, sliding_window: int | None) -> int:
     """(row, key) pairs of a document that one head reads in any case: dense rows, window, static and random keys.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from hf_sparse_attn import visualization
 from hf_sparse_attn.benchmarking.speed import layer_inputs, measure_dense_below
 from hf_sparse_attn.calibration import calibrate, model_card
-from hf_sparse_attn.calibration.budget_allocation import FIXED, Allocation, least_density
+from hf_sparse_attn.calibration.budget_allocation import FIXED, Allocation, by_head, least_density
 from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss, minimum_tokens
 from hf_sparse_attn.config import SparseAttentionConfig, sliding_windows, text_config
 from hf_sparse_attn.data import load_documents, long_documents
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TARGET_DENSITY = 0.19
+LEAST_LOSS = 1e-6  # nats per token: less is noise
 AUTO = "auto"  # dense_below is measured
 _FITTED = ("key_budget", "min_weight", "hash", "calibrated_hash")  # fields that no conversion is given
 _MEASURED_TOKENS = 4096  # most of a document that dense_below is measured on
@@ -49,8 +51,9 @@ class ConversionSettings:
     """How a checkpoint is converted.
 
     Args:
-        calibration_dataset: a Hub id[:config[:split[:column]]], a file, a directory, or "demo".
-        num_calibration_documents: at least 1.
+        calibration_dataset: a Hub id[:config[:split[:column]]], a file, a directory, or "demo"; or several of these,
+            which give documents in turns.
+        num_calibration_documents: at least 1 of each dataset.
         context_length: tokens read of each document; shorter documents are left out.
         target_density: share of the admissible (row, key) pairs that may be read, greater than 0 and at most 1; None
             is TARGET_DENSITY, unless `max_loss` is given.
@@ -60,14 +63,14 @@ class ConversionSettings:
         sparse_attention: fields of `SparseAttentionConfig`, other than those that the conversion fits.
         dense_below: rows at earlier positions read everything; None takes it from `sparse_attention`, "auto" measures
             from which length on sparse attention is faster on this machine.
-        num_evaluation_documents: for the model card's figures; 0 leaves them out.
+        num_evaluation_documents: for the model card's figures, of the datasets in turns; 0 leaves them out.
         device: such as "cpu" or "cuda"; None takes the GPU if there is one.
 
     Raises:
         ArgumentError: a value is out of its range; the message names the field.
     """
 
-    calibration_dataset: str = "demo"
+    calibration_dataset: str | Sequence[str] = "demo"
     num_calibration_documents: int = 3
     context_length: int = 8192
     target_density: float | None = None
@@ -75,7 +78,7 @@ class ConversionSettings:
     key_budget: int = 1024
     sparse_attention: Mapping[str, Any] = field(default_factory=dict)
     dense_below: int | str | None = None
-    num_evaluation_documents: int = 1
+    num_evaluation_documents: int = 2
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +105,19 @@ class ConversionSettings:
         with argument("sparse_attention"):
             self.base_config()
 
+        num_datasets = len(self.datasets)
+        if not num_datasets:
+            raise ArgumentError("calibration_dataset", "names no dataset")
+        if self.num_calibration_documents < num_datasets:
+            told = f"must be at least {num_datasets}, one of each dataset, got {self.num_calibration_documents}"
+            raise ArgumentError("num_calibration_documents", told)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The calibration datasets."""
+        given = self.calibration_dataset
+        return (given,) if isinstance(given, str) else tuple(given)
+
     @property
     def density(self) -> float:
         """The share of pairs to aim at where there is no `max_loss`."""
@@ -123,6 +139,7 @@ class Conversion:
         trade: the choices at other densities.
         choice: the choice that `config` holds.
         evaluation: what `compare_perplexity` returned for documents that calibrated nothing, or None.
+        local_layers: those whose own small window is read whole.
     """
 
     output: Path
@@ -130,6 +147,13 @@ class Conversion:
     trade: list[Allocation]
     choice: Allocation
     evaluation: dict[str, Any] | None
+    local_layers: tuple[int, ...] = ()
+
+    @property
+    def loss_factor(self) -> float | None:
+        """How many times the predicted rise of the loss was measured, where both say something."""
+        measured = self.evaluation["delta_nll"]["mean"] if self.evaluation else 0.0
+        return measured / self.choice.loss if min(measured, self.choice.loss) > LEAST_LOSS else None
 
 
 def convert(
@@ -166,7 +190,7 @@ def convert(
     device = parse_device(settings.device)
     base = settings.base_config()
     with argument("calibration_dataset"):
-        texts = load_documents(settings.calibration_dataset, "train")
+        texts = [load_documents(dataset, "train") for dataset in settings.datasets]
     path, config, tokenizer, _ = read_checkpoint(model)
     _check_context_length(settings.context_length, base)
     documents = _calibration_documents(settings, texts, tokenizer)
@@ -190,20 +214,18 @@ def convert(
         keep(fitted.to_dict())
         trade = calibration.trade(settings.key_budget)
         text_config(loaded.config).sparse_attention = fitted.to_dict()
-        conversion = Conversion(output, fitted, trade, choice, _evaluate(loaded, held_out, progress))
+        evaluation = _evaluate(loaded, held_out, progress)
+        conversion = Conversion(output, fitted, trade, choice, evaluation, calibration.local_layers)
         with removed_on_failure(unfinished):
             loaded.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             visualization.plot_trade(trade, choice, unfinished / "trade.png")
+            visualization.plot_choice(*by_head(calibration.costs, choice), unfinished / "heads.png")
             model_card.write_model_card(
                 unfinished / "README.md",
                 source=model,
-                config=fitted,
-                local_layers=calibration.local_layers,
-                trade=trade,
-                choice=choice,
+                conversion=conversion,
                 calibration=[document["name"] for document in documents],
-                result=conversion.evaluation,
                 environment=describe_environment(device),
             )
     put_in_place(unfinished, output)
@@ -232,11 +254,20 @@ def _check_density(
         )
 
 
-def _calibration_documents(settings: ConversionSettings, texts: Dataset, tokenizer: Any) -> list[dict[str, Any]]:
+def _in_turns(num_documents: int, num_datasets: int) -> list[int]:
+    """How many documents each dataset gives, the first ones more."""
+    return [len(range(i, num_documents, num_datasets)) for i in range(num_datasets)]
+
+
+def _calibration_documents(settings: ConversionSettings, texts: list[Dataset], tokenizer: Any) -> list[dict[str, Any]]:
+    wanted = _in_turns(settings.num_calibration_documents, len(texts))
     with argument("calibration_dataset"):
-        return long_documents(
-            texts, tokenizer, settings.context_length, max_documents=settings.num_calibration_documents
-        )
+        found = [
+            long_documents(of_dataset, tokenizer, settings.context_length, max_documents=number)
+            for of_dataset, number in zip(texts, wanted, strict=True)
+        ]
+    # One of each dataset after the other: the last document fits no hash and should not be of a kind of its own.
+    return [document for turn in zip_longest(*found) for document in turn if document is not None]
 
 
 def _evaluation_documents(
@@ -244,15 +275,19 @@ def _evaluation_documents(
 ) -> list[dict[str, Any]]:
     """Documents of the validation split, or later ones of a dataset without splits; none that calibrated anything."""
     used = {document["name"] for document in calibration}
-    wanted = settings.num_evaluation_documents
-    if not wanted:
-        return []
-    try:
-        texts = load_documents(settings.calibration_dataset, "validation")
-        found = long_documents(texts, tokenizer, settings.context_length, max_documents=wanted + len(used))
-    except ValueError:
-        return []
-    return [document for document in found if document["name"] not in used][:wanted]
+    held_out: list[dict[str, Any]] = []
+    for dataset, number in zip(
+        settings.datasets, _in_turns(settings.num_evaluation_documents, len(settings.datasets)), strict=True
+    ):
+        if not number:
+            continue
+        try:
+            texts = load_documents(dataset, "validation")
+            found = long_documents(texts, tokenizer, settings.context_length, max_documents=number + len(used))
+        except ValueError:
+            continue
+        held_out += [document for document in found if document["name"] not in used][:number]
+    return held_out
 
 
 def _with_measured_dense_below(

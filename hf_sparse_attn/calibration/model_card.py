@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_sparse_attn.calibration.budget_allocation import Allocation
 from hf_sparse_attn.config import SparseAttentionConfig
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.calibration.convert import Conversion
 
 TEMPLATE = Path(__file__).with_name("template.md")
 _HUB_ID = r"[\w.-]+(/[\w.-]+)?"
@@ -18,24 +19,16 @@ def write_model_card(
     path: Path,
     *,
     source: str,
-    config: SparseAttentionConfig,
-    local_layers: Sequence[int],
-    trade: Sequence[Allocation],
-    choice: Allocation,
+    conversion: Conversion,
     calibration: list[str],
-    result: dict[str, Any] | None,
     environment: dict[str, Any],
 ) -> None:
     """Fill the template (Jinja, Markdown) and write it to `path`; texts, such as names of documents, stay mere text.
 
     Args:
         source: the dense checkpoint that was converted.
-        config: the fitted configuration.
-        local_layers: those whose own small window is read whole.
-        trade: choices at other densities.
-        choice: what the configuration was chosen as.
+        conversion: what it gave.
         calibration: names of the calibration documents.
-        result: what `perplexity.compare_perplexity` returns, or None if nothing was evaluated.
         environment: where it was measured.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -52,13 +45,21 @@ def write_model_card(
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        config=config,
-        budgets=describe_budgets(config),
-        local_layers=local_layers,
-        dense_layers=[layer for layer in config.dense_layers if layer not in local_layers],
-        trade=trade,
-        choice=choice,
-        **escaped({"source": name, "calibration": calibration, "result": result, "environment": environment}),
+        config=conversion.config,
+        budgets=describe_budgets(conversion.config),
+        local_layers=conversion.local_layers,
+        dense_layers=[layer for layer in conversion.config.dense_layers if layer not in conversion.local_layers],
+        trade=conversion.trade,
+        choice=conversion.choice,
+        loss_factor=conversion.loss_factor,
+        **escaped(
+            {
+                "source": name,
+                "calibration": calibration,
+                "result": conversion.evaluation,
+                "environment": environment,
+            }
+        ),
     )
     path.write_text(str(card) + "\n", encoding="utf-8", errors="backslashreplace")
 

@@ -34,9 +34,10 @@ def make_parser() -> OneLineErrors:
     )
     parser.add_argument(
         "--calibration-dataset",
-        default=defaults.calibration_dataset,
+        nargs="+",
+        default=[*defaults.datasets],
         metavar="DATASET",
-        help=f"{DATASET_HELP[:-1]} (default: %(default)s).",
+        help=f"{DATASET_HELP[:-1]}; several give documents in turns (default: demo).",
     )
     parser.add_argument(
         "--num-calibration-documents",
@@ -109,19 +110,25 @@ def main() -> None:
 
 def report(conversion: Conversion) -> None:
     choice, result = conversion.choice, conversion.evaluation
+    factor = conversion.loss_factor
+    told = "the real loss is higher" if factor is None else f"expected: times {factor:.2f}, as was measured"
     print_table(
-        "What density costs (predicted; the real loss is higher, the order is what counts)",
-        ["density", "rise of the loss, nats", "candidates per row", "dense layers"],
+        f"What density costs, in nats per token (predicted; {told})",
+        ["density", "predicted", *(["expected"] if factor else []), "candidates per row", "dense layers"],
         [
             [
                 f"{point.density:.3f}" + (" (chosen)" if point is choice else ""),
                 f"{point.loss:.5f}",
+                *([f"{point.loss * factor:.5f}"] if factor else []),
                 f"{point.mean_key_budget:.0f}",
                 ", ".join(map(str, point.dense_layers)) or "none",
             ]
             for point in sorted([*conversion.trade, choice], key=lambda point: point.density)
         ],
     )
+    if conversion.local_layers:
+        local = ", ".join(map(str, conversion.local_layers))
+        print(f"read whole because of their own small windows, and counted in no density: layers {local}")
     size = len(conversion.config.calibrated_hash or "") / 1e6
     print(f"{conversion.output}: {size:.2f} MB of calibrated hash in config.json")
     print(describe_evaluation(result))

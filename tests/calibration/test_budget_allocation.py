@@ -15,6 +15,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
     NUM_SAMPLED_ROWS,
     Costs,
     allocate,
+    by_head,
     first_row,
     least_density,
     measure_layer,
@@ -162,6 +163,26 @@ class TestMeasureLayer:
         costs = measure_layer(**drawn_layer(200, 4, 2, CONFIG))
         assert costs.loss.shape == costs.read.shape == (4, len(BUDGETS), len(MIN_WEIGHTS))
         assert costs.fixed.shape == costs.admissible.shape == ()
+
+
+def test_by_head_adds_up_to_the_choice(monkeypatch):
+    choices(monkeypatch, (0, 24), (0.0, 1e-2))
+    layers = {i: measure_layer(**drawn_layer(220, 4, 2, CONFIG)) for i in (0, 1, 3)}
+    costs = Costs.stack(layers, 4)
+    choice = replace(allocate(costs, 0.4, UNLIMITED), dense_layers=(1,))
+    density, loss = by_head(costs, choice)
+    assert density.shape == loss.shape == (4, 4)
+    assert (density[1] == 1).all()
+    assert (loss[1] == 0).all()
+    assert density[2].isnan().all()
+    assert loss[2].isnan().all()
+    for layer in (0, 3):
+        for head in range(4):
+            budget = allocation.BUDGETS.index(choice.key_budget[layer][head // 2])
+            weight = allocation.MIN_WEIGHTS.index(choice.min_weight[layer][head])
+            read = costs.fixed[layer] + costs.read[layer, head, budget, weight]
+            assert density[layer, head] == read / costs.admissible[layer]
+            assert loss[layer, head] == costs.loss[layer, head, budget, weight] / costs.tokens
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 8, 12, 64])

@@ -3,6 +3,7 @@ import yaml
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.calibration.budget_allocation import Allocation
+from hf_sparse_attn.calibration.convert import Conversion
 from hf_sparse_attn.calibration.model_card import describe_budgets, write_model_card
 
 CHOICE = Allocation(((64, 0), (512, 128)), ((0.0,) * 4,) * 2, (), 176.0, 0.1914, 0.00123)
@@ -28,17 +29,20 @@ RESULT = {
 
 def card(path, **changes):
     """Front matter and the text, its lines joined."""
+    conversion = Conversion(
+        output=path,
+        config=changes.pop("config", SparseAttentionConfig(dense_below=1000, key_budget=CHOICE.key_budget)),
+        trade=TRADE,
+        choice=CHOICE,
+        evaluation=changes.pop("result", RESULT),
+        local_layers=changes.pop("local_layers", ()),
+    )
     arguments = {
         "source": "someone/model",
-        "config": SparseAttentionConfig(dense_below=1000, key_budget=CHOICE.key_budget),
-        "local_layers": (),
-        "trade": TRADE,
-        "choice": CHOICE,
         "calibration": ["emma", "ulysses"],
-        "result": RESULT,
         "environment": {"date": "2026-01-02", "device": "a machine", "torch": "2.0", "transformers": "5.0"},
     }
-    write_model_card(path / "README.md", **arguments | changes)
+    write_model_card(path / "README.md", conversion=conversion, **arguments | changes)
     text = (path / "README.md").read_text()
     assert "{{" not in text
     assert "{%" not in text
@@ -87,17 +91,35 @@ def test_measured_figures(tmp_path):
     assert "Calibrated on 2 document(s): emma, ulysses. 2026-01-02, a machine, torch 2.0, transformers 5.0." in words
 
 
-@pytest.mark.parametrize("result", [RESULT, None], ids=["measured", "not measured"])
+@pytest.mark.parametrize(
+    "result",
+    [None, RESULT | {"delta_nll": RESULT["delta_nll"] | {"mean": -0.01}}],
+    ids=["not measured", "no rise was measured"],
+)
 def test_trade_table(tmp_path, result):
     lines = card(tmp_path, result=result)[1].splitlines()
-    first = lines.index("| density | predicted rise of the loss, nats per token | keys found per row |")
-    assert lines[first + 1 : first + 5] == [
+    first = lines.index("| density | predicted rise of the loss, nats per token | candidates per row |")
+    assert lines[first + 1 : first + 6] == [
         "|---|---|---|",
         "| 0.074 | 0.25000 | 0 |",
         "| 0.500 | 0.00000 | 4 |",
         "| 0.191 (chosen) | 0.00123 | 176 |",
+        "",
     ]
-    assert any("`trade.png`" in line for line in lines)
+    assert [line.partition("](")[2] for line in lines if line.startswith("![")] == ["trade.png)", "heads.png)"]
+
+
+def test_trade_table_with_the_factor_that_was_measured(tmp_path):
+    lines = card(tmp_path)[1].splitlines()
+    first = lines.index("| density | predicted rise of the loss, nats per token | expected | candidates per row |")
+    factor = 0.0247 / 0.00123
+    assert f"measured {factor:.2f} times the predicted rise" in " ".join(lines)
+    assert lines[first + 1 : first + 5] == [
+        "|---|---|---|---|",
+        f"| 0.074 | 0.25000 | {0.25 * factor:.5f} | 0 |",
+        "| 0.500 | 0.00000 | 0.00000 | 4 |",
+        "| 0.191 (chosen) | 0.00123 | 0.02470 | 176 |",
+    ]
 
 
 def test_nothing_measured(tmp_path):

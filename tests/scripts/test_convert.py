@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 import hf_sparse_attn
 from hf_sparse_attn.calibration import budget_allocation as allocation
@@ -71,7 +71,8 @@ def density(path):
 
 def trade_table(card):
     """Rows (density, rise of the loss, keys found) of the card's table, and the chosen one."""
-    rows = re.findall(r"^\| (0\.\d{3}|1\.000)( \(chosen\))? \| (\d\.\d{5}) \| (\d+) \|$", card, re.MULTILINE)
+    row = r"^\| (0\.\d{3}|1\.000)( \(chosen\))? \| (\d\.\d{5}) \|(?: [\d.]+ \|)? (\d+) \|$"
+    rows = re.findall(row, card, re.MULTILINE)
     points = [(float(row[0]), float(row[2]), int(row[3])) for row in rows]
     (chosen,) = [point for point, row in zip(points, rows, strict=True) if row[1]]
     return points, chosen
@@ -88,7 +89,8 @@ def test_writes_a_checkpoint_that_stock_code_carries_on(convert, arguments, tmp_
     assert [len(layer) for layer in sparse["key_budget"]] == [2, 2]
     assert [len(layer) for layer in sparse["min_weight"]] == [4, 4]
     AutoTokenizer.from_pretrained(output)
-    assert (output / "trade.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("trade.png", "heads.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "documents"]
     assert "perplexity" in printed
     assert "(chosen)" in printed
@@ -113,7 +115,7 @@ def test_card_tells_what_was_measured(convert):
 
 def test_card_tells_what_other_densities_would_cost(convert):
     _, card, printed = convert()
-    assert "`trade.png`" in card
+    assert "](trade.png)" in card
     points, chosen = trade_table(card)
     assert len(points) == 11
     assert chosen[0] <= 0.3
@@ -123,6 +125,70 @@ def test_card_tells_what_other_densities_would_cost(convert):
     for share, loss, _ in points:
         assert f"{share:.3f}" in printed
         assert f"{loss:.5f}" in printed
+
+
+def test_several_datasets_give_documents_in_turns(run_script, arguments, text_directory, tmp_path):
+    others = tmp_path / "others"
+    others.mkdir()
+    for index in range(4):
+        (others / f"other {index}.txt").write_text(" ".join(f"and {number}" for number in range(60)))
+    changes = {"--num-calibration-documents": 3, "--num-evaluation-documents": 2, "--calibration-dataset": None}
+    finished = run_script(SCRIPT, *flat(arguments | changes), "--calibration-dataset", text_directory, others)
+    assert finished.status == 0, finished.stderr
+    measured, made = (arguments["--output"] / "README.md").read_text().split("How it was made")
+    assert "3 document(s): 0.txt, other 0.txt, 1.txt." in " ".join(made.split())
+    assert "(2.txt, other 1.txt)" in " ".join(measured.split())
+
+
+def test_fewer_documents_than_datasets_are_refused(run_script, assert_refused, arguments, text_directory, tmp_path):
+    changes = {"--num-calibration-documents": 1, "--calibration-dataset": None}
+    finished = run_script(SCRIPT, *flat(arguments | changes), "--calibration-dataset", text_directory, tmp_path)
+    assert_refused(finished, "--num-calibration-documents", "at least 2, one of each dataset, got 1")
+
+
+@pytest.fixture
+def hybrid_path(tmp_path, tiny_tokenizer):
+    """A tiny Gemma 3 with a local layer and a global one."""
+    config = Gemma3TextConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=20,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "hybrid")
+    tiny_tokenizer.save_pretrained(tmp_path / "hybrid")
+    return tmp_path / "hybrid"
+
+
+def test_density_of_a_hybrid_model_is_that_of_its_global_layers(convert, hybrid_path):
+    sparse, card, printed = convert(model=hybrid_path, num_evaluation_documents=1)
+    assert sparse["dense_layers"] == [0]
+    assert "sliding window of the layers 0 is small and is read whole" in " ".join(card.split())
+    assert "counted in no density: layers 0\n" in printed
+    measured = float(re.search(r"density \(attended / admissible pairs\) \| 1 \| ([0-9.]+)", card)[1])
+    assert 0.2 < trade_table(card)[1][0] <= 0.3
+    assert 0.2 < measured < 0.5  # flat weights of a random model grow where few keys share them
+
+
+def test_a_hybrid_whose_windows_are_larger_than_dense_below_is_sparse_in_all_layers(convert, hybrid_path):
+    fields = json.dumps({"window_size": 8, "num_global_tokens": 2, "dense_below": 12})
+    _, card, printed = convert(model=hybrid_path, sparse_attention=fields, target_density=0.4)
+    assert "read whole" not in card
+    assert "read whole" not in printed
+
+
+def test_a_model_of_local_layers_alone_is_refused(run_script, assert_refused, arguments, hybrid_path, monkeypatch):
+    monkeypatch.setattr("hf_sparse_attn.calibration.convert.load_model", None)  # before it is loaded
+    config = json.loads((hybrid_path / "config.json").read_text())
+    (hybrid_path / "config.json").write_text(json.dumps(config | {"layer_types": ["sliding_attention"] * 2}))
+    finished = run_script(SCRIPT, *flat(arguments | {"--model": hybrid_path}))
+    assert_refused(finished, "--model", "sliding window of at most dense_below=32 keys", "nothing to make sparse")
 
 
 def test_card_names_dense_layers(convert):
