@@ -26,6 +26,7 @@ from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
 from hf_sparse_attn.integration import configured, observe_dense
+from hf_sparse_attn.logits import Head, hidden_states_and_head
 from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.tracing import input_device
 
@@ -174,19 +175,29 @@ def _gradient_moments(model: PreTrainedModel, document: Tensor, seed: int) -> di
         outputs[pattern.layer_idx] = output
 
     with torch.enable_grad(), _frozen(model), observe_dense(model, observer):
-        logits = model(input_ids=document[None].to(input_device(model)), use_cache=False).logits[0].float()
+        hidden, head = hidden_states_and_head(model, input_ids=document[None].to(input_device(model)), use_cache=False)
         if not outputs:
             raise ValueError("model: its attention never goes through Transformers' attention registry")
+        rows = hidden[0]  # [N, D]
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(len(logits), 1, generator=generator, dtype=torch.float32).to(logits.device)
-        labels = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), drawn).clamp_(max=logits.shape[-1] - 1)
-        loss = F.cross_entropy(logits, labels[:, 0], reduction="sum")
-        gradients = torch.autograd.grad(loss, list(outputs.values()))  # [1, N, num_heads, D] each
+        drawn = torch.rand(len(rows), 1, generator=generator, dtype=torch.float32).to(rows.device)
+        chunks = zip(rows.split(head.chunk_size), drawn.split(head.chunk_size), strict=True)
+        of_rows = torch.cat([_loss_gradient(head, *chunk) for chunk in chunks])
+        gradients = torch.autograd.grad(rows, list(outputs.values()), of_rows)  # [1, N, num_heads, D] each
     moments = {}
     for layer, gradient in zip(outputs, gradients, strict=True):
         by_head = gradient[0].float().transpose(0, 1)  # [num_heads, N, D]
         moments[layer] = (by_head.transpose(1, 2) @ by_head / by_head.shape[1]).cpu()
     return moments
+
+
+def _loss_gradient(head: Head, hidden: Tensor, drawn: Tensor) -> Tensor:
+    """Gradient [R, D] of the summed loss in hidden states [R, D], with labels that uniform numbers [R, 1] choose."""
+    hidden = hidden.detach().requires_grad_()
+    logits = head(hidden).float()
+    labels = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), drawn).clamp_(max=logits.shape[-1] - 1)
+    loss = F.cross_entropy(logits, labels[:, 0], reduction="sum")
+    return torch.autograd.grad(loss, hidden)[0]
 
 
 @contextmanager
