@@ -1,8 +1,8 @@
 """Logits of many tokens, a few rows at a time: all of them at once often take more memory than the model.
 
 The base model runs once. A chunk's logits then come from the model's own forward, whose base model is replaced for the
-moment by the finished hidden states: whatever a family does to its logits after the head (scaling, soft-capping) is done
-here too. Models that go around their base model, such as OPT, compute all logits at once.
+moment by the finished hidden states: whatever a family does to its logits after the head (scaling, soft-capping) is
+done here too. Models that go around their base model, such as OPT, compute all logits at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
-CHUNK_BYTES = 2**27  # of a chunk's logits in float32
+CHUNK_BYTES = 2**26  # of the logits of a chunk in float32; computing with them takes some three times as much
 LEAST_ROWS = 4
 
 

@@ -130,11 +130,22 @@ def test_token_losses(name, small_chunks):
     torch.testing.assert_close(token_nll(model, ids), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 2**27], ids=["a few rows", "all rows"])
+@pytest.mark.parametrize("chunk_bytes", [1, 2**26], ids=["a few rows", "all rows"])
 def test_chunks_take_so_many_bytes(chunk_bytes, monkeypatch):
     monkeypatch.setattr(logits, "CHUNK_BYTES", chunk_bytes)
     head = hidden_states_and_head(tiny_model(), input_ids=tokens(8), use_cache=False)[1]
     assert head.chunk_size == max(logits.LEAST_ROWS, chunk_bytes // (4 * 64))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "device_map"])
+def test_gradients_of_calibration_do_not_depend_on_the_chunks(name, monkeypatch):
+    found = []
+    for chunk_bytes in (ROWS * 4 * SMALL["vocab_size"], 2**26):
+        monkeypatch.setattr(logits, "CHUNK_BYTES", chunk_bytes)
+        model = on_devices() if name == "device_map" else tiny_model(name)
+        found.append(_gradient_moments(model, tokens(40)[0], seed=3))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    assert all(moment.any() for moment in found[0].values())
 
 
 def labels_of(ids):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_sparse_attn.calibration.budget_allocation import (
     NUM_SAMPLED_ROWS,
@@ -172,9 +175,9 @@ def _gradient_moments(model: PreTrainedModel, document: Tensor, seed: int) -> di
     def observer(
         pattern: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float, output: Tensor
     ) -> None:
-        outputs[pattern.layer_idx] = output
+        outputs.setdefault(pattern.layer_idx, output)  # the backward runs the layers again
 
-    with torch.enable_grad(), _frozen(model), observe_dense(model, observer):
+    with torch.enable_grad(), _frozen(model), _checkpointed(model), observe_dense(model, observer):
         hidden, head = hidden_states_and_head(model, input_ids=document[None].to(input_device(model)), use_cache=False)
         if not outputs:
             raise ValueError("model: its attention never goes through Transformers' attention registry")
@@ -194,10 +197,12 @@ def _gradient_moments(model: PreTrainedModel, document: Tensor, seed: int) -> di
 def _loss_gradient(head: Head, hidden: Tensor, drawn: Tensor) -> Tensor:
     """Gradient [R, D] of the summed loss in hidden states [R, D], with labels that uniform numbers [R, 1] choose."""
     hidden = hidden.detach().requires_grad_()
-    logits = head(hidden).float()
-    labels = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), drawn).clamp_(max=logits.shape[-1] - 1)
-    loss = F.cross_entropy(logits, labels[:, 0], reduction="sum")
-    return torch.autograd.grad(loss, hidden)[0]
+    logits = head(hidden)
+    # The loss's gradient in the logits: the probabilities, less one at the label.
+    gradient = logits.detach().float().softmax(-1)
+    labels = torch.searchsorted(gradient.cumsum(-1), drawn).clamp_(max=logits.shape[-1] - 1)
+    gradient.scatter_add_(1, labels, gradient.new_tensor([[-1.0]]).expand_as(labels))
+    return torch.autograd.grad(logits, hidden, gradient.to(logits.dtype))[0]
 
 
 @contextmanager
@@ -213,6 +218,20 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
         hook.remove()
         for parameter in trainable:
             parameter.requires_grad_()
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """The backward computes the activations inside the layers again: they take several times the memory of the weights.
+
+    Transformers' own switch has no effect outside of training.
+    """
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                recomputed = partial(checkpoint, layer.forward, use_reentrant=False)
+                stack.enter_context(mock.patch.object(layer, "forward", recomputed))
+        yield
 
 
 @torch.no_grad()
