@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from hf_sparse_attn.config import text_config
 from hf_sparse_attn.errors import RunError, add_note, one_line
 from hf_sparse_attn.loading import read_config
+from hf_sparse_attn.logits import loss_in_chunks
 from hf_sparse_attn.output_files import finite, write_json
 
 if TYPE_CHECKING:
@@ -241,6 +242,30 @@ class FinetuneTrainer(Trainer):
     def restore_use_cache(self) -> None:
         """Undo that Trainer switches the cache off for training; the model is for generation as well."""
         self._config.use_cache = self._use_cache
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        all_logits = "labels" not in inputs or self._needs_all_logits(return_outputs)
+        with nullcontext() if all_logits else loss_in_chunks(model):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _needs_all_logits(self, return_outputs: bool) -> bool:
+        """Whether logits are asked for, or something else than this very model's forward computes the loss."""
+        args = self.args
+        return (
+            self.label_smoother is not None
+            or self.compute_loss_func is not None
+            or (return_outputs and not args.prediction_loss_only)
+            or args.n_gpu > 1  # torch.nn.DataParallel
+            or args.torch_compile
+            or args.use_liger_kernel
+            or args.parallelism_config is not None
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -101,7 +101,7 @@ def test_dense_for_a_while(path):
 def test_perplexity_and_calibration(path):
     model = load_sparse_model(path, FIELDS).eval()
     ids = tokens(200)
-    nll = token_nll(model, ids, chunk_size=64)
+    nll = token_nll(model, ids)
     logits = model(input_ids=ids).logits[0, :-1].detach()
     torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
     config = SparseAttentionConfig(**FIELDS)

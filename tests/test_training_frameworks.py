@@ -218,6 +218,11 @@ class TestDataParallel:
         two_processes.run(distributed_worker.check_fsdp, fields)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_loss_in_chunks(sharded, two_processes):
+    two_processes.run(distributed_worker.check_loss_in_chunks, sharded)
+
+
 GATHERED = {"o_proj": "rowwise_split_input", **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")}
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
+from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_sparse_attn.calibration.budget_allocation import (
     NUM_SAMPLED_ROWS,
@@ -26,6 +29,7 @@ from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
 from hf_sparse_attn.integration import configured, observe_dense
+from hf_sparse_attn.logits import Head, hidden_states_and_head
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.patterns import LayerPattern, is_local
 from hf_sparse_attn.tracing import input_device
@@ -198,22 +202,34 @@ def _gradient_moments(model: PreTrainedModel, document: Tensor, seed: int) -> di
     def observer(
         pattern: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float, output: Tensor
     ) -> None:
-        outputs[pattern.layer_idx] = output
+        outputs.setdefault(pattern.layer_idx, output)  # the backward runs the layers again
 
-    with torch.enable_grad(), _frozen(model), observe_dense(model, observer):
-        logits = model(input_ids=document[None].to(input_device(model)), use_cache=False).logits[0].float()
+    with torch.enable_grad(), _frozen(model), _checkpointed(model), observe_dense(model, observer):
+        hidden, head = hidden_states_and_head(model, input_ids=document[None].to(input_device(model)), use_cache=False)
         if not outputs:
             raise ValueError("model: its attention never goes through Transformers' attention registry")
+        rows = hidden[0]  # [N, D]
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(len(logits), 1, generator=generator, dtype=torch.float32).to(logits.device)
-        labels = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), drawn).clamp_(max=logits.shape[-1] - 1)
-        loss = F.cross_entropy(logits, labels[:, 0], reduction="sum")
-        gradients = torch.autograd.grad(loss, list(outputs.values()))  # [1, N, num_heads, D] each
+        drawn = torch.rand(len(rows), 1, generator=generator, dtype=torch.float32).to(rows.device)
+        chunks = zip(rows.split(head.chunk_size), drawn.split(head.chunk_size), strict=True)
+        of_rows = torch.cat([_loss_gradient(head, *chunk) for chunk in chunks])
+        gradients = torch.autograd.grad(rows, list(outputs.values()), of_rows)  # [1, N, num_heads, D] each
     moments = {}
     for layer, gradient in zip(outputs, gradients, strict=True):
         by_head = gradient[0].float().transpose(0, 1)  # [num_heads, N, D]
         moments[layer] = (by_head.transpose(1, 2) @ by_head / by_head.shape[1]).cpu()
     return moments
+
+
+def _loss_gradient(head: Head, hidden: Tensor, drawn: Tensor) -> Tensor:
+    """Gradient [R, D] of the summed loss in hidden states [R, D], with labels that uniform numbers [R, 1] choose."""
+    hidden = hidden.detach().requires_grad_()
+    logits = head(hidden)
+    # The loss's gradient in the logits: the probabilities, less one at the label.
+    gradient = logits.detach().float().softmax(-1)
+    labels = torch.searchsorted(gradient.cumsum(-1), drawn).clamp_(max=logits.shape[-1] - 1)
+    gradient.scatter_add_(1, labels, gradient.new_tensor([[-1.0]]).expand_as(labels))
+    return torch.autograd.grad(logits, hidden, gradient.to(logits.dtype))[0]
 
 
 @contextmanager
@@ -229,6 +245,20 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
         hook.remove()
         for parameter in trainable:
             parameter.requires_grad_()
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """The backward computes the activations inside the layers again: they take several times the memory of the weights.
+
+    Transformers' own switch has no effect outside of training.
+    """
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                recomputed = partial(checkpoint, layer.forward, use_reentrant=False)
+                stack.enter_context(mock.patch.object(layer, "forward", recomputed))
+        yield
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -28,6 +27,7 @@ from hf_sparse_attn.config import layer_shape, text_config
 from hf_sparse_attn.evaluation.haystack import Context
 from hf_sparse_attn.evaluation.needle import mean_answers, retrieve
 from hf_sparse_attn.evaluation.perplexity import paired_difference
+from hf_sparse_attn.logits import token_losses
 from hf_sparse_attn.tracing import input_device
 
 DENSE, SPARSE = "dense", "sparse"
@@ -134,9 +134,8 @@ def cached_nll(model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, c
     losses = []
     for start in range(0, input_ids.shape[1], chunk_size):
         chunk, targets = input_ids[:, start : start + chunk_size], input_ids[0, start + 1 : start + chunk_size + 1]
-        logits = model(input_ids=chunk, past_key_values=cache, use_cache=True).logits[0, : len(targets)]
-        losses.append(F.cross_entropy(logits.float(), targets, reduction="none").cpu().double())
-    return torch.cat(losses)
+        losses.append(token_losses(model, chunk, targets, past_key_values=cache, use_cache=True))
+    return torch.cat(losses).double()
 
 
 def compare_policies(

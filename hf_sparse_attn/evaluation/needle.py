@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_sparse_attn.evaluation.haystack import SEVERAL, SINGLE, Context, Needle
 from hf_sparse_attn.integration import record
+from hf_sparse_attn.logits import hidden_states_and_head
 from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.tracing import input_device
 
@@ -110,7 +111,7 @@ def retrieve(
     cache = DynamicCache(config=model.config) if cache is None else cache
     input_ids = torch.tensor([context.input_ids], device=input_device(model))
     for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
-        model.base_model(input_ids=chunk, past_key_values=cache, use_cache=True)  # without the head: no logits needed
+        hidden_states_and_head(model, input_ids=chunk, past_key_values=cache, use_cache=True)
     found = []
     for needle in context.needles:
         likelihoods, generated = _answer_likelihoods(model, cache, needle)
@@ -128,7 +129,7 @@ def _answer_likelihoods(model: PreTrainedModel, cache: DynamicCache, needle: Nee
     """Log-likelihood of each alternative [A], and whether greedy decoding gives the first of them."""
     cache = copy.deepcopy(cache)  # the next question needs it unchanged, and sliding layers cannot be cropped
     alternatives = torch.tensor(needle.alternatives)  # [A, T]
-    first = _log_probabilities(model, needle.question, cache)[-1]  # [V]
+    (first,) = _log_probabilities(model, needle.question, cache, rows=1)  # [V]
     likelihoods = first[alternatives[:, 0]]
     # Greedy decoding gives these tokens exactly if each is the likeliest after the ones before it.
     generated = first.argmax() == alternatives[0, 0]
@@ -141,11 +142,11 @@ def _answer_likelihoods(model: PreTrainedModel, cache: DynamicCache, needle: Nee
     return likelihoods, bool(generated)
 
 
-def _log_probabilities(model: PreTrainedModel, tokens: list[int], cache: DynamicCache) -> Tensor:
-    """Of the token after each of `tokens`, which follow the cached ones: [T, V] float64 on the CPU."""
+def _log_probabilities(model: PreTrainedModel, tokens: list[int], cache: DynamicCache, rows: int = 0) -> Tensor:
+    """Of the token after each of the last `rows` of `tokens` (0: all, [R, V] float64), which follow the cached ones."""
     input_ids = torch.tensor([tokens], device=input_device(model))
-    logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits[0]
-    return logits.cpu().double().log_softmax(-1)
+    hidden, head = hidden_states_and_head(model, input_ids=input_ids, past_key_values=cache, use_cache=True)
+    return head(hidden[0, -rows:]).cpu().double().log_softmax(-1)
 
 
 def paired_difference(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:

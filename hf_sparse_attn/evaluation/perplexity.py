@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.integration import record
+from hf_sparse_attn.logits import token_losses
 from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.tracing import input_device
 
@@ -26,10 +25,8 @@ NUM_RESAMPLES = 10_000
 
 
 @torch.no_grad()
-def token_nll(model: PreTrainedModel, input_ids: torch.Tensor, chunk_size: int = 1024) -> torch.Tensor:
+def token_nll(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of every token after the first, in nats, computed from float32 logits.
-
-    The logits exist for `chunk_size` tokens at a time: all of them for 8192 tokens and 49152 words would take 1.6 GB.
 
     Args:
         input_ids: [1, N] int64.
@@ -37,28 +34,13 @@ def token_nll(model: PreTrainedModel, input_ids: torch.Tensor, chunk_size: int =
     Returns:
         [N - 1] float32 on the CPU; entry i is that of token i + 1.
     """
-    base = model.base_model
-    output = base(input_ids=input_ids, use_cache=False)
-    hidden = output.last_hidden_state  # [1, N, D]
-    targets = input_ids[0, 1:]
-    pieces = []
-    for start in range(0, len(targets), chunk_size):
-        # Of the family's own class, whose forward may read more of it.
-        piece = type(output)(**dict(output) | {"last_hidden_state": hidden[:, start : start + chunk_size]})
-        # The model's own forward with its base replaced by the finished hidden states: whatever a family does to
-        # its logits after the head (scaling, soft-capping) is then done here too.
-        with mock.patch.object(base, "forward", lambda *args, piece=piece, **kwargs: piece):
-            logits = model(input_ids=input_ids[:, start : start + chunk_size], use_cache=False).logits[0]
-        target = targets[start : start + chunk_size]
-        pieces.append(F.cross_entropy(logits[: len(target)].float(), target, reduction="none").cpu())
-    return torch.cat(pieces)
+    return token_losses(model, input_ids, input_ids[0, 1:], use_cache=False)
 
 
 def compare_perplexity(
     model: PreTrainedModel,
     documents: Sequence[dict[str, Any]],
     *,
-    chunk_size: int = 1024,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Any]:
     """Evaluate the same weights with dense (SDPA) and sparse attention over the same documents.
@@ -89,7 +71,7 @@ def compare_perplexity(
         model.set_attn_implementation(implementation)
         with record(model, density) if implementation == SPARSE else nullcontext():
             started = time.perf_counter()
-            losses = token_nll(model, rows[index], chunk_size)  # ends on the CPU, so the time is all of it
+            losses = token_nll(model, rows[index])  # ends on the CPU, so the time is all of it
             seconds[implementation] += time.perf_counter() - started
         if not losses.isfinite().all():
             name = documents[index]["name"]

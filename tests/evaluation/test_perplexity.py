@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
 
+from hf_sparse_attn import logits
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity, paired_difference, token_nll
 from hf_sparse_attn.loading import load_sparse_model
 
@@ -37,14 +38,15 @@ def random_documents(count, length):
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 39, 40, 1000])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_token_nll_is_the_models_own_loss(tiny_llama_config, family, chunk_size):
+def test_token_nll_is_the_models_own_loss(tiny_llama_config, family, chunk_size, monkeypatch):
+    monkeypatch.setattr(logits, "LEAST_ROWS", 1)
+    monkeypatch.setattr(logits, "CHUNK_BYTES", chunk_size * 4 * 256)
     torch.manual_seed(0)
     model = FAMILIES[family](tiny_llama_config).eval()
     input_ids = torch.randint(256, (1, 40))
     with torch.no_grad():
-        logits = model(input_ids).logits[0, :-1].float()
-    expected = F.cross_entropy(logits, input_ids[0, 1:], reduction="none")
-    torch.testing.assert_close(token_nll(model, input_ids, chunk_size), expected, rtol=1e-5, atol=1e-5)
+        expected = F.cross_entropy(model(input_ids).logits[0, :-1], input_ids[0, 1:], reduction="none")
+    torch.testing.assert_close(token_nll(model, input_ids), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sparse_attention_that_covers_everything_costs_nothing(tiny_model_path):

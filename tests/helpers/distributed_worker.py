@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -20,6 +21,7 @@ from transformers.distributed import DistributedConfig
 from helpers.batches import padded_batch, tokens
 from helpers.families import tiny_model
 from helpers.specification import TOLERANCE, logits
+from hf_sparse_attn.logits import loss_in_chunks
 
 WORLD_SIZE = 2
 TIMEOUT = timedelta(seconds=60)
@@ -87,6 +89,29 @@ def check_fsdp(rank, fields):
         torch.testing.assert_close(output.logits, expected.chunk(WORLD_SIZE)[rank], **TOLERANCE)
         loss(output, ids.chunk(WORLD_SIZE)[rank]).backward()
         torch.testing.assert_close(gradients(model), expected_gradients, **TOLERANCE)
+
+
+def check_loss_in_chunks(rank, sharded):
+    """The model's own loss and gradients, its logits in chunks, under DDP or with sharded parameters.
+
+    Both compute the loss in float32.
+    """
+    ids, found = tokens(40, 4).chunk(WORLD_SIZE)[rank], []
+    for in_chunks in (False, True):
+        model = tiny_model().train()
+        if sharded:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            wrapped = fully_shard(model, reshard_after_forward=True)
+        else:
+            wrapped = DistributedDataParallel(model)
+        with pytest.MonkeyPatch.context() as patch, loss_in_chunks(wrapped) if in_chunks else nullcontext():
+            patch.setattr("hf_sparse_attn.logits.CHUNK_BYTES", 7 * 4 * 64)
+            output = wrapped(input_ids=ids, labels=ids, use_cache=False)
+        assert output.logits.shape[1] == (1 if in_chunks else 40)
+        output.loss.backward()  # outside of the block, as Trainer does it
+        found.append((output.loss.detach(), gradients(model)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
 def check_transformers_tensor_parallel(rank, paths, plan=None):
