@@ -24,6 +24,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
     measure_layer,
     sampled_blocks,
 )
+from hf_sparse_attn.calibration.kept_results import KeptResults
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
@@ -38,6 +39,7 @@ Result = TypeVar("Result")
 
 _MAX_MEASUREMENTS = 5
 _TRADE_POINTS = 10
+VERSION = 1  # of what is kept of a calibration: higher when something else is measured, or in another way
 GRADIENT_TOKENS = 2048  # of each document, whose loss says how much every head's errors matter
 
 
@@ -88,6 +90,7 @@ def calibrate(
     documents: Sequence[Tensor],
     config: SparseAttentionConfig,
     progress: Callable[[str], None] = lambda step: None,
+    kept: KeptResults | None = None,
 ) -> Calibration:
     """Fit the hash, and measure what every choice of budgets and smallest weights costs.
 
@@ -99,10 +102,13 @@ def calibrate(
         documents: [N] int64 token ids each.
         config: everything that is not fitted here: window, static keys, dense rows and layers, seed.
         progress: called with a line of text before each step (`num_steps` in all).
+        kept: of an interrupted calibration of the same model, documents and configuration, with the classes KEPT; None
+            keeps nothing.
 
     Raises:
         ValueError: if the documents are too short to have routed keys.
     """
+    kept = kept or KeptResults()
     shortest = min(len(document) for document in documents)
     if shortest < minimum_tokens(config):
         raise ValueError(
@@ -112,23 +118,27 @@ def calibrate(
     sensitivity: dict[int, Tensor] = {}
     for i, document in enumerate(documents):
         progress(f"gradients, document {i + 1} of {len(documents)}")
-        for layer, moment in _gradient_moments(model, document[:GRADIENT_TOKENS], config.seed + i).items():
+        part, seed = document[:GRADIENT_TOKENS], config.seed + i
+        for layer, moment in kept(f"gradients-{i}", partial(_gradient_moments, model, part, seed)).items():
             sensitivity[layer] = sensitivity.get(layer, 0) + moment / len(documents)
     samples: list[dict[int, _LayerSample]] = []
-    local: set[int] = set()
+    local: list[int] = []
     for i, document in enumerate(documents):
         progress(f"queries and keys, document {i + 1} of {len(documents)}")
-        samples.append(_read(model, document, config, local))
+        sample, local = kept(f"queries-and-keys-{i}", partial(_read, model, document, config))
+        samples.append(sample)
     if not samples[0]:
         raise ValueError("model: all of its layers have sliding windows of their own so small that they are read whole")
     progress("fitting the hash")
     fitting = samples[:-1] or samples
-    hashes = _by_layer(lambda layer: _fitted([sample[layer] for sample in fitting], config.seed), sorted(samples[0]))
+    fit = partial(_by_layer, lambda layer: _fitted([sample[layer] for sample in fitting], config.seed))
+    hashes = kept("hashes", partial(fit, sorted(samples[0])))
     num_layers = text_config(model.config).num_hidden_layers
     costs = None
     for i, sample in enumerate(samples):
         progress(f"costs of every choice, document {i + 1} of {len(documents)}")
-        of_document = _document_costs(sample, sensitivity, hashes, config, num_layers)
+        measure = partial(_document_costs, sample, sensitivity, hashes, config, num_layers)
+        of_document = kept(f"costs-{i}", measure)
         costs = of_document if costs is None else costs + of_document
     assert costs is not None
     fitted = config.replace(
@@ -136,7 +146,7 @@ def calibrate(
         calibrated_hash=_encode(hashes, num_layers),
         dense_layers=tuple(sorted({*config.dense_layers, *local})),
     )
-    return Calibration(fitted, costs, tuple(sorted(local)))
+    return Calibration(fitted, costs, tuple(local))
 
 
 def _by_layer(work: Callable[[int], Result], layers: Iterable[int]) -> dict[int, Result]:
@@ -157,6 +167,9 @@ class _LayerSample:
     sliding_window: int | None
 
 
+KEPT = (_LayerSample, BucketHash, Costs)  # classes of what `calibrate` keeps
+
+
 def _fitted(samples: Sequence[_LayerSample], seed: int) -> BucketHash:
     """The hash of one layer, fitted to several documents."""
     keys = torch.cat([sample.key.float() for sample in samples], 1)
@@ -165,11 +178,12 @@ def _fitted(samples: Sequence[_LayerSample], seed: int) -> BucketHash:
 
 @torch.no_grad()
 def _read(
-    model: PreTrainedModel, document: Tensor, config: SparseAttentionConfig, local: set[int]
-) -> dict[int, _LayerSample]:
-    """The dense model's own queries and keys, but for local layers, which are added to `local`."""
+    model: PreTrainedModel, document: Tensor, config: SparseAttentionConfig
+) -> tuple[dict[int, _LayerSample], list[int]]:
+    """The dense model's own queries and keys, but for local layers; and which layers these are."""
     sampled = torch.cat([torch.arange(*block) for block in sampled_blocks(config, len(document))])
     layers: dict[int, _LayerSample] = {}
+    local: set[int] = set()
 
     def observer(
         pattern: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float, _output: Tensor
@@ -189,7 +203,7 @@ def _read(
 
     with observe_dense(model, observer):
         model.base_model(input_ids=document[None].to(input_device(model)), use_cache=False)
-    return layers
+    return layers, sorted(local)
 
 
 def _gradient_moments(model: PreTrainedModel, document: Tensor, seed: int) -> dict[int, Tensor]:

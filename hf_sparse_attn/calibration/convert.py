@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +16,10 @@ import torch
 
 from hf_sparse_attn import visualization
 from hf_sparse_attn.benchmarking.speed import layer_inputs, measure_dense_below
-from hf_sparse_attn.calibration import calibrate, model_card
+from hf_sparse_attn.calibration import budget_allocation, calibrate, model_card
 from hf_sparse_attn.calibration.budget_allocation import FIXED, Allocation, by_head, least_density
 from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss, minimum_tokens
+from hf_sparse_attn.calibration.kept_results import KeptResults, kept_results
 from hf_sparse_attn.config import SparseAttentionConfig, sliding_windows, text_config
 from hf_sparse_attn.data import load_documents, long_documents
 from hf_sparse_attn.environment import describe_environment
@@ -167,8 +170,8 @@ def convert(
 ) -> Conversion:
     """Convert a checkpoint; the weights stay as they are.
 
-    The directory appears whole or not at all. If it cannot be finished, what was fitted stays in a file beside it,
-    which a note of the error names.
+    The directory appears whole or not at all. If it cannot be finished, what was measured and fitted stays beside it,
+    where notes of the error tell; the same conversion goes on from there, also with another aim.
 
     Args:
         model: a Hub id, a directory, or "demo".
@@ -204,10 +207,11 @@ def convert(
     if settings.dense_below == AUTO:
         base = _with_measured_dense_below(loaded, documents[0]["input_ids"], base, settings, tell)
     rows = [torch.tensor(document["input_ids"]) for document in documents]
-    calibration = _calibrate(loaded, rows, base, progress)
-    kept = output.with_name(f"{output.name}-{os.getpid()}.sparse_attention.json")
+    measured = output.with_name(f".{output.name}.calibration-{_fingerprint(path, config, base, rows)}")
+    fitted_file = output.with_name(f"{output.name}-{os.getpid()}.sparse_attention.json")
     unfinished = unfinished_directory(output)
-    with kept_on_failure(kept, kept_as) as keep:
+    with kept_results(measured, calibrate.KEPT) as kept, kept_on_failure(fitted_file, kept_as) as keep:
+        calibration = _calibrate(loaded, rows, base, progress, kept)
         reachable = max(settings.density, calibration.costs.least_density)
         keep(calibration.choose(reachable, settings.key_budget)[0].to_dict())
         fitted, choice = _choose(loaded, calibration, rows[-1], settings, tell)
@@ -308,7 +312,23 @@ def _with_measured_dense_below(
     return config
 
 
-def _calibrate(model: Any, rows: list[torch.Tensor], base: SparseAttentionConfig, progress: Progress) -> Calibration:
+def _fingerprint(path: str, config: Any, base: SparseAttentionConfig, rows: list[torch.Tensor]) -> str:
+    """Of all that a calibration depends on: the checkpoint, the documents, what is not fitted, how it is measured."""
+    files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
+    parts = (
+        [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        config.to_json_string(use_diff=False),
+        getattr(config, "_commit_hash", None),
+        base.to_dict(),
+        [row.tolist() for row in rows],
+        (calibrate.VERSION, calibrate.GRADIENT_TOKENS, budget_allocation.BUDGETS, budget_allocation.MIN_WEIGHTS),
+    )
+    return hashlib.sha256(json.dumps([path, *parts]).encode()).hexdigest()[:16]
+
+
+def _calibrate(
+    model: Any, rows: list[torch.Tensor], base: SparseAttentionConfig, progress: Progress, kept: KeptResults
+) -> Calibration:
     total = calibrate.num_steps(len(rows))
     begun = 0
 
@@ -319,7 +339,7 @@ def _calibrate(model: Any, rows: list[torch.Tensor], base: SparseAttentionConfig
 
     with argument("calibration_dataset"):
         try:
-            calibration = calibrate.calibrate(model, rows, base, begin)
+            calibration = calibrate.calibrate(model, rows, base, begin, kept)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise RunError(f"what the model computes on these documents cannot be calibrated on: {error}") from error
     progress("calibrating", total, total, "")

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM,
 
 import hf_sparse_attn
 from hf_sparse_attn.calibration import budget_allocation as allocation
+from hf_sparse_attn.calibration import calibrate
+from hf_sparse_attn.calibration import convert as conversion
 
 SCRIPT = "convert.py"
 FIELDS = {"window_size": 16, "num_global_tokens": 2, "dense_below": 32}
@@ -191,6 +194,110 @@ def test_a_model_of_local_layers_alone_is_refused(run_script, assert_refused, ar
     assert_refused(finished, "--model", "sliding window of at most dense_below=32 keys", "nothing to make sparse")
 
 
+class TestInterrupted:
+    """What was measured stays, and the same command goes on from there."""
+
+    STEPS = ("_gradient_moments", "_read", "_fitted", "_document_costs")
+
+    @pytest.fixture
+    def interrupt(self, run_script, arguments, monkeypatch):
+        """Run the script until it calls a function for the nth time; the directory with what was measured."""
+
+        def run(module, name, number, error=KeyboardInterrupt, **changes):
+            calls = []
+            original = getattr(module, name)
+
+            def fail(*args, **kwargs):
+                calls.append(name)
+                if len(calls) == number:
+                    raise error
+                return original(*args, **kwargs)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, fail)
+                finished = run_script(SCRIPT, *flat(arguments | changes))
+            assert finished.status != 0
+            (directory,) = arguments["--output"].parent.glob(".converted.calibration-*")
+            assert f"what was measured is in {str(directory)!r}: the same command goes on from there" in finished.stderr
+            assert not arguments["--output"].exists()
+            return directory
+
+        return run
+
+    @pytest.fixture
+    def counted(self, monkeypatch):
+        """How often each step is computed."""
+        counts = dict.fromkeys(self.STEPS, 0)
+
+        def counting(name, original):
+            def count(*args, **kwargs):
+                counts[name] += 1
+                return original(*args, **kwargs)
+
+            return count
+
+        for name in self.STEPS:
+            monkeypatch.setattr(calibrate, name, counting(name, getattr(calibrate, name)))
+        return counts
+
+    @pytest.mark.parametrize(
+        ("name", "number", "left"),
+        [
+            ("_gradient_moments", 2, (1, 2, 2, 2)),
+            ("_read", 2, (0, 1, 2, 2)),
+            ("_fitted", 2, (0, 0, 2, 2)),
+            ("_document_costs", 2, (0, 0, 0, 1)),
+        ],
+    )
+    def test_goes_on_and_gives_the_same(self, convert, interrupt, counted, arguments, name, number, left, tmp_path):
+        whole, _, _ = convert()
+        shutil.rmtree(arguments["--output"])
+        interrupt(calibrate, name, number)
+        counted.update(dict.fromkeys(self.STEPS, 0))
+        sparse, _, _ = convert()
+        assert sparse == whole
+        assert tuple(counted.values()) == left
+        assert not [*tmp_path.glob(".converted*")]
+
+    def test_another_aim_measures_nothing_again(self, convert, interrupt, counted):
+        interrupt(conversion, "_choose", 1)
+        counted.update(dict.fromkeys(self.STEPS, 0))
+        convert(target_density=0.4, key_budget=32)
+        assert set(counted.values()) == {0}
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"sparse_attention": json.dumps(FIELDS | {"window_size": 17})},
+            {"context_length": LENGTH + 1},
+            {"num_calibration_documents": 1},
+        ],
+        ids=str,
+    )
+    def test_another_calibration_begins_anew(self, convert, interrupt, counted, changes):
+        directory = interrupt(conversion, "_choose", 1)
+        counted.update(dict.fromkeys(self.STEPS, 0))
+        convert(**changes)
+        assert 0 not in counted.values()
+        assert directory.exists()  # of the other one
+
+    def test_damaged_files_are_measured_again(self, convert, interrupt, counted):
+        directory = interrupt(conversion, "_choose", 1)
+        for file in directory.iterdir():
+            file.write_bytes(file.read_bytes()[:100])
+        counted.update(dict.fromkeys(self.STEPS, 0))
+        convert()
+        assert 0 not in counted.values()
+
+    def test_where_nothing_can_be_kept_the_conversion_goes_on(self, convert, monkeypatch, caplog):
+        def full(*_):
+            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+        monkeypatch.setattr("hf_sparse_attn.calibration.kept_results.torch.save", full)
+        convert()
+        assert "cannot keep what is measured" in caplog.text
+
+
 def test_card_names_dense_layers(convert):
     sparse, card, _ = convert(target_density=1.0)
     assert sparse["dense_layers"] == [0, 1]
@@ -288,10 +395,11 @@ def test_dense_below_auto_writes_a_number(convert, monkeypatch):
 def kept_file(finished, tmp_path):
     """The one file that a failed conversion left, and told of in the last line; no weights."""
     last = finished.stderr.splitlines()[-1]
-    kept = Path(re.search(r"what was fitted, for --sparse-attention @FILE, is in '(.*)'", last)[1])
-    assert sorted(tmp_path.iterdir()) == sorted(
-        {tmp_path / "documents", kept} if kept.parent == tmp_path else {tmp_path / "documents"}
-    )
+    kept = Path(re.search(r"what was fitted, for --sparse-attention @FILE, is in '(.*?)'", last)[1])
+    (measured,) = tmp_path.glob(".converted.calibration-*")
+    assert str(measured) in last
+    left = {tmp_path / "documents", measured} | ({kept} if kept.parent == tmp_path else set())
+    assert set(tmp_path.iterdir()) == left
     assert json.loads(kept.read_text())["hash"] == "calibrated"
     return kept
 
@@ -336,6 +444,7 @@ def test_what_was_fitted_is_kept_where_the_disk_is_full(run_script, arguments, m
 
     def fill_the_disk(*args):
         result = calibrate(*args)
+        shutil.rmtree(tmp_path / "deep")  # what was measured is there already
         (tmp_path / "deep").write_text("in the way")
         return result
 
