@@ -1,7 +1,7 @@
 """The frame of the implementations: rows are computed in pieces, and the backward computes each piece again.
 
-Rows that read everything are one kind of piece, computed here, by SDPA where it can, unless an implementation computes
-those before sparse rows too. The sparse rows' pieces are each implementation's own.
+Rows that read everything are one kind of piece, computed here, by SDPA where it can. The sparse rows' pieces are each
+implementation's own.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ def attend_in_pieces(
     value: Tensor,
     call: AttentionCall,
     *,
-    dense_rows_too: bool = False,
     in_threads: bool = True,
 ) -> Tensor:
     """Causal sparse attention of one document, without padding.
@@ -58,14 +57,13 @@ def attend_in_pieces(
     Args:
         sparse_pieces: the implementation.
         query, key, value, call: as for a backend's `document_attention`.
-        dense_rows_too: where some rows are sparse, `sparse_pieces` computes the others as well.
         in_threads: on a CPU, several pieces may be computed at a time, and be cut before others are computed.
 
     Returns:
         [num_heads, Q, head_dim].
     """
     sinks, start, end = call.sinks, call.query_offset, call.query_offset + query.shape[1]
-    own = Call.of(call, sparse_pieces, dense_rows_too=dense_rows_too, in_threads=in_threads)
+    own = Call.of(call, sparse_pieces, in_threads=in_threads)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
         own = replace(own, statistics=[])
     if own.dense_end(end) == end and len(list(_dense_blocks(start, end, query.shape[0], own))) == 1:
@@ -93,7 +91,6 @@ class Call:
     softcap: float | None = None
     no_sinks: bool = True
     recorder: Recorder | None = None
-    dense_rows_too: bool = False
     in_threads: bool = True
     backward: bool = False
     statistics: list[Tensor] | None = None
@@ -248,8 +245,6 @@ def _each_piece(
     """`work` of every piece, in order: first the dense rows, then the sparse ones, on a CPU several at a time."""
     end = call.query_offset + query.shape[1]
     dense_end = call.dense_end(end)
-    if call.dense_rows_too and dense_end < end:
-        dense_end = call.query_offset
     yield from map(work, _dense_pieces(query, dense_end, call))
     parallel = call.in_threads and query.device.type == "cpu" and end - dense_end >= _PARALLEL_ROWS
     num_workers = torch.get_num_threads() if parallel else 1
@@ -299,6 +294,8 @@ def _dense(call: Call, start: int, query: Tensor, key: Tensor, value: Tensor, si
         if sliding_window is not None:
             mask &= column > row - sliding_window
     if call.plain:
+        if len(key) == 1:  # SDPA's backward takes 20 times as long if it repeats the one KV head itself
+            key, value = (x.expand(len(query), -1, -1) for x in (key, value))
         query, key, value = (x.unsqueeze(0) for x in (query, key, value))
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=True

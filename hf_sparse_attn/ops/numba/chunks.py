@@ -34,7 +34,6 @@ from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static
 
 _MIN_CHUNK_PAGES = 4
 _MAX_CHUNKS = 8  # of a document's sparse rows
-_DENSE_ROWS = 256  # per chunk
 _MOST_KEPT_ROWS = 64  # whose weights exist at a time
 _NOTHING = np.zeros(0, np.int32)
 
@@ -138,12 +137,8 @@ def _chunks(
             state = of_head(index.states, kv_head)
         while row < end:
             stop = min(row // page_size * page_size + chunk_rows, end)
-            known = state
-            if row < rules.dense_rows:  # these ask for no bucket
-                stop = min(row + _DENSE_ROWS, rules.dense_rows, end)
-            else:
-                move(head, state, rules, row)
-                known = State(*(x.copy() for x in state))
+            move(head, state, rules, row)
+            known = State(*(x.copy() for x in state))
             rows = slice(row - offset, stop - offset)
             yield heads, rows, slice(kv_head, kv_head + 1), _Chunk(call, rules, kv_head, head, known, row)
             row = stop

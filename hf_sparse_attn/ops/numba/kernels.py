@@ -37,7 +37,8 @@ from hf_sparse_attn.ops.numba.simd import (
 STAGES = ("bucket scores", "keys found", "key scores", "softmax", "values")  # of `attend_rows`
 _FOUND, _SCORED, _WEIGHED, _ALL = range(1, len(STAGES))
 _ADDED, _LEFT, _UPPER, _LOWER, _LISTED = range(5)  # places in State.reach
-_BLOCK = 128  # columns whose values are read for one head after the other
+_BLOCK = 128  # columns, at most, whose values are read for one head after the other
+_BLOCK_ELEMENTS = 8192  # of these values, which stay in the nearest cache meanwhile
 _TOGETHER = 16  # lists that are followed at a time
 _HIDDEN = -math.inf  # score of a column that holds no key
 _SCORED_ROWS = 256  # of a page, whose buckets are scored at a time
@@ -121,12 +122,10 @@ class Rules(NamedTuple):
     """The rules for what rows attend to; see `SparseAttentionConfig`.
 
     Args:
-        dense_rows: position of the first row that does not read everything.
         means_lag: how much older than a page's first row the newest key is that its means know.
         min_weights, sinks: [group]; sinks [0] if there are none.
     """
 
-    dense_rows: int
     page_size: int
     window: int
     sliding_window: int
@@ -356,9 +355,10 @@ def _sum_values(weights, at, low, high, slots, value, picked, output, at_output)
     In blocks, so that values stay in the nearest cache from one head to the next.
     """
     group, width, value_dim = weights.shape[1], weights.shape[2], value.shape[1]
-    for block in range(low, high, _BLOCK):
+    num_columns = max(min(_BLOCK, _BLOCK_ELEMENTS // value_dim), 1)
+    for block in range(low, high, num_columns):
         for g in range(group):
-            picks = _pick(weights, at + g * width, block, min(block + _BLOCK, high), picked)
+            picks = _pick(weights, at + g * width, block, min(block + num_columns, high), picked)
             _add_weighted(weights, at + g * width, picked, picks, slots, value, output, at_output + g * value_dim)
 
 
@@ -366,8 +366,9 @@ def _sum_values(weights, at, low, high, slots, value, picked, output, at_output)
 def _sum_all_values(weights, at, low, high, slots, value, picked, output, at_output):
     """As `_sum_values`, for columns that nearly all heads read: three heads share a load of each value."""
     group, width, value_dim = weights.shape[1], weights.shape[2], value.shape[1]
-    for block in range(low, high, _BLOCK):
-        stop = min(block + _BLOCK, high)
+    num_columns = max(min(_BLOCK, _BLOCK_ELEMENTS // value_dim), 1)
+    for block in range(low, high, num_columns):
+        stop = min(block + num_columns, high)
         for g in range(0, group - 2, 3):
             first, second, third = at + g * width, at + (g + 1) * width, at + (g + 2) * width
             for d in range(0, value_dim - 2 * LANES + 1, 2 * LANES):
@@ -626,7 +627,7 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
     num_rows, group, head_dim = query.shape
     key, value, key_offset, static, bucket, order, first, table_key, table_value, previous = head
     _, _, upper, newest, lower, place, listed, means, available, reach = state
-    dense_rows, page_size, window, sliding_window, _, budget, min_weights, softcap, sinks = rules
+    page_size, window, sliding_window, _, budget, min_weights, softcap, sinks = rules
     all_weights, all_slots, sizes = read
     width, value_dim = all_weights.shape[2], value.shape[1]
     num_buckets = first_scored = oldest_static = newest_static = 0
@@ -638,8 +639,7 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
     sums = np.empty(group, query.dtype)
     for r in range(num_rows):
         p = position + r
-        sparse = p >= dense_rows
-        if sparse and (r == 0 or p == dense_rows or p % page_size == 0 or r - first_scored == len(scores)):
+        if r == 0 or p % page_size == 0 or r - first_scored == len(scores):
             move(head, state, rules, p)
             num_buckets, first_scored = -(-reach[_LISTED] // LANES) * LANES, r
             stop = min(r + page_size - p % page_size, r + len(scores), num_rows)
@@ -650,32 +650,30 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
         at = r * group * width if keep else 0
         at_query = r * group * head_dim
         oldest = max(p - sliding_window + 1, key_offset)
-        low, n = oldest, 0
-        if sparse:
-            # Static keys older than the window.
-            while newest_static < len(static) and static[newest_static] <= p - window:
-                newest_static += 1
-            while oldest_static < newest_static and static[oldest_static] < oldest:
-                oldest_static += 1
-            for s in range(oldest_static, newest_static):
-                slots[n] = static[s] - key_offset
-                n += 1
-            low = max(p - window + 1, oldest)
+        n = 0
+        # Static keys older than the window.
+        while newest_static < len(static) and static[newest_static] <= p - window:
+            newest_static += 1
+        while oldest_static < newest_static and static[oldest_static] < oldest:
+            oldest_static += 1
+        for s in range(oldest_static, newest_static):
+            slots[n] = static[s] - key_offset
+            n += 1
+        low = max(p - window + 1, oldest)
         n = _fill(slots, n, low - key_offset, p + 1 - low)
-        if sparse:
-            for i in range(drawn.shape[1]):
-                if drawn[r, i] >= 0:
-                    slots[n] = drawn[r, i]
-                    n += 1
+        for i in range(drawn.shape[1]):
+            if drawn[r, i] >= 0:
+                slots[n] = drawn[r, i]
+                n += 1
         num_fixed = n
         if last_stage > _FOUND:
             _score(query, at_query, key, slots, 0, num_fixed, all_weights, at)
         n = first_found = -(-n // LANES) * LANES
-        if sparse and len(place):
+        if len(place):
             own = p - key_offset
             _count_keys(bucket, _UPPER, own - window + 1, upper, newest, place, available, reach)
             _count_keys(bucket, _LOWER, own - sliding_window + 1, lower, newest, place, available, reach)
-        if sparse and num_buckets:
+        if num_buckets:
             n = _find(
                 scores,
                 (r - first_scored) * scores.shape[1],
@@ -697,7 +695,7 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
                 chains,
             )
         for i in range(drawn.shape[1]):  # what is a random key already does not count as found
-            if sparse and drawn[r, i] >= 0:
+            if drawn[r, i] >= 0:
                 for c in range(first_found, n):
                     if (slots[c] if len(previous) else order[slots[c]]) == drawn[r, i]:
                         n -= 1
@@ -947,7 +945,6 @@ def attend_heads(
             states.reach[h],
         )
         own = Rules(
-            rules.dense_rows,
             rules.page_size,
             rules.window,
             rules.sliding_window,

@@ -24,7 +24,6 @@ def make_rules(call: Call, budget: int, min_weights: Array) -> Rules:
     pattern, config = call.pattern, call.pattern.config
     sliding_window = pattern.sliding_window or UNBOUNDED
     return Rules(
-        dense_rows=pattern.dense_rows() or 0,
         page_size=config.page_size,
         window=pattern.window(UNBOUNDED),
         sliding_window=sliding_window,
@@ -37,7 +36,7 @@ def make_rules(call: Call, budget: int, min_weights: Array) -> Rules:
 
 
 def num_columns(rules: Rules, num_static: int, num_keys: int, num_random: int) -> int:
-    fixed = num_static + min(max(rules.window, rules.dense_rows), num_keys) + num_random
+    fixed = num_static + min(rules.window, num_keys) + num_random
     return padded(fixed) + padded(rules.budget) + LANES
 
 
