@@ -211,27 +211,28 @@ def _gradient_moments(model: PreTrainedModel, document: Tensor, seed: int) -> di
 
     The loss is that of labels drawn from the model itself, summed over the document.
     """
-    outputs: dict[int, Tensor] = {}
+    moments: dict[int, Tensor] = {}
+    layers = set()
 
     def observer(
         pattern: LayerPattern, query: Tensor, key: Tensor, value: Tensor, scaling: float, output: Tensor
     ) -> None:
-        outputs.setdefault(pattern.layer_idx, output)  # the backward runs the layers again
+        def keep(gradient: Tensor) -> None:
+            by_head = gradient[0].float().transpose(0, 1)  # [num_heads, N, D]
+            moments[pattern.layer_idx] = (by_head.transpose(1, 2) @ by_head / by_head.shape[1]).cpu()
+
+        layers.add(pattern.layer_idx)
+        output.register_hook(keep)  # neither the outputs nor their gradients are all there at once
 
     with torch.enable_grad(), _frozen(model), _checkpointed(model), observe_dense(model, observer):
         hidden, head = hidden_states_and_head(model, input_ids=document[None].to(input_device(model)), use_cache=False)
-        if not outputs:
+        if not layers:
             raise ValueError("model: its attention never goes through Transformers' attention registry")
         rows = hidden[0]  # [N, D]
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.rand(len(rows), 1, generator=generator, dtype=torch.float32).to(rows.device)
         chunks = zip(rows.split(head.chunk_size), drawn.split(head.chunk_size), strict=True)
-        of_rows = torch.cat([_loss_gradient(head, *chunk) for chunk in chunks])
-        gradients = torch.autograd.grad(rows, list(outputs.values()), of_rows)  # [1, N, num_heads, D] each
-    moments = {}
-    for layer, gradient in zip(outputs, gradients, strict=True):
-        by_head = gradient[0].float().transpose(0, 1)  # [num_heads, N, D]
-        moments[layer] = (by_head.transpose(1, 2) @ by_head / by_head.shape[1]).cpu()
+        rows.backward(torch.cat([_loss_gradient(head, *chunk) for chunk in chunks]))
     return moments
 
 
