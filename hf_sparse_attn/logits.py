@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
-CHUNK_BYTES = 2**27  # of the logits of a chunk in float32; computing with them takes some three times as much
+CHUNK_BYTES = 2**26  # of the logits of a chunk in float32; computing with them takes some three times as much
 LEAST_ROWS = 4
 
 
