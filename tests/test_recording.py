@@ -10,12 +10,21 @@ from hf_sparse_attn import record_density
 from hf_sparse_attn.integration import observe
 
 
-def test_dense_density_is_one():
-    model = tiny_model("mistral-sliding", dense_below=100)
+@pytest.mark.parametrize(
+    ("family", "window", "fields"),
+    [
+        ("llama", 40, {"dense_below": 100}),
+        ("llama", 40, {"dense_layers": [0, 1]}),
+        ("mistral-sliding", 14, {"dense_below": 9, "dense_layers": [0, 1]}),
+    ],
+)
+def test_dense_density_is_one(family, window, fields):
+    model = tiny_model(family, **fields)
     with record_density(model) as recorder:
         logits(model, tokens(40, 2))
-    admissible = sum(min(p + 1, 14) for p in range(40)) * 2 * 2 * 4  # batch, layers, heads
-    assert (recorder.attended, recorder.admissible, recorder.density) == (admissible, admissible, 1.0)
+    admissible = sum(min(p + 1, window) for p in range(40)) * 2 * 2 * 4  # batch, layers, heads
+    assert (recorder.attended, recorder.admissible, recorder.local) == (admissible, admissible, 0)
+    assert recorder.density == 1.0
 
 
 def test_decode_adds_up_to_one_shot():
