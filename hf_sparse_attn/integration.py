@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn import ops
+from hf_sparse_attn.attributes import replaced_attribute
 from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.config import SparseAttentionConfig, layer_config, layer_shape, text_config
 from hf_sparse_attn.custom_op import compiled_attention
@@ -262,17 +263,8 @@ def observe_dense(model: nn.Module, observer: Observer) -> Iterator[None]:
 @contextmanager
 def configured(model: nn.Module, fields: dict[str, Any]) -> Iterator[None]:
     """Give a model another `sparse_attention` for a block; its own is put back afterwards."""
-    config = text_config(model.config)
-    absent = object()
-    original = getattr(config, "sparse_attention", absent)
-    config.sparse_attention = fields
-    try:
+    with replaced_attribute(text_config(model.config), "sparse_attention", fields):
         yield
-    finally:
-        if original is absent:
-            vars(config).pop("sparse_attention", None)
-        else:
-            config.sparse_attention = original
 
 
 @contextmanager

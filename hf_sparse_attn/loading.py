@@ -18,6 +18,7 @@ from hf_sparse_attn.demo import demo_model_directory
 from hf_sparse_attn.errors import ArgumentError, argument
 from hf_sparse_attn.integration import check_model, merge_sparse_attention
 from hf_sparse_attn.notices import beyond_trained_length, tell_once
+from hf_sparse_attn.offloading import is_offloaded, named_weights
 
 logger = logging.getLogger(__name__)
 
@@ -201,9 +202,9 @@ def load_model(
         model: as it was given.
         path: what `read_checkpoint` returned for it.
         overrides: fields of its sparse attention.
-        device: moves it there, for evaluation; None leaves it as it was loaded.
+        device: moves it there, unless weights are offloaded, for evaluation; None leaves it as it was loaded.
         num_tokens: the most that it will read at once.
-        kwargs: go to `from_pretrained`.
+        kwargs: go to `from_pretrained`, such as those of `offloading.placement`.
 
     Raises:
         ArgumentError: for "model".
@@ -216,10 +217,17 @@ def load_model(
         tables = [table.num_embeddings for table in loaded.modules() if isinstance(table, torch.nn.Embedding)]
         if num_tokens > most and any(most <= size <= most + 2 for size in tables):  # OPT leaves two places free
             raise ValueError(f"it has learned {most} positions and cannot read {num_tokens} tokens")
-        for name, weight in loaded.named_parameters():
-            if weight.itemsize > 1 and not weight.isfinite().all():  # quantised ones have no such numbers
+        for name, weight in named_weights(loaded):
+            if weight.itemsize > 1 and not _is_finite(weight):  # quantised ones have no such numbers
                 raise ValueError(f"its weights are damaged: {name} has numbers that are not finite")
     if num_tokens > most:
         told = f"{num_tokens} tokens are more than the {most} that the model was made for (max_position_embeddings)"
         tell_once(text_config(loaded.config), beyond_trained_length(most), lambda _: logger.warning(told))
-    return loaded if device is None else loaded.to(device).eval()
+    if device is None:
+        return loaded
+    return (loaded if is_offloaded(loaded) else loaded.to(device)).eval()
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    """Whether all numbers are finite; looked at in parts, for a table of embeddings takes more memory than a layer."""
+    return all(bool(part.isfinite().all()) for part in weight.detach().flatten().split(2**24))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,15 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
+from hf_sparse_attn.attributes import replaced_attribute
+
 CHUNK_BYTES = 2**26  # of the logits of a chunk in float32; computing with them takes some three times as much
 LEAST_ROWS = 4
+
+
+def rows_of_chunk(vocab_size: int) -> int:
+    """Rows whose logits take at most `CHUNK_BYTES` in float32, at least `LEAST_ROWS`."""
+    return max(LEAST_ROWS, CHUNK_BYTES // (torch.float32.itemsize * vocab_size))
 
 
 class Head:
@@ -36,7 +42,7 @@ class Head:
         forward: the model's, if not the one that wrappers such as accelerate's put into the model.
 
     Attributes:
-        chunk_size: rows whose logits take at most `CHUNK_BYTES` in float32, at least `LEAST_ROWS`.
+        chunk_size: rows whose logits are computed at once.
     """
 
     def __init__(
@@ -47,7 +53,7 @@ class Head:
         forward: Callable[..., Any] | None = None,
     ) -> None:
         self._base, self._output, self._forward = model.base_model, output, forward or model.forward
-        self.chunk_size = max(LEAST_ROWS, CHUNK_BYTES // (torch.float32.itemsize * vocab_size))
+        self.chunk_size = rows_of_chunk(vocab_size)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, D] -> logits [R, V], in the dtype that the model gives them."""
@@ -61,7 +67,7 @@ class Head:
         def finished(*args: Any, **kwargs: Any) -> ModelOutput:
             return output
 
-        with mock.patch.object(self._base, "forward", finished):
+        with replaced_attribute(self._base, "forward", finished):
             return self._forward(input_ids=ids, use_cache=False).logits[0]
 
 
@@ -148,7 +154,7 @@ def loss_in_chunks(model: nn.Module) -> Iterator[None]:
 
     with (
         _last_row_alone(causal_model) as outputs,
-        mock.patch.object(causal_model, "_loss_function", loss_function, create=True),
+        replaced_attribute(causal_model, "_loss_function", loss_function),
     ):
         yield
 
@@ -180,7 +186,7 @@ def _last_row_alone(model: PreTrainedModel) -> Iterator[list[Any]]:
         outputs.append(output)
         return _with_hidden_states(output, hidden[:, -1:])
 
-    with mock.patch.object(base, "forward", shortened):
+    with replaced_attribute(base, "forward", shortened):
         yield outputs
 
 

@@ -90,18 +90,30 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def random_sparse_model(
-    shape: str, overrides: dict[str, Any] | None, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """A model of one of SHAPES with seeded random weights and `attn_implementation="sparse"`.
+def shape_config(shape: str, **changes: Any) -> Any:
+    """The config of one of SHAPES, with some fields changed.
 
     Raises:
-        ValueError: an unknown shape, or an override that `SparseAttentionConfig` refuses.
+        ValueError: an unknown shape.
     """
     if shape not in SHAPES:
         raise ValueError(f"{shape!r} is not a known shape; expected one of {', '.join(SHAPES)}")
     model_type, fields = SHAPES[shape]
-    config = AutoConfig.for_model(model_type, max_position_embeddings=2**18, **fields)
+    return AutoConfig.for_model(model_type, **{"max_position_embeddings": 2**18, **fields, **changes})
+
+
+def random_sparse_model(
+    shape: str, overrides: dict[str, Any] | None, dtype: torch.dtype, device: torch.device, **changes: Any
+) -> PreTrainedModel:
+    """A model of one of SHAPES with seeded random weights and `attn_implementation="sparse"`.
+
+    Args:
+        changes: of fields of its config.
+
+    Raises:
+        ValueError: an unknown shape, or an override that `SparseAttentionConfig` refuses.
+    """
+    config = shape_config(shape, **changes)
     text_config(config).sparse_attention = merge_sparse_attention(config, overrides)
     torch.manual_seed(0)
     with device:

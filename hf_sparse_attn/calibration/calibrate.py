@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_sparse_attn.attributes import replaced_attribute
 from hf_sparse_attn.calibration.budget_allocation import (
     NUM_SAMPLED_ROWS,
     Allocation,
@@ -31,6 +31,7 @@ from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
 from hf_sparse_attn.integration import configured, observe_dense
 from hf_sparse_attn.logits import Head, hidden_states_and_head
+from hf_sparse_attn.offloading import is_offloaded
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.patterns import LayerPattern, is_local
 from hf_sparse_attn.tracing import input_device
@@ -250,29 +251,35 @@ def _loss_gradient(head: Head, hidden: Tensor, drawn: Tensor) -> Tensor:
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
     """Gradients flow through the model, but not into its weights."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+    trainable = {name for name, parameter in _parameters(model) if parameter.requires_grad}
+    model.requires_grad_(False)
     hook = model.get_input_embeddings().register_forward_hook(lambda *arguments: arguments[2].requires_grad_())
     try:
         yield
     finally:
         hook.remove()
-        for parameter in trainable:
-            parameter.requires_grad_()
+        for name, parameter in _parameters(model):
+            parameter.requires_grad_(name in trainable)
+
+
+def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Each one with all of its names."""
+    return model.named_parameters(remove_duplicate=False)
 
 
 @contextmanager
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """The backward computes the activations inside the layers again: they take several times the memory of the weights.
 
-    Transformers' own switch has no effect outside of training.
+    Transformers' own switch has no effect outside of training. Where weights are offloaded, layers are computed to
+    their ends: PyTorch would leave them as soon as it has what it needs, and the weights in use would stay.
     """
+    early_stop = not is_offloaded(model)
     with ExitStack() as stack:
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                recomputed = partial(checkpoint, layer.forward, use_reentrant=False)
-                stack.enter_context(mock.patch.object(layer, "forward", recomputed))
+                recomputed = partial(checkpoint, layer.forward, use_reentrant=False, early_stop=early_stop)
+                stack.enter_context(replaced_attribute(layer, "forward", recomputed))
         yield
 
 

@@ -1,0 +1,22 @@
+"""Attributes of objects that others made, replaced for as long as a block lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def replaced_attribute(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of an object; afterwards the object's own is put back, or removed if its class has it alone."""
+    absent = object()
+    original = vars(target).get(name, absent)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        if original is absent:
+            delattr(target, name)
+        else:
+            setattr(target, name, original)
