@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse_attn import ops
-from hf_sparse_attn.attributes import replaced_attribute
 from hf_sparse_attn.attention import Inputs, attention
+from hf_sparse_attn.attributes import replaced_attribute
 from hf_sparse_attn.config import SparseAttentionConfig, layer_config, layer_shape, text_config
 from hf_sparse_attn.custom_op import compiled_attention
 from hf_sparse_attn.masks.mask_function import asks_what_is_packed, signed_positions

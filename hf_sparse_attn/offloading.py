@@ -7,19 +7,23 @@ parameters of them.
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from ctypes import CDLL
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.memory import available_memory
 
-SHARD_SIZE = "2GB"  # of a file of weights: all of a file are in memory while it is written
+_SHARD_SIZE = "2GB"  # of a file of weights: all of a file are in memory while it is written
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def check_accelerate() -> None:
@@ -51,11 +55,21 @@ def placement(device: torch.device, folder: Path, work: int, host_work: int) -> 
         work: bytes to leave free on the device.
         host_work: bytes to leave free in the CPU's memory, if that is not the device.
     """
+    _return_freed_memory()
     room = {"cpu": available_memory(torch.device("cpu")), device.type: available_memory(device)}
     leave = {"cpu": host_work, device.type: work}
     index = {"cpu": "cpu", device.type: "cpu" if device.type == "cpu" else device.index or 0}
     max_memory = {index[kind]: max(0, free - leave[kind]) for kind, free in room.items() if free is not None}
     return {"device_map": "auto", "max_memory": max_memory, "offload_folder": str(folder)}
+
+
+def _return_freed_memory() -> None:
+    """Have what takes more than 1 MB returned to the system when it is freed.
+
+    glibc otherwise keeps blocks of up to 32 MB, and with weights that come and go those grew to several times as much.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # not glibc
+        CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -72,5 +86,14 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     for path, module in model.named_modules():
         with align_module_device(module):
-            for name, parameter in module.named_parameters(path, recurse=False):
-                yield name, parameter
+            yield from module.named_parameters(path, recurse=False)
+
+
+def save_pretrained(model: PreTrainedModel, directory: Path) -> None:
+    """Write a model; if weights are offloaded, in several files, so that they are never in memory all at once."""
+    if not is_offloaded(model):
+        model.save_pretrained(directory)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.save_pretrained(directory, max_shard_size=_SHARD_SIZE)

@@ -25,7 +25,9 @@ from hf_sparse_attn.data import load_documents, long_documents
 from hf_sparse_attn.environment import describe_environment
 from hf_sparse_attn.errors import ArgumentError, RunError, argument, check_integer, check_positive, one_line
 from hf_sparse_attn.evaluation import perplexity
-from hf_sparse_attn.loading import load_model, parse_device, read_checkpoint
+from hf_sparse_attn.loading import load_model, parse_device, parse_dtype, read_checkpoint
+from hf_sparse_attn.memory import LIBRARIES, ModelSize, available_memory, conversion_memory
+from hf_sparse_attn.offloading import check_accelerate, offload_folder, placement, save_pretrained
 from hf_sparse_attn.output_files import (
     check_output_directory,
     check_space,
@@ -68,6 +70,9 @@ class ConversionSettings:
             from which length on sparse attention is faster on this machine.
         num_evaluation_documents: for the model card's figures, of the datasets in turns; 0 leaves them out.
         device: such as "cpu" or "cuda"; None takes the GPU if there is one.
+        dtype: what is computed in and written; "auto" for the checkpoint's own.
+        offload: weights for which the device has no room stay in the CPU's memory, and what has no room there on the
+            disk; needs accelerate.
 
     Raises:
         ArgumentError: a value is out of its range; the message names the field.
@@ -83,6 +88,8 @@ class ConversionSettings:
     dense_below: int | str | None = None
     num_evaluation_documents: int = 2
     device: str | None = None
+    dtype: str = "auto"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -107,6 +114,9 @@ class ConversionSettings:
                 raise ArgumentError("sparse_attention", told, others=others)
         with argument("sparse_attention"):
             self.base_config()
+        parse_dtype(self.dtype)
+        if self.offload:
+            check_accelerate()
 
         num_datasets = len(self.datasets)
         if not num_datasets:
@@ -168,7 +178,7 @@ def convert(
     tell: Callable[[str], None] = lambda line: None,
     kept_as: str = "what was fitted, for sparse_attention,",
 ) -> Conversion:
-    """Convert a checkpoint; the weights stay as they are.
+    """Convert a checkpoint; the weights stay as they are, unless `dtype` rounds them.
 
     The directory appears whole or not at all. If it cannot be finished, what was measured and fitted stays beside it,
     where notes of the error tell; the same conversion goes on from there, also with another aim.
@@ -190,7 +200,21 @@ def convert(
     settings = settings or ConversionSettings()
     with argument("output"):
         output = check_output_directory(output)
-    device = parse_device(settings.device)
+    with offload_folder(output) as folder:
+        return _convert(model, output, settings, folder, progress, tell, kept_as)
+
+
+def _convert(
+    model: str,
+    output: Path,
+    settings: ConversionSettings,
+    folder: Path,
+    progress: Progress,
+    tell: Callable[[str], None],
+    kept_as: str,
+) -> Conversion:
+    """As `convert`; offloaded weights that the checkpoint's files do not hold as they are used go to `folder`."""
+    device, dtype = parse_device(settings.device), parse_dtype(settings.dtype)
     base = settings.base_config()
     with argument("calibration_dataset"):
         texts = [load_documents(dataset, "train") for dataset in settings.datasets]
@@ -199,7 +223,9 @@ def convert(
     documents = _calibration_documents(settings, texts, tokenizer)
     _check_density(settings, base, sliding_windows(config))
     held_out = _evaluation_documents(settings, documents, tokenizer)
-    loaded = load_model(model, path, device=device, num_tokens=settings.context_length)
+    with argument("model", model):
+        placed = _placed(ModelSize.of(config, dtype), base, settings, device, folder, tell)
+    loaded = load_model(model, path, device=device, num_tokens=settings.context_length, dtype=dtype, **placed)
     with argument("model", model):
         loaded.generation_config.validate(strict=True)  # one that is not valid cannot be saved
     with argument("output"):
@@ -207,7 +233,8 @@ def convert(
     if settings.dense_below == AUTO:
         base = _with_measured_dense_below(loaded, documents[0]["input_ids"], base, settings, tell)
     rows = [torch.tensor(document["input_ids"]) for document in documents]
-    measured = output.with_name(f".{output.name}.calibration-{_fingerprint(path, config, base, rows)}")
+    fingerprint = _fingerprint(path, config, settings.dtype, base, rows)
+    measured = output.with_name(f".{output.name}.calibration-{fingerprint}")
     fitted_file = output.with_name(f"{output.name}-{os.getpid()}.sparse_attention.json")
     unfinished = unfinished_directory(output)
     with kept_results(measured, calibrate.KEPT) as kept, kept_on_failure(fitted_file, kept_as) as keep:
@@ -221,7 +248,7 @@ def convert(
         evaluation = _evaluate(loaded, held_out, progress)
         conversion = Conversion(output, fitted, trade, choice, evaluation, calibration.local_layers)
         with removed_on_failure(unfinished):
-            loaded.save_pretrained(unfinished)
+            save_pretrained(loaded, unfinished)
             tokenizer.save_pretrained(unfinished)
             visualization.plot_trade(trade, choice, unfinished / "trade.png")
             visualization.plot_choice(*by_head(calibration.costs, choice), unfinished / "heads.png")
@@ -294,6 +321,30 @@ def _evaluation_documents(
     return held_out
 
 
+def _placed(
+    size: ModelSize,
+    base: SparseAttentionConfig,
+    settings: ConversionSettings,
+    device: torch.device,
+    folder: Path,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Tell how much memory the conversion takes; the arguments of `from_pretrained` that say where weights go."""
+    on_cpu, free = device.type == "cpu", available_memory(device)
+    needs = conversion_memory(size, base, settings.context_length, calibrate.GRADIENT_TOKENS, on_cpu=on_cpu)
+    needed = needs.offloaded_peak if settings.offload else needs.peak
+    offloaded = f", at least {needed / 1e9:.1f} GB where weights are offloaded" if settings.offload else ""
+    there = "" if free is None else f"; {free / 1e9:.1f} GB are free"
+    tell(f"estimated peak memory: {needs}{offloaded}{there}")
+    if free is not None and needed > free:
+        logger.warning(
+            "the estimate is more than what is free on %s: %s--dtype bfloat16 and a smaller --context-length take less",
+            device,
+            "" if settings.offload else "--offload, ",
+        )
+    return placement(device, folder, needs.offloaded_peak, LIBRARIES + needs.kept) if settings.offload else {}
+
+
 def _with_measured_dense_below(
     model: Any,
     input_ids: list[int],
@@ -312,13 +363,14 @@ def _with_measured_dense_below(
     return config
 
 
-def _fingerprint(path: str, config: Any, base: SparseAttentionConfig, rows: list[torch.Tensor]) -> str:
+def _fingerprint(path: str, config: Any, dtype: str, base: SparseAttentionConfig, rows: list[torch.Tensor]) -> str:
     """Of all that a calibration depends on: the checkpoint, the documents, what is not fitted, how it is measured."""
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
     parts = (
         [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         config.to_json_string(use_diff=False),
         getattr(config, "_commit_hash", None),
+        dtype,
         base.to_dict(),
         [row.tolist() for row in rows],
         (calibrate.VERSION, calibrate.GRADIENT_TOKENS, budget_allocation.BUDGETS, budget_allocation.MIN_WEIGHTS),

@@ -4,10 +4,12 @@
     hf-sparse-attn convert --model demo --output converted --target-density 0.13
     hf-sparse-attn convert --model demo --output converted --max-loss 0.01
     hf-sparse-attn convert --model meta-llama/Llama-3.2-1B --output converted --calibration-dataset books.jsonl
+    hf-sparse-attn convert --model meta-llama/Meta-Llama-3-8B --output converted --dtype bfloat16 --offload
 
-The weights stay as they are. The output directory loads with stock `from_pretrained(DIR, attn_implementation="sparse")`
-once `hf_sparse_attn` is imported, and as an ordinary dense model without it. If it cannot be finished, what was fitted
-stays in a file beside it, which other commands take as `--sparse-attention @FILE`.
+The weights stay as they are, unless --dtype rounds them. The output directory loads with stock
+`from_pretrained(DIR, attn_implementation="sparse")` once `hf_sparse_attn` is imported, and as an ordinary dense model
+without it. If it cannot be finished, what was fitted stays in a file beside it, which other commands take as
+`--sparse-attention @FILE`. An estimate of the peak memory is printed first.
 """
 
 from dataclasses import fields
@@ -90,6 +92,18 @@ def make_parser() -> OneLineErrors:
         help="Measure the model card's figures on N documents; 0 leaves them out (default: %(default)s).",
     )
     add(parser, "device")
+    add(
+        parser,
+        "dtype",
+        help="Compute in float32, bfloat16, float16 or float64, and write the weights in it; auto is the checkpoint's "
+        "own (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="Leave weights for which the device has no room in the CPU's memory, and those for which that has no room "
+        "on the disk; needs accelerate.",
+    )
     return parser
 
 
