@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.memory import available_memory
 
-_SHARD_SIZE = "2GB"  # of a file of weights: all of a file are in memory while it is written
+_SHARD_SIZE = "500MB"  # of a file of weights: all of a file are in memory while it is written
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
