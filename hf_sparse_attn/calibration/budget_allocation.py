@@ -346,10 +346,11 @@ def allocation_of(costs: Costs, config: SparseAttentionConfig) -> Allocation:
     """
     num_layers, num_heads = costs.loss.shape[:2]
     num_kv_heads = num_heads // costs.group
-    dense = np.isin(np.arange(num_layers), config.dense_layers)
+    has_choice = (costs.admissible > costs.fixed).numpy()
+    dense = has_choice & np.isin(np.arange(num_layers), config.dense_layers)
     budget = np.zeros((num_layers, num_kv_heads), np.int64)
     weight = np.zeros((num_layers, num_heads), np.int64)
-    for layer in np.flatnonzero((costs.admissible > 0).numpy() & ~dense).tolist():
+    for layer in np.flatnonzero(has_choice & ~dense).tolist():
         budget[layer] = _nearest(BUDGETS, config.key_budgets(layer, num_kv_heads))
         weight[layer] = _nearest(MIN_WEIGHTS, config.min_weights(layer, num_heads))
     return _allocation(costs, budget, weight, dense)

@@ -1,4 +1,4 @@
-"""What a refit moves: the hash and the choice that a converted model had, against those fitted to its present weights."""
+"""What a refit moves: the hash and the choice that a converted model had, against those of its present weights."""
 
 from __future__ import annotations
 
