@@ -43,7 +43,7 @@ def convert(model: str, output: str | Path, **settings: Any) -> dict[str, Any]:
         output: a directory, new or empty.
         settings: fields of `hf_sparse_attn.calibration.convert.ConversionSettings`: calibration_dataset,
             num_calibration_documents, context_length, target_density or max_loss, key_budget, sparse_attention (a
-            dict), dense_below, refit (for a converted model that was trained since), num_evaluation_documents, device.
+            dict), dense_below, num_evaluation_documents, device, refit (for a converted model that was trained since).
 
     Returns:
         "output" (a path), "sparse_attention" (the fitted fields), "density" (expected, attended over admissible pairs),

@@ -68,13 +68,13 @@ class ConversionSettings:
         key_budget: largest mean, over layers and KV heads, of the candidates of a row; at least 1. None is KEY_BUDGET;
             in a refit, the mean of the model's old choice if that is larger.
         sparse_attention: fields of `SparseAttentionConfig`, other than those that the conversion fits.
-        refit: for a converted model whose weights were trained since: fields that are not given are the model's own,
-            but for those that are fitted. `dense_layers` counts as fitted, as nobody can tell those that were chosen
-            from those that were asked for: it is empty unless `sparse_attention` has it.
         dense_below: rows at earlier positions read everything; None takes it from `sparse_attention`, "auto" measures
             from which length on sparse attention is faster on this machine.
         num_evaluation_documents: for the model card's figures, of the datasets in turns; 0 leaves them out.
         device: such as "cpu" or "cuda"; None takes the GPU if there is one.
+        refit: for a converted model whose weights were trained since: fields that are not given are the model's own,
+            but for those that are fitted. `dense_layers` counts as fitted, as nobody can tell those that were chosen
+            from those that were asked for: it is empty unless `sparse_attention` has it.
 
     Raises:
         ArgumentError: a value is out of its range; the message names the field.
@@ -88,9 +88,9 @@ class ConversionSettings:
     key_budget: int | None = None
     sparse_attention: Mapping[str, Any] = field(default_factory=dict)
     dense_below: int | str | None = None
-    refit: bool = False
     num_evaluation_documents: int = 2
     device: str | None = None
+    refit: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
