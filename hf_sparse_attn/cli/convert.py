@@ -159,14 +159,14 @@ def report_refit(refit: Refit) -> None:
         "What the refit moved (predicted on the calibration documents with the weights as they are now)",
         ["", "nats per token", "density", "candidates per row"],
         [
-            [name, f"{point.loss:.5f}", f"{point.density:.3f}", f"{point.mean_key_budget:.0f}"]
+            [name, f"{point.loss:.3g}", f"{point.density:.3f}", f"{point.mean_key_budget:.0f}"]
             for name, point in refit.steps
         ],
     )
     print_table(
         "By layer, in nats per token; heads change by their smallest weight or their KV head's candidates",
         ["layer", "old", "new", "changed"],
-        [[str(moved.layer), f"{moved.old_loss:.5f}", f"{moved.new_loss:.5f}", moved.change] for moved in refit.layers],
+        [[str(moved.layer), f"{moved.old_loss:.3g}", f"{moved.new_loss:.3g}", moved.change] for moved in refit.layers],
     )
 
 

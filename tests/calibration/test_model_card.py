@@ -129,11 +129,11 @@ def test_what_a_refit_moved(tmp_path):
     _, body = card(tmp_path, refit=Refit(TRADE[0], TRADE[1], CHOICE, layers))
     section = body.split("## What the refit moved\n")[1].split("\n## ")[0]
     assert [line for line in section.splitlines() if line.startswith("| ") and "predicted rise" not in line] == [
-        "| old hash, old choice | 0.25000 | 0.074 | 0 |",
-        "| new hash, old choice | 0.00000 | 0.500 | 4 |",
+        "| old hash, old choice | 0.25 | 0.074 | 0 |",
+        "| new hash, old choice | 0 | 0.500 | 4 |",
         "| new hash, new choice | 0.00123 | 0.191 | 176 |",
-        "| 0 | 0.00400 | 0.00300 | 3 of 4 heads |",
-        "| 2 | 0.00100 | 0.00000 | became dense |",
+        "| 0 | 0.004 | 0.003 | 3 of 4 heads |",
+        "| 2 | 0.001 | 0 | became dense |",
     ]
 
 
