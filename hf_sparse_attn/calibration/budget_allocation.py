@@ -8,7 +8,7 @@ the prediction is too low, but it ranks the choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -305,18 +305,15 @@ def allocate(costs: Costs, density: float, key_budget: int) -> Allocation:
         best = (costs.loss.numpy() + read_price * costs.read.numpy()).min(-1)  # [L, H, B]
         best = best.reshape(len(best), -1, costs.group, len(BUDGETS)).sum(2)
         whole = read_price * costs.loss.shape[1] * (costs.admissible - costs.fixed).numpy()
-        attends = (costs.admissible > 0).numpy()
 
         def budgets(found_price: float) -> tuple[Array, Array]:
             """Each KV head's budget, as an index [L, K], and which layers are cheaper dense [L]."""
             of_budget = best + found_price * costs.rows * np.array(BUDGETS)
             return of_budget.argmin(-1), whole < of_budget.min(-1).sum(1)
 
-        def mean(budget: Array, dense: Array) -> float:
-            return float((np.array(BUDGETS)[budget] * ~dense[:, None])[attends].mean())
-
-        budget, dense = _cheapest_fit(budgets, lambda choice: mean(*choice) <= key_budget)
-        return _allocation(costs, read_price, budget, dense, mean(budget, dense))
+        budget, dense = _cheapest_fit(budgets, lambda choice: _mean_budget(costs, *choice) <= key_budget)
+        loss, read = _at_budget(costs, budget)
+        return _allocation(costs, budget, (loss + read_price * read).argmin(-1), dense)
 
     return _cheapest_fit(under_budget, lambda choice: choice.density <= density)
 
@@ -338,28 +335,62 @@ def _cheapest_fit(choose: Callable[[float], Choice], fits: Callable[[Choice], bo
     return best
 
 
-def _allocation(costs: Costs, read_price: float, budget: Array, dense: Array, mean_key_budget: float) -> Allocation:
-    """What budgets and dense layers come to, with the cheapest smallest weights at a price per read pair.
+def allocation_of(costs: Costs, config: SparseAttentionConfig) -> Allocation:
+    """What the choice that a configuration holds already comes to.
+
+    A budget or smallest weight that is not among BUDGETS or MIN_WEIGHTS counts as the nearest one that is.
+
+    Args:
+        costs: of all layers, measured with any hash.
+        config: of the same model; its budgets, smallest weights and dense layers are looked at.
+    """
+    num_layers, num_heads = costs.loss.shape[:2]
+    num_kv_heads = num_heads // costs.group
+    has_choice = (costs.admissible > costs.fixed).numpy()
+    dense = has_choice & np.isin(np.arange(num_layers), config.dense_layers)
+    budget = np.zeros((num_layers, num_kv_heads), np.int64)
+    weight = np.zeros((num_layers, num_heads), np.int64)
+    for layer in np.flatnonzero(has_choice & ~dense).tolist():
+        budget[layer] = _nearest(BUDGETS, config.key_budgets(layer, num_kv_heads))
+        weight[layer] = _nearest(MIN_WEIGHTS, config.min_weights(layer, num_heads))
+    return _allocation(costs, budget, weight, dense)
+
+
+def _nearest(measured: Sequence[float], values: Sequence[float]) -> Array:
+    """For each value the index of the measured one that is nearest."""
+    return np.abs(np.subtract.outer(values, measured)).argmin(-1)
+
+
+def _mean_budget(costs: Costs, budget: Array, dense: Array) -> float:
+    """Mean of the budgets [L, K], given by index, over the KV heads of layers that count; 0 in dense layers [L]."""
+    return float((np.array(BUDGETS)[budget] * ~dense[:, None])[(costs.admissible > 0).numpy()].mean())
+
+
+def _at_budget(costs: Costs, budget: Array) -> tuple[Array, Array]:
+    """Loss and read pairs [L, H, len(MIN_WEIGHTS)] of each head at its KV head's budget [L, K], given by index."""
+    own_budget = budget.repeat(costs.group, 1)[..., None, None]  # [L, H, 1, 1]
+    loss, read = (np.take_along_axis(x.numpy(), own_budget, 2)[:, :, 0] for x in (costs.loss, costs.read))
+    return loss, read
+
+
+def _allocation(costs: Costs, budget: Array, weight: Array, dense: Array) -> Allocation:
+    """What a choice comes to.
 
     Args:
         costs: of all layers.
-        read_price: in nats per pair.
         budget: [L, K] int64, index of each KV head's budget.
+        weight: [L, H] int64, index of each query head's smallest weight.
         dense: [L] bool, layers that read everything.
-        mean_key_budget: as in the result.
     """
     num_heads = costs.loss.shape[1]
-    own_budget = budget.repeat(costs.group, 1)[..., None, None]  # [L, H, 1, 1]
-    loss, read = (np.take_along_axis(x.numpy(), own_budget, 2)[:, :, 0] for x in (costs.loss, costs.read))  # [L, H, W]
-    weight = (loss + read_price * read).argmin(-1)  # [L, H]
-    loss, read = (np.take_along_axis(x, weight[..., None], 2).sum((1, 2)) for x in (loss, read))  # [L]
+    loss, read = (np.take_along_axis(x, weight[..., None], 2).sum((1, 2)) for x in _at_budget(costs, budget))  # [L]
     admissible, fixed = costs.admissible.numpy(), costs.fixed.numpy()
     pairs = np.where(dense, num_heads * admissible, num_heads * fixed + read)
     return Allocation(
         key_budget=tuple(tuple(BUDGETS[i] for i in layer) for layer in budget.tolist()),
         min_weight=tuple(tuple(MIN_WEIGHTS[i] for i in layer) for layer in weight.tolist()),
         dense_layers=tuple(np.flatnonzero(dense).tolist()),
-        mean_key_budget=mean_key_budget,
+        mean_key_budget=_mean_budget(costs, budget, dense),
         density=float(pairs.sum() / (num_heads * admissible.sum())),
         loss=float((loss * ~dense).sum() / costs.tokens),
     )

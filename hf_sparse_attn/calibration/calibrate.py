@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import TypeVar
 from unittest import mock
 
@@ -27,7 +28,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
 from hf_sparse_attn.calibration.kept_results import KeptResults
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
-from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash
+from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash, layer_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
 from hf_sparse_attn.integration import configured, observe_dense
 from hf_sparse_attn.logits import Head, hidden_states_and_head
@@ -52,11 +53,13 @@ class Calibration:
             chosen.
         costs: of every choice, over all documents.
         local_layers: those whose own small window is read whole.
+        old_costs: in a refit, of every choice with the hash that the model has had; else None.
     """
 
     config: SparseAttentionConfig
     costs: Costs
     local_layers: tuple[int, ...] = ()
+    old_costs: Costs | None = None
 
     def choose(self, density: float, key_budget: int) -> tuple[SparseAttentionConfig, Allocation]:
         """The configuration with the smallest predicted loss; see `allocation.allocate`."""
@@ -80,9 +83,9 @@ def minimum_tokens(config: SparseAttentionConfig) -> int:
     return first_row(config) + 2 * NUM_SAMPLED_ROWS
 
 
-def num_steps(num_documents: int) -> int:
+def num_steps(num_documents: int, refit: bool = False) -> int:
     """How often `calibrate` calls its `progress`."""
-    return 3 * num_documents + 1
+    return (4 if refit else 3) * num_documents + 1
 
 
 def calibrate(
@@ -91,6 +94,7 @@ def calibrate(
     config: SparseAttentionConfig,
     progress: Callable[[str], None] = lambda step: None,
     kept: KeptResults | None = None,
+    old: SparseAttentionConfig | None = None,
 ) -> Calibration:
     """Fit the hash, and measure what every choice of budgets and smallest weights costs.
 
@@ -104,6 +108,8 @@ def calibrate(
         progress: called with a line of text before each step (`num_steps` in all).
         kept: of an interrupted calibration of the same model, documents and configuration, with the classes KEPT; None
             keeps nothing.
+        old: in a refit, the configuration with the calibrated hash that the model has had: what every choice costs is
+            measured with that hash, too.
 
     Raises:
         ValueError: if the documents are too short to have routed keys.
@@ -134,19 +140,28 @@ def calibrate(
     fit = partial(_by_layer, lambda layer: _fitted([sample[layer] for sample in fitting], config.seed))
     hashes = kept("hashes", partial(fit, sorted(samples[0])))
     num_layers = text_config(model.config).num_hidden_layers
-    costs = None
-    for i, sample in enumerate(samples):
-        progress(f"costs of every choice, document {i + 1} of {len(documents)}")
-        measure = partial(_document_costs, sample, sensitivity, hashes, config, num_layers)
-        of_document = kept(f"costs-{i}", measure)
-        costs = of_document if costs is None else costs + of_document
-    assert costs is not None
+
+    def measured(name: str, hashes: dict[int, BucketHash], told: str = "") -> Costs:
+        """The costs of every choice with these hashes, over all documents."""
+        of_documents = []
+        for i, sample in enumerate(samples):
+            progress(f"costs of every choice{told}, document {i + 1} of {len(documents)}")
+            measure = partial(_document_costs, sample, sensitivity, hashes, config, num_layers)
+            of_documents.append(kept(f"{name}-{i}", measure))
+        return reduce(add, of_documents)
+
+    costs = measured("costs", hashes)
+    old_costs = None
+    if old is not None:
+        shapes = {layer: (len(sample.key), sample.key.shape[-1]) for layer, sample in samples[0].items()}
+        old_hashes = {layer: layer_hash(old, layer, *shape) for layer, shape in shapes.items()}
+        old_costs = measured("old-costs", old_hashes, " with the old hash")
     fitted = config.replace(
         hash="calibrated",
         calibrated_hash=_encode(hashes, num_layers),
         dense_layers=tuple(sorted({*config.dense_layers, *local})),
     )
-    return Calibration(fitted, costs, tuple(local))
+    return Calibration(fitted, costs, tuple(local), old_costs)
 
 
 def _by_layer(work: Callable[[int], Result], layers: Iterable[int]) -> dict[int, Result]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_attn
 from hf_sparse_attn.calibration import budget_allocation as allocation
@@ -147,26 +147,6 @@ def test_fewer_documents_than_datasets_are_refused(run_script, assert_refused, a
     changes = {"--num-calibration-documents": 1, "--calibration-dataset": None}
     finished = run_script(SCRIPT, *flat(arguments | changes), "--calibration-dataset", text_directory, tmp_path)
     assert_refused(finished, "--num-calibration-documents", "at least 2, one of each dataset, got 1")
-
-
-@pytest.fixture
-def hybrid_path(tmp_path, tiny_tokenizer):
-    """A tiny Gemma 3 with a local layer and a global one."""
-    config = Gemma3TextConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=20,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    torch.manual_seed(0)
-    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "hybrid")
-    tiny_tokenizer.save_pretrained(tmp_path / "hybrid")
-    return tmp_path / "hybrid"
 
 
 def test_density_of_a_hybrid_model_is_that_of_its_global_layers(convert, hybrid_path):
