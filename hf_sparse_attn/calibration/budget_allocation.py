@@ -169,6 +169,25 @@ def least_density(config: SparseAttentionConfig, windows: Mapping[int, int | Non
     return fixed / sum(admissible_pairs(position, window) for window in windows.values())
 
 
+def fitting_dense_below(
+    config: SparseAttentionConfig, windows: Mapping[int, int | None], num_tokens: int, density: float
+) -> int:
+    """`dense_below`, halved until the rows under it take at most a third of the pairs that may be read.
+
+    It stays at least as large as the window, which such rows read anyway, and as the own windows of local layers, which
+    stay local.
+
+    Args:
+        config, windows, num_tokens: as for `least_density`.
+        density: share of a document's admissible pairs that may be read.
+    """
+    least = max([config.window_size, *(window for window in windows.values() if window and is_local(config, window))])
+    dense_below = config.dense_below
+    while (dense_below / num_tokens) ** 2 > density / 3 and dense_below // 2 >= least:
+        dense_below //= 2
+    return dense_below
+
+
 def first_row(config: SparseAttentionConfig) -> int:
     """The first row that is sparse and has older keys to choose from."""
     return max(config.dense_below, config.window_size + config.num_global_tokens)
@@ -266,6 +285,7 @@ def _errors(
     local_weights = weights * local
     output = (local_weights @ value).transpose(0, 1).unsqueeze(2)  # grows by the keys of one budget after the other
     mass = local_weights.sum(-1).T.unsqueeze(2)
+    tiny = torch.finfo(mass.dtype).tiny  # the dense weights of all that is read may have underflown
     number = torch.zeros((), dtype=weights.dtype)
     outputs, numbers = [], []
     for start, stop in zip((0, *BUDGETS), BUDGETS, strict=False):
@@ -277,7 +297,7 @@ def _errors(
         index = routed[:, start:stop]
         values = value.index_select(0, index.flatten()).unflatten(0, index.shape)  # [R, keys, head_dim]
         output = output + (kept.flatten(1, 2) @ values).unflatten(1, kept.shape[1:3])
-        outputs.append(output / mass.unsqueeze(-1))
+        outputs.append(output / mass.clamp(min=tiny).unsqueeze(-1))
         numbers.append(number)
     exact = (weights @ value).transpose(0, 1)[:, :, None, None]
     return torch.stack(outputs, 2) - exact, torch.stack(numbers, 2)

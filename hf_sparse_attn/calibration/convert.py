@@ -18,7 +18,14 @@ import torch
 from hf_sparse_attn import visualization
 from hf_sparse_attn.benchmarking.speed import layer_inputs, measure_dense_below
 from hf_sparse_attn.calibration import budget_allocation, calibrate, model_card
-from hf_sparse_attn.calibration.budget_allocation import FIXED, Allocation, allocation_of, by_head, least_density
+from hf_sparse_attn.calibration.budget_allocation import (
+    FIXED,
+    Allocation,
+    allocation_of,
+    by_head,
+    fitting_dense_below,
+    least_density,
+)
 from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss, minimum_tokens
 from hf_sparse_attn.calibration.kept_results import KeptResults, kept_results
 from hf_sparse_attn.calibration.refit import Refit, compare
@@ -68,8 +75,9 @@ class ConversionSettings:
         key_budget: largest mean, over layers and KV heads, of the candidates of a row; at least 1. None is KEY_BUDGET;
             in a refit, the mean of the model's old choice if that is larger.
         sparse_attention: fields of `SparseAttentionConfig`, other than those that the conversion fits.
-        dense_below: rows at earlier positions read everything; None takes it from `sparse_attention`, "auto" measures
-            from which length on sparse attention is faster on this machine.
+        dense_below: rows at earlier positions read everything; "auto" measures from which length on sparse attention is
+            faster on this machine. None takes it from `sparse_attention`; where that does not say it, it is the default
+            one, or smaller if such rows would take over a third of `target_density`.
         num_evaluation_documents: for the model card's figures, of the datasets in turns; 0 leaves them out.
         device: such as "cpu" or "cuda"; None takes the GPU if there is one.
         refit: for a converted model whose weights were trained since: fields that are not given are the model's own,
@@ -144,6 +152,12 @@ class ConversionSettings:
     def keeps_density(self) -> bool:
         """Whether the old choice says what to aim at."""
         return self.refit and self.target_density is None and self.max_loss is None
+
+    @property
+    def fits_dense_below(self) -> bool:
+        """Whether `dense_below` follows from the density."""
+        given = self.refit or self.dense_below is not None or "dense_below" in self.sparse_attention
+        return not given and self.max_loss is None
 
     def base_config(self, old: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
         """What is not fitted; `dense_below="auto"` is still to be measured.
@@ -223,9 +237,12 @@ def convert(
     path, config, tokenizer, own = read_checkpoint(model)
     old = _converted(model, own) if settings.refit else None
     base = settings.base_config(old)
+    windows = sliding_windows(config)
+    if settings.fits_dense_below:
+        base = _with_fitting_dense_below(base, windows, settings, tell)
     _check_context_length(settings.context_length, base)
     documents = _calibration_documents(settings, texts, tokenizer)
-    _check_density(settings, base, sliding_windows(config))
+    _check_density(settings, base, windows)
     held_out = _evaluation_documents(settings, documents, tokenizer)
     loaded = load_model(model, path, device=device, num_tokens=settings.context_length)
     with argument("model", model):
@@ -287,6 +304,22 @@ def _as_before(
     if settings.keeps_density:
         settings = replace(settings, target_density=max(before.density, calibration.costs.least_density))
     return settings
+
+
+def _with_fitting_dense_below(
+    base: SparseAttentionConfig,
+    windows: Mapping[int, int | None],
+    settings: ConversionSettings,
+    tell: Callable[[str], None],
+) -> SparseAttentionConfig:
+    fitting = fitting_dense_below(base, windows, settings.context_length, settings.density)
+    if fitting == base.dense_below:
+        return base
+    tell(
+        f"rows at positions under {fitting} read everything, not under {base.dense_below}: that would take too much of "
+        f"density {settings.density:g} at {settings.context_length} tokens"
+    )
+    return base.replace(dense_below=fitting)
 
 
 def _check_context_length(context_length: int, config: SparseAttentionConfig) -> None:

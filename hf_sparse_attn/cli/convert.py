@@ -92,7 +92,8 @@ def make_parser() -> OneLineErrors:
         "--dense-below",
         type=positions_or_auto,
         metavar="N",
-        help="Let rows at positions less than N read everything; auto measures where sparse attention starts to win.",
+        help="Let rows at positions less than N read everything; auto measures where sparse attention starts to win "
+        "(default: 2048, or less if such rows would take over a third of the density).",
     )
     parser.add_argument(
         "--refit",
