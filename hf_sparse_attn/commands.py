@@ -43,13 +43,14 @@ def convert(model: str, output: str | Path, **settings: Any) -> dict[str, Any]:
         output: a directory, new or empty.
         settings: fields of `hf_sparse_attn.calibration.convert.ConversionSettings`: calibration_dataset,
             num_calibration_documents, context_length, target_density or max_loss, key_budget, sparse_attention (a
-            dict), dense_below, num_evaluation_documents, device, dtype, offload.
+            dict), dense_below, num_evaluation_documents, device, dtype, offload, refit (for a converted model that was
+            trained since).
 
     Returns:
         "output" (a path), "sparse_attention" (the fitted fields), "density" (expected, attended over admissible pairs),
         "predicted_loss" (rise in nats a token; the real one is higher), "evaluation": what `evaluate_perplexity`
-        returns on documents that calibrated nothing, or None, and "loss_factor": how many times the prediction was
-        measured there, or None.
+        returns on documents that calibrated nothing, or None, "loss_factor": how many times the prediction was measured
+        there, or None, and "refit": what a refit moved (`hf_sparse_attn.calibration.refit.Refit`), or None.
 
     Raises:
         ValueError: for a setting, a model or a dataset that cannot be, before any long work; the message names it.
@@ -66,6 +67,7 @@ def convert(model: str, output: str | Path, **settings: Any) -> dict[str, Any]:
         "predicted_loss": done.choice.loss,
         "evaluation": done.evaluation,
         "loss_factor": done.loss_factor,
+        "refit": done.refit,
     }
 
 

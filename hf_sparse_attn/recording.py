@@ -20,13 +20,14 @@ class Recorder(Protocol):
         pattern: LayerPattern,
         head: int,
         position: Tensor,
-        attended: Tensor,
+        num_attended: int,
         num_scored: int,
-        keys: Callable[[], Tensor],
+        read: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
-        """Rows at `position` [R] of one head read the keys at positions `keys()` [R, K] where `attended` [R, K].
+        """Rows at `position` [R] of one head read `num_attended` keys in all, and scored `num_scored` to choose them.
 
-        To choose them, they scored `num_scored` keys in all.
+        `read()` tells which, until this returns: (attended [R, K] bool, keys [R, K]); a row reads the keys at those
+        positions `keys` where it has `attended`.
         """
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
@@ -44,12 +45,12 @@ class Recorders:
         pattern: LayerPattern,
         head: int,
         position: Tensor,
-        attended: Tensor,
+        num_attended: int,
         num_scored: int,
-        keys: Callable[[], Tensor],
+        read: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
         for recorder in self._recorders:
-            recorder.add(pattern, head, position, attended, num_scored, keys)
+            recorder.add(pattern, head, position, num_attended, num_scored, read)
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
         for recorder in self._recorders:
@@ -89,11 +90,11 @@ class DensityRecorder:
         pattern: LayerPattern,
         head: int,
         position: Tensor,
-        attended: Tensor,
+        num_attended: int,
         num_scored: int,
-        keys: Callable[[], Tensor],
+        read: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
-        self.attended += int(attended.sum())
+        self.attended += num_attended
         self.scored += num_scored
         self.admissible += admissible_pairs(position, pattern.sliding_window)
 

@@ -65,13 +65,14 @@ class PatternRecorder:
         pattern: LayerPattern,
         head: int,
         position: torch.Tensor,
-        attended: torch.Tensor,
+        num_attended: int,
         num_scored: int,
-        keys: Callable[[], torch.Tensor],
+        read: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         if pattern.layer_idx in self.layers:
+            attended, keys = read()
             rows = position[:, None].expand_as(attended)[attended]
-            columns = keys().expand_as(attended)[attended]
+            columns = keys.expand_as(attended)[attended]
             self._add(pattern.layer_idx, head, bin_pairs(rows, columns, self.num_tokens, self.num_bins))
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:

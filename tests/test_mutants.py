@@ -275,8 +275,8 @@ def no_gradient_of_queries_through_routed_keys(monkeypatch):
 
 
 def count_a_key_twice(monkeypatch):
-    def mutant(self, pattern, head, position, attended, num_scored, keys):
-        self.attended += int(attended.sum()) + 1
+    def mutant(self, pattern, head, position, num_attended, num_scored, read):
+        self.attended += num_attended + 1
         self.admissible += int((position + 1).sum())
 
     monkeypatch.setattr(integration.DensityRecorder, "add", mutant)

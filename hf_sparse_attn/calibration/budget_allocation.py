@@ -8,7 +8,7 @@ the prediction is too low, but it ranks the choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -169,6 +169,25 @@ def least_density(config: SparseAttentionConfig, windows: Mapping[int, int | Non
     return fixed / sum(admissible_pairs(position, window) for window in windows.values())
 
 
+def fitting_dense_below(
+    config: SparseAttentionConfig, windows: Mapping[int, int | None], num_tokens: int, density: float
+) -> int:
+    """`dense_below`, halved until the rows under it take at most a third of the pairs that may be read.
+
+    It stays at least as large as the window, which such rows read anyway, and as the own windows of local layers, which
+    stay local.
+
+    Args:
+        config, windows, num_tokens: as for `least_density`.
+        density: share of a document's admissible pairs that may be read.
+    """
+    least = max([config.window_size, *(window for window in windows.values() if window and is_local(config, window))])
+    dense_below = config.dense_below
+    while (dense_below / num_tokens) ** 2 > density / 3 and dense_below // 2 >= least:
+        dense_below //= 2
+    return dense_below
+
+
 def first_row(config: SparseAttentionConfig) -> int:
     """The first row that is sparse and has older keys to choose from."""
     return max(config.dense_below, config.window_size + config.num_global_tokens)
@@ -266,6 +285,7 @@ def _errors(
     local_weights = weights * local
     output = (local_weights @ value).transpose(0, 1).unsqueeze(2)  # grows by the keys of one budget after the other
     mass = local_weights.sum(-1).T.unsqueeze(2)
+    tiny = torch.finfo(mass.dtype).tiny  # the dense weights of all that is read may have underflown
     number = torch.zeros((), dtype=weights.dtype)
     outputs, numbers = [], []
     for start, stop in zip((0, *BUDGETS), BUDGETS, strict=False):
@@ -277,7 +297,7 @@ def _errors(
         index = routed[:, start:stop]
         values = value.index_select(0, index.flatten()).unflatten(0, index.shape)  # [R, keys, head_dim]
         output = output + (kept.flatten(1, 2) @ values).unflatten(1, kept.shape[1:3])
-        outputs.append(output / mass.unsqueeze(-1))
+        outputs.append(output / mass.clamp(min=tiny).unsqueeze(-1))
         numbers.append(number)
     exact = (weights @ value).transpose(0, 1)[:, :, None, None]
     return torch.stack(outputs, 2) - exact, torch.stack(numbers, 2)
@@ -305,18 +325,15 @@ def allocate(costs: Costs, density: float, key_budget: int) -> Allocation:
         best = (costs.loss.numpy() + read_price * costs.read.numpy()).min(-1)  # [L, H, B]
         best = best.reshape(len(best), -1, costs.group, len(BUDGETS)).sum(2)
         whole = read_price * costs.loss.shape[1] * (costs.admissible - costs.fixed).numpy()
-        attends = (costs.admissible > 0).numpy()
 
         def budgets(found_price: float) -> tuple[Array, Array]:
             """Each KV head's budget, as an index [L, K], and which layers are cheaper dense [L]."""
             of_budget = best + found_price * costs.rows * np.array(BUDGETS)
             return of_budget.argmin(-1), whole < of_budget.min(-1).sum(1)
 
-        def mean(budget: Array, dense: Array) -> float:
-            return float((np.array(BUDGETS)[budget] * ~dense[:, None])[attends].mean())
-
-        budget, dense = _cheapest_fit(budgets, lambda choice: mean(*choice) <= key_budget)
-        return _allocation(costs, read_price, budget, dense, mean(budget, dense))
+        budget, dense = _cheapest_fit(budgets, lambda choice: _mean_budget(costs, *choice) <= key_budget)
+        loss, read = _at_budget(costs, budget)
+        return _allocation(costs, budget, (loss + read_price * read).argmin(-1), dense)
 
     return _cheapest_fit(under_budget, lambda choice: choice.density <= density)
 
@@ -338,28 +355,62 @@ def _cheapest_fit(choose: Callable[[float], Choice], fits: Callable[[Choice], bo
     return best
 
 
-def _allocation(costs: Costs, read_price: float, budget: Array, dense: Array, mean_key_budget: float) -> Allocation:
-    """What budgets and dense layers come to, with the cheapest smallest weights at a price per read pair.
+def allocation_of(costs: Costs, config: SparseAttentionConfig) -> Allocation:
+    """What the choice that a configuration holds already comes to.
+
+    A budget or smallest weight that is not among BUDGETS or MIN_WEIGHTS counts as the nearest one that is.
+
+    Args:
+        costs: of all layers, measured with any hash.
+        config: of the same model; its budgets, smallest weights and dense layers are looked at.
+    """
+    num_layers, num_heads = costs.loss.shape[:2]
+    num_kv_heads = num_heads // costs.group
+    has_choice = (costs.admissible > costs.fixed).numpy()
+    dense = has_choice & np.isin(np.arange(num_layers), config.dense_layers)
+    budget = np.zeros((num_layers, num_kv_heads), np.int64)
+    weight = np.zeros((num_layers, num_heads), np.int64)
+    for layer in np.flatnonzero(has_choice & ~dense).tolist():
+        budget[layer] = _nearest(BUDGETS, config.key_budgets(layer, num_kv_heads))
+        weight[layer] = _nearest(MIN_WEIGHTS, config.min_weights(layer, num_heads))
+    return _allocation(costs, budget, weight, dense)
+
+
+def _nearest(measured: Sequence[float], values: Sequence[float]) -> Array:
+    """For each value the index of the measured one that is nearest."""
+    return np.abs(np.subtract.outer(values, measured)).argmin(-1)
+
+
+def _mean_budget(costs: Costs, budget: Array, dense: Array) -> float:
+    """Mean of the budgets [L, K], given by index, over the KV heads of layers that count; 0 in dense layers [L]."""
+    return float((np.array(BUDGETS)[budget] * ~dense[:, None])[(costs.admissible > 0).numpy()].mean())
+
+
+def _at_budget(costs: Costs, budget: Array) -> tuple[Array, Array]:
+    """Loss and read pairs [L, H, len(MIN_WEIGHTS)] of each head at its KV head's budget [L, K], given by index."""
+    own_budget = budget.repeat(costs.group, 1)[..., None, None]  # [L, H, 1, 1]
+    loss, read = (np.take_along_axis(x.numpy(), own_budget, 2)[:, :, 0] for x in (costs.loss, costs.read))
+    return loss, read
+
+
+def _allocation(costs: Costs, budget: Array, weight: Array, dense: Array) -> Allocation:
+    """What a choice comes to.
 
     Args:
         costs: of all layers.
-        read_price: in nats per pair.
         budget: [L, K] int64, index of each KV head's budget.
+        weight: [L, H] int64, index of each query head's smallest weight.
         dense: [L] bool, layers that read everything.
-        mean_key_budget: as in the result.
     """
     num_heads = costs.loss.shape[1]
-    own_budget = budget.repeat(costs.group, 1)[..., None, None]  # [L, H, 1, 1]
-    loss, read = (np.take_along_axis(x.numpy(), own_budget, 2)[:, :, 0] for x in (costs.loss, costs.read))  # [L, H, W]
-    weight = (loss + read_price * read).argmin(-1)  # [L, H]
-    loss, read = (np.take_along_axis(x, weight[..., None], 2).sum((1, 2)) for x in (loss, read))  # [L]
+    loss, read = (np.take_along_axis(x, weight[..., None], 2).sum((1, 2)) for x in _at_budget(costs, budget))  # [L]
     admissible, fixed = costs.admissible.numpy(), costs.fixed.numpy()
     pairs = np.where(dense, num_heads * admissible, num_heads * fixed + read)
     return Allocation(
         key_budget=tuple(tuple(BUDGETS[i] for i in layer) for layer in budget.tolist()),
         min_weight=tuple(tuple(MIN_WEIGHTS[i] for i in layer) for layer in weight.tolist()),
         dense_layers=tuple(np.flatnonzero(dense).tolist()),
-        mean_key_budget=mean_key_budget,
+        mean_key_budget=_mean_budget(costs, budget, dense),
         density=float(pairs.sum() / (num_heads * admissible.sum())),
         loss=float((loss * ~dense).sum() / costs.tokens),
     )

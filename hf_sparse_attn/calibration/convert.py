@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,17 @@ import torch
 from hf_sparse_attn import visualization
 from hf_sparse_attn.benchmarking.speed import layer_inputs, measure_dense_below
 from hf_sparse_attn.calibration import budget_allocation, calibrate, model_card
-from hf_sparse_attn.calibration.budget_allocation import FIXED, Allocation, by_head, least_density
+from hf_sparse_attn.calibration.budget_allocation import (
+    FIXED,
+    Allocation,
+    allocation_of,
+    by_head,
+    fitting_dense_below,
+    least_density,
+)
 from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss, minimum_tokens
 from hf_sparse_attn.calibration.kept_results import KeptResults, kept_results
+from hf_sparse_attn.calibration.refit import Refit, compare
 from hf_sparse_attn.config import SparseAttentionConfig, sliding_windows, text_config
 from hf_sparse_attn.data import load_documents, long_documents
 from hf_sparse_attn.environment import describe_environment
@@ -45,6 +54,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TARGET_DENSITY = 0.19
+KEY_BUDGET = 1024
 LEAST_LOSS = 1e-6  # nats per token: less is noise
 AUTO = "auto"  # dense_below is measured
 _FITTED = ("key_budget", "min_weight", "hash", "calibrated_hash")  # fields that no conversion is given
@@ -61,18 +71,23 @@ class ConversionSettings:
         num_calibration_documents: at least 1 of each dataset.
         context_length: tokens read of each document; shorter documents are left out.
         target_density: share of the admissible (row, key) pairs that may be read, greater than 0 and at most 1; None
-            is TARGET_DENSITY, unless `max_loss` is given.
+            is TARGET_DENSITY, unless `max_loss` is given; in a refit, what the model's old choice reads.
         max_loss: in place of `target_density`: as little is read as keeps the loss of the last calibration document
             from rising by more, in nats per token; greater than 0.
-        key_budget: largest mean, over layers and KV heads, of the candidates of a row; at least 1.
+        key_budget: largest mean, over layers and KV heads, of the candidates of a row; at least 1. None is KEY_BUDGET;
+            in a refit, the mean of the model's old choice if that is larger.
         sparse_attention: fields of `SparseAttentionConfig`, other than those that the conversion fits.
-        dense_below: rows at earlier positions read everything; None takes it from `sparse_attention`, "auto" measures
-            from which length on sparse attention is faster on this machine.
+        dense_below: rows at earlier positions read everything; "auto" measures from which length on sparse attention is
+            faster on this machine. None takes it from `sparse_attention`; where that does not say it, it is the default
+            one, or smaller if such rows would take over a third of `target_density`.
         num_evaluation_documents: for the model card's figures, of the datasets in turns; 0 leaves them out.
         device: such as "cpu" or "cuda"; None takes the GPU if there is one.
         dtype: what is computed in and written; "auto" for the checkpoint's own.
         offload: weights for which the device has no room stay in the CPU's memory, and what has no room there on the
             disk; needs accelerate.
+        refit: for a converted model whose weights were trained since: fields that are not given are the model's own,
+            but for those that are fitted. `dense_layers` counts as fitted, as nobody can tell those that were chosen
+            from those that were asked for: it is empty unless `sparse_attention` has it.
 
     Raises:
         ArgumentError: a value is out of its range; the message names the field.
@@ -83,22 +98,24 @@ class ConversionSettings:
     context_length: int = 8192
     target_density: float | None = None
     max_loss: float | None = None
-    key_budget: int = 1024
+    key_budget: int | None = None
     sparse_attention: Mapping[str, Any] = field(default_factory=dict)
     dense_below: int | str | None = None
     num_evaluation_documents: int = 2
     device: str | None = None
     dtype: str = "auto"
     offload: bool = False
+    refit: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
             ("num_calibration_documents", 1),
             ("context_length", 1),
-            ("key_budget", 1),
             ("num_evaluation_documents", 0),
         ):
             check_integer(name, getattr(self, name), least)
+        if self.key_budget is not None:
+            check_integer("key_budget", self.key_budget, 1)
         if self.target_density is not None:
             check_positive("target_density", self.target_density, most=1)
         if self.max_loss is not None:
@@ -133,12 +150,34 @@ class ConversionSettings:
 
     @property
     def density(self) -> float:
-        """The share of pairs to aim at where there is no `max_loss`."""
+        """The share of pairs to aim at where neither `max_loss` nor an old choice says it."""
         return TARGET_DENSITY if self.target_density is None else self.target_density
 
-    def base_config(self) -> SparseAttentionConfig:
-        """What is not fitted; `dense_below="auto"` is still to be measured."""
-        base = SparseAttentionConfig.from_dict(dict(self.sparse_attention))
+    @property
+    def most_candidates(self) -> int:
+        """The largest mean of a row's candidates where no old choice says it."""
+        return KEY_BUDGET if self.key_budget is None else self.key_budget
+
+    @property
+    def keeps_density(self) -> bool:
+        """Whether the old choice says what to aim at."""
+        return self.refit and self.target_density is None and self.max_loss is None
+
+    @property
+    def fits_dense_below(self) -> bool:
+        """Whether `dense_below` follows from the density."""
+        given = self.refit or self.dense_below is not None or "dense_below" in self.sparse_attention
+        return not given and self.max_loss is None
+
+    def base_config(self, old: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
+        """What is not fitted; `dense_below="auto"` is still to be measured.
+
+        Args:
+            old: in a refit, the model's own configuration, which says what is not given.
+        """
+        own = {} if old is None else old.to_dict()
+        own = {name: value for name, value in own.items() if name not in (*_FITTED, "dense_layers")}
+        base = SparseAttentionConfig.from_dict({**own, **self.sparse_attention})
         return base.replace(dense_below=self.dense_below) if isinstance(self.dense_below, int) else base
 
 
@@ -153,6 +192,7 @@ class Conversion:
         choice: the choice that `config` holds.
         evaluation: what `compare_perplexity` returned for documents that calibrated nothing, or None.
         local_layers: those whose own small window is read whole.
+        refit: what a refit moved; None for a first conversion.
     """
 
     output: Path
@@ -161,6 +201,7 @@ class Conversion:
     choice: Allocation
     evaluation: dict[str, Any] | None
     local_layers: tuple[int, ...] = ()
+    refit: Refit | None = None
 
     @property
     def loss_factor(self) -> float | None:
@@ -215,13 +256,17 @@ def _convert(
 ) -> Conversion:
     """As `convert`; offloaded weights that the checkpoint's files do not hold as they are used go to `folder`."""
     device, dtype = parse_device(settings.device), parse_dtype(settings.dtype)
-    base = settings.base_config()
     with argument("calibration_dataset"):
         texts = [load_documents(dataset, "train") for dataset in settings.datasets]
-    path, config, tokenizer, _ = read_checkpoint(model)
+    path, config, tokenizer, own = read_checkpoint(model)
+    old = _converted(model, own) if settings.refit else None
+    base = settings.base_config(old)
+    windows = sliding_windows(config)
+    if settings.fits_dense_below:
+        base = _with_fitting_dense_below(base, windows, settings, tell)
     _check_context_length(settings.context_length, base)
     documents = _calibration_documents(settings, texts, tokenizer)
-    _check_density(settings, base, sliding_windows(config))
+    _check_density(settings, base, windows)
     held_out = _evaluation_documents(settings, documents, tokenizer)
     with argument("model", model):
         placed = _placed(ModelSize.of(config, dtype), base, settings, device, folder, tell)
@@ -233,20 +278,23 @@ def _convert(
     if settings.dense_below == AUTO:
         base = _with_measured_dense_below(loaded, documents[0]["input_ids"], base, settings, tell)
     rows = [torch.tensor(document["input_ids"]) for document in documents]
-    fingerprint = _fingerprint(path, config, settings.dtype, base, rows)
+    fingerprint = _fingerprint(path, config, settings, base, rows)
     measured = output.with_name(f".{output.name}.calibration-{fingerprint}")
     fitted_file = output.with_name(f"{output.name}-{os.getpid()}.sparse_attention.json")
     unfinished = unfinished_directory(output)
     with kept_results(measured, calibrate.KEPT) as kept, kept_on_failure(fitted_file, kept_as) as keep:
-        calibration = _calibrate(loaded, rows, base, progress, kept)
+        calibration = _calibrate(loaded, rows, base, progress, kept, old)
+        if old is not None:
+            settings = _as_before(settings, calibration, old)
         reachable = max(settings.density, calibration.costs.least_density)
-        keep(calibration.choose(reachable, settings.key_budget)[0].to_dict())
+        keep(calibration.choose(reachable, settings.most_candidates)[0].to_dict())
         fitted, choice = _choose(loaded, calibration, rows[-1], settings, tell)
         keep(fitted.to_dict())
-        trade = calibration.trade(settings.key_budget)
+        trade = calibration.trade(settings.most_candidates)
+        moved = None if old is None else compare(calibration, old, fitted, choice)
         text_config(loaded.config).sparse_attention = fitted.to_dict()
         evaluation = _evaluate(loaded, held_out, progress)
-        conversion = Conversion(output, fitted, trade, choice, evaluation, calibration.local_layers)
+        conversion = Conversion(output, fitted, trade, choice, evaluation, calibration.local_layers, moved)
         with removed_on_failure(unfinished):
             save_pretrained(loaded, unfinished)
             tokenizer.save_pretrained(unfinished)
@@ -263,6 +311,44 @@ def _convert(
     return conversion
 
 
+def _converted(model: str, own: dict[str, Any]) -> SparseAttentionConfig:
+    """A converted model's own configuration."""
+    config = SparseAttentionConfig.from_dict(own)
+    if config.hash != "calibrated":
+        told = "it was not converted, so that there is nothing to refit: its hash is not calibrated; leave out {refit}"
+        raise ArgumentError("model", told, model, others=("refit",))
+    return config
+
+
+def _as_before(
+    settings: ConversionSettings, calibration: Calibration, old: SparseAttentionConfig
+) -> ConversionSettings:
+    """The settings of a refit, with what the old choice takes in place of aims that are not given."""
+    assert calibration.old_costs is not None
+    before = allocation_of(calibration.old_costs, old)
+    if settings.key_budget is None:
+        settings = replace(settings, key_budget=max(KEY_BUDGET, math.ceil(before.mean_key_budget)))
+    if settings.keeps_density:
+        settings = replace(settings, target_density=max(before.density, calibration.costs.least_density))
+    return settings
+
+
+def _with_fitting_dense_below(
+    base: SparseAttentionConfig,
+    windows: Mapping[int, int | None],
+    settings: ConversionSettings,
+    tell: Callable[[str], None],
+) -> SparseAttentionConfig:
+    fitting = fitting_dense_below(base, windows, settings.context_length, settings.density)
+    if fitting == base.dense_below:
+        return base
+    tell(
+        f"rows at positions under {fitting} read everything, not under {base.dense_below}: that would take too much of "
+        f"density {settings.density:g} at {settings.context_length} tokens"
+    )
+    return base.replace(dense_below=fitting)
+
+
 def _check_context_length(context_length: int, config: SparseAttentionConfig) -> None:
     if context_length < minimum_tokens(config):
         least = minimum_tokens(config)
@@ -276,7 +362,7 @@ def _check_density(
         return
     with argument("model"):
         least = least_density(base, windows, settings.context_length)
-    if settings.max_loss is None and settings.density < least:
+    if settings.max_loss is None and not settings.keeps_density and settings.density < least:
         raise ArgumentError(
             "target_density",
             f"must be at least {least:.4f} at {settings.context_length} tokens: {FIXED} take that; see "
@@ -356,32 +442,40 @@ def _with_measured_dense_below(
     layer = text_config(model.config).num_hidden_layers // 2
     ids = torch.tensor([input_ids[:_MEASURED_TOKENS]], device=input_device(model))
     inputs = layer_inputs(model, ids, layer)
-    measured = measure_dense_below(base.replace(key_budget=settings.key_budget), inputs, layer)
+    measured = measure_dense_below(base.replace(key_budget=settings.most_candidates), inputs, layer)
     tell(f"sparse attention starts to win at {measured} tokens here")
     config = base.replace(dense_below=measured)
     _check_context_length(settings.context_length, config)
     return config
 
 
-def _fingerprint(path: str, config: Any, dtype: str, base: SparseAttentionConfig, rows: list[torch.Tensor]) -> str:
+def _fingerprint(
+    path: str, config: Any, settings: ConversionSettings, base: SparseAttentionConfig, rows: list[torch.Tensor]
+) -> str:
     """Of all that a calibration depends on: the checkpoint, the documents, what is not fitted, how it is measured."""
     files = sorted(Path(path).iterdir()) if Path(path).is_dir() else []
     parts = (
         [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         config.to_json_string(use_diff=False),
         getattr(config, "_commit_hash", None),
-        dtype,
+        settings.dtype,
         base.to_dict(),
         [row.tolist() for row in rows],
+        settings.refit,
         (calibrate.VERSION, calibrate.GRADIENT_TOKENS, budget_allocation.BUDGETS, budget_allocation.MIN_WEIGHTS),
     )
     return hashlib.sha256(json.dumps([path, *parts]).encode()).hexdigest()[:16]
 
 
 def _calibrate(
-    model: Any, rows: list[torch.Tensor], base: SparseAttentionConfig, progress: Progress, kept: KeptResults
+    model: Any,
+    rows: list[torch.Tensor],
+    base: SparseAttentionConfig,
+    progress: Progress,
+    kept: KeptResults,
+    old: SparseAttentionConfig | None,
 ) -> Calibration:
-    total = calibrate.num_steps(len(rows))
+    total = calibrate.num_steps(len(rows), refit=old is not None)
     begun = 0
 
     def begin(step: str) -> None:
@@ -391,7 +485,7 @@ def _calibrate(
 
     with argument("calibration_dataset"):
         try:
-            calibration = calibrate.calibrate(model, rows, base, begin, kept)
+            calibration = calibrate.calibrate(model, rows, base, begin, kept, old)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise RunError(f"what the model computes on these documents cannot be calibrated on: {error}") from error
     progress("calibrating", total, total, "")
@@ -407,9 +501,9 @@ def _choose(
 ) -> tuple[SparseAttentionConfig, Allocation]:
     if settings.max_loss is None:
         with argument("target_density"):
-            return calibration.choose(settings.density, settings.key_budget)
+            return calibration.choose(settings.density, settings.most_candidates)
     with argument("max_loss"):
-        return choose_by_loss(model, calibration, row, settings.max_loss, settings.key_budget, progress=tell)
+        return choose_by_loss(model, calibration, row, settings.max_loss, settings.most_candidates, progress=tell)
 
 
 def _evaluate(model: Any, documents: list[dict[str, Any]], progress: Progress) -> dict[str, Any] | None:

@@ -52,6 +52,7 @@ def write_model_card(
         trade=conversion.trade,
         choice=conversion.choice,
         loss_factor=conversion.loss_factor,
+        refit=conversion.refit,
         **escaped(
             {
                 "source": name,

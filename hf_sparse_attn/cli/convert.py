@@ -4,18 +4,30 @@
     hf-sparse-attn convert --model demo --output converted --target-density 0.13
     hf-sparse-attn convert --model demo --output converted --max-loss 0.01
     hf-sparse-attn convert --model meta-llama/Llama-3.2-1B --output converted --calibration-dataset books.jsonl
+    hf-sparse-attn convert --model tuned --refit --output refitted
     hf-sparse-attn convert --model meta-llama/Meta-Llama-3-8B --output converted --dtype bfloat16 --offload
 
 The weights stay as they are, unless --dtype rounds them. The output directory loads with stock
 `from_pretrained(DIR, attn_implementation="sparse")` once `hf_sparse_attn` is imported, and as an ordinary dense model
 without it. If it cannot be finished, what was fitted stays in a file beside it, which other commands take as
-`--sparse-attention @FILE`. An estimate of the peak memory is printed first.
+`--sparse-attention @FILE`. An estimate of the peak memory is printed before the weights are loaded.
+
+`--refit` is for a converted model that was trained since. Without --target-density and --max-loss it reads as much as
+before; a table shows what moved.
 """
 
 from dataclasses import fields
 from typing import Any
 
-from hf_sparse_attn.calibration.convert import AUTO, TARGET_DENSITY, Conversion, ConversionSettings, convert
+from hf_sparse_attn.calibration.convert import (
+    AUTO,
+    KEY_BUDGET,
+    TARGET_DENSITY,
+    Conversion,
+    ConversionSettings,
+    convert,
+)
+from hf_sparse_attn.calibration.refit import Refit
 from hf_sparse_attn.cli.argument_types import count, output_directory, positive_int, positive_number, share
 from hf_sparse_attn.cli.arguments import OneLineErrors, print_table
 from hf_sparse_attn.cli.options import DATASET_HELP, add, command_parser
@@ -61,7 +73,8 @@ def make_parser() -> OneLineErrors:
         "--target-density",
         type=share,
         metavar="SHARE",
-        help=f"Let at most this share of the (row, key) pairs be read, from 0 to 1 (default: {TARGET_DENSITY}).",
+        help=f"Let at most this share of the (row, key) pairs be read, from 0 to 1 (default: {TARGET_DENSITY}; with "
+        "--refit, the share that the model reads as it is).",
     )
     aim.add_argument(
         "--max-loss",
@@ -72,17 +85,23 @@ def make_parser() -> OneLineErrors:
     parser.add_argument(
         "--key-budget",
         type=positive_int,
-        default=defaults.key_budget,
         metavar="N",
         help="Score at most N candidate keys per row, on average over layers and KV heads; this limits time, where the "
-        "density limits what is read (default: %(default)s).",
+        f"density limits what is read (default: {KEY_BUDGET}, or with --refit the model's own mean if that is larger).",
     )
     add(parser, "sparse-attention")
     parser.add_argument(
         "--dense-below",
         type=positions_or_auto,
         metavar="N",
-        help="Let rows at positions less than N read everything; auto measures where sparse attention starts to win.",
+        help="Let rows at positions less than N read everything; auto measures where sparse attention starts to win "
+        "(default: 2048, or less if such rows would take over a third of the density).",
+    )
+    parser.add_argument(
+        "--refit",
+        action="store_true",
+        help="Fit a converted model anew after its weights were trained; fields that are not fitted stay as they are "
+        "unless given, but for dense_layers, which is chosen anew.",
     )
     parser.add_argument(
         "--num-evaluation-documents",
@@ -140,12 +159,30 @@ def report(conversion: Conversion) -> None:
             for point in sorted([*conversion.trade, choice], key=lambda point: point.density)
         ],
     )
+    if conversion.refit:
+        report_refit(conversion.refit)
     if conversion.local_layers:
         local = ", ".join(map(str, conversion.local_layers))
         print(f"read whole because of their own small windows, and counted in no density: layers {local}")
     size = len(conversion.config.calibrated_hash or "") / 1e6
     print(f"{conversion.output}: {size:.2f} MB of calibrated hash in config.json")
     print(describe_evaluation(result))
+
+
+def report_refit(refit: Refit) -> None:
+    print_table(
+        "What the refit moved (predicted on the calibration documents with the weights as they are now)",
+        ["", "nats per token", "density", "candidates per row"],
+        [
+            [name, f"{point.loss:.3g}", f"{point.density:.3f}", f"{point.mean_key_budget:.0f}"]
+            for name, point in refit.steps
+        ],
+    )
+    print_table(
+        "By layer, in nats per token; heads change by their smallest weight or their KV head's candidates",
+        ["layer", "old", "new", "changed"],
+        [[str(moved.layer), f"{moved.old_loss:.3g}", f"{moved.new_loss:.3g}", moved.change] for moved in refit.layers],
+    )
 
 
 def describe_evaluation(result: dict[str, Any] | None) -> str:

@@ -176,20 +176,21 @@ class _RecallRecorder:
         pattern: LayerPattern,
         head: int,
         position: Tensor,
-        attended: Tensor,
+        num_attended: int,
         num_scored: int,
-        keys: Callable[[], Tensor],
+        read: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
         row = position - self.truth.start
         weights, best, top = (x[head, row] for x in (self.truth.weights, self.truth.best, self.truth.top))
-        read = torch.zeros_like(weights, dtype=torch.bool)
-        read[attended.nonzero()[:, 0], keys()[attended].long()] = True
-        count = read.sum(-1)
-        kept = (weights * read).sum(-1)
+        attended, keys = read()
+        is_read = torch.zeros_like(weights, dtype=torch.bool)
+        is_read[attended.nonzero()[:, 0], keys[attended].long()] = True
+        count = is_read.sum(-1)
+        kept = (weights * is_read).sum(-1)
         measures = {
             "kept": kept,
             "best": best.gather(1, count[:, None] - 1).squeeze(1),
-            "recall": read.gather(1, top).sum(-1).double() / self.truth.num_top[row],
+            "recall": is_read.gather(1, top).sum(-1).double() / self.truth.num_top[row],
             "lost": kept < 0.5,
             "keys": count,
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -114,6 +116,10 @@ def _routed(
     return routed
 
 
+def _pair(attended: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    return attended, keys
+
+
 def document_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
     """See `backend.AttendDocument`."""
     pattern, query_offset, key_offset, recorder = call.pattern, call.query_offset, call.key_offset, call.recorder
@@ -126,7 +132,8 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, call: Attentio
         keys = (torch.arange(key.shape[1], device=key.device) + key_offset).expand_as(attended[0])
         rows = torch.arange(query.shape[1], device=key.device) + query_offset
         for head in range(query.shape[0]):
-            recorder.add(pattern, head, rows, attended[head], int(scored[head].sum()), lambda: keys)
+            num_attended, num_scored = int(attended[head].sum()), int(scored[head].sum())
+            recorder.add(pattern, head, rows, num_attended, num_scored, partial(_pair, attended[head], keys))
     weights = _softmax(_logits(query, key, scaling, softcap).masked_fill(~attended, -torch.inf), sinks)
     return weights.to(value.dtype) @ value.repeat_interleave(query.shape[0] // key.shape[0], 0)
 

@@ -163,8 +163,13 @@ def _sparse(
             attended = side_by_side[:, : sum(widths)] > -torch.inf
             parts = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
             parts += [table.order[gathered] + key_offset] if gathered is not None else []
-            call.record(head, position, attended, num_scored, partial(torch.cat, parts, -1))
+            read = partial(_read, attended, parts)
+            call.record(head, position, int(attended.sum()), num_scored, read)
     return torch.stack(outputs)
+
+
+def _read(attended: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return attended, torch.cat(keys, -1)
 
 
 def _drop_light(scores: Tensor, routed: slice, min_weight: float) -> Tensor:

@@ -17,6 +17,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
     allocate,
     by_head,
     first_row,
+    fitting_dense_below,
     least_density,
     measure_layer,
     sampled_blocks,
@@ -159,6 +160,15 @@ class TestMeasureLayer:
         assert (costs.loss[[0, 2, 3], 0] > 0).all()
         assert torch.equal(costs.read, measure_layer(**drawn_layer(200, 4, 2, CONFIG)).read)
 
+    def test_weights_that_underflow(self, monkeypatch):
+        """A row whose weights of all keys that it may read are 0 beside that of one it never finds."""
+        choices(monkeypatch, (0, 8), (0.0, 1e-2))
+        layer = drawn_layer(200, 4, 2, CONFIG)
+        layer["rows"] *= 1e4
+        costs = measure_layer(**layer)
+        assert costs.loss.isfinite().all()
+        assert (costs.loss[:, 0] > 0).all()
+
     def test_shapes(self):
         costs = measure_layer(**drawn_layer(200, 4, 2, CONFIG))
         assert costs.loss.shape == costs.read.shape == (4, len(BUDGETS), len(MIN_WEIGHTS))
@@ -212,6 +222,31 @@ def test_least_density_counts_dense_rows_window_and_globals(fields):
         keys = {*range(config.num_global_tokens), *range(p - config.window_size + 1, p + 1)}
         read += p + 1 if p < config.dense_below else len(keys & set(range(p + 1)))
     assert least_density(config, {0: None}, 200) == pytest.approx(read / (200 * 201 / 2))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "density", "own_window", "expected"),
+    [
+        (8192, 0.19, None, 2048),  # a sixteenth of the pairs, a third of 0.19 being slightly more
+        (8192, 0.18, None, 1024),
+        (8192, 0.05, None, 1024),
+        (8192, 0.04, None, 512),
+        (8192, 0.001, None, 256),  # the window
+        (4096, 0.19, None, 1024),
+        (131072, 0.02, None, 2048),
+        (8192, 0.04, 512, 512),
+        (8192, 0.04, 1024, 1024),  # which stays a local layer
+        (8192, 0.04, 4096, 512),  # and which is none
+    ],
+)
+def test_dense_rows_take_a_third_at_most(num_tokens, density, own_window, expected):
+    windows = {0: None, 1: own_window}
+    assert fitting_dense_below(SparseAttentionConfig(), windows, num_tokens, density) == expected
+
+
+def test_dense_below_is_never_made_larger():
+    config = SparseAttentionConfig(window_size=512, dense_below=300)
+    assert fitting_dense_below(config, {0: None}, 8192, 0.001) == 300
 
 
 def drawn_costs(layers, heads, group, seed=0, budgets=None):

@@ -389,21 +389,36 @@ class TestChooseByLoss:
     def test_the_first_choice_is_the_smallest_density_that_is_predicted_to_do(self, calibrated, monkeypatch):
         calibration, documents = calibrated
         seen = []
-        monkeypatch.setattr(conversion, "compare_perplexity", sequence([0.0], seen))
         aim = calibration.choose(0.3, 1000)[1]
-        config, choice = choose_by_loss(tiny_model(dtype=torch.float32), calibration, documents[0], aim.loss, 1000)
+        most = conversion.LOSS_FACTOR * aim.loss
+        monkeypatch.setattr(conversion, "compare_perplexity", sequence([0.6 * most], seen))
+        config, choice = choose_by_loss(tiny_model(dtype=torch.float32), calibration, documents[0], most, 1000)
         assert choice.loss <= aim.loss
         assert choice.density == aim.density
         assert seen == [config.to_dict()]
+
+    @pytest.mark.parametrize(("second", "taken"), [(0.9, 1), (1.1, 0)], ids=["holds", "is too much"])
+    def test_a_loss_far_under_the_limit_makes_one_sparser_choice(self, calibrated, monkeypatch, second, taken):
+        """The loss rises as predicted, without a factor: that much less needs to be read, if it then still holds."""
+        calibration, documents = calibrated
+        seen = []
+        aim = calibration.choose(0.3, 1000)[1]
+        most = conversion.LOSS_FACTOR * aim.loss
+        monkeypatch.setattr(conversion, "compare_perplexity", sequence([aim.loss, second * most], seen))
+        config, choice = choose_by_loss(tiny_model(dtype=torch.float32), calibration, documents[0], most, 1000)
+        assert len(seen) == 2
+        assert config.to_dict() == seen[taken]
+        assert (choice.density < aim.density) == (taken == 1)
 
     def test_a_measured_factor_makes_the_next_choice_denser(self, calibrated, monkeypatch):
         """The first choice loses half more than was predicted: the next one is to be predicted that much lower."""
         calibration, documents = calibrated
         seen, steps = [], []
         first = calibration.choose(0.3, 1000)[1]
-        monkeypatch.setattr(conversion, "compare_perplexity", sequence([1.5 * first.loss, first.loss], seen))
+        most = conversion.LOSS_FACTOR * first.loss
+        monkeypatch.setattr(conversion, "compare_perplexity", sequence([1.5 * most, most], seen))
         model = tiny_model(dtype=torch.float32)
-        config, choice = choose_by_loss(model, calibration, documents[0], first.loss, 1000, steps.append)
+        config, choice = choose_by_loss(model, calibration, documents[0], most, 1000, steps.append)
         assert choice.loss <= first.loss / 1.5
         assert choice.density > first.density
         assert seen[1] == config.to_dict() != seen[0]

@@ -5,6 +5,7 @@ from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.calibration.budget_allocation import Allocation
 from hf_sparse_attn.calibration.convert import Conversion
 from hf_sparse_attn.calibration.model_card import describe_budgets, write_model_card
+from hf_sparse_attn.calibration.refit import MovedLayer, Refit
 
 CHOICE = Allocation(((64, 0), (512, 128)), ((0.0,) * 4,) * 2, (), 176.0, 0.1914, 0.00123)
 TRADE = [
@@ -36,6 +37,7 @@ def card(path, **changes):
         choice=CHOICE,
         evaluation=changes.pop("result", RESULT),
         local_layers=changes.pop("local_layers", ()),
+        refit=changes.pop("refit", None),
     )
     arguments = {
         "source": "someone/model",
@@ -120,6 +122,23 @@ def test_trade_table_with_the_factor_that_was_measured(tmp_path):
         "| 0.500 | 0.00000 | 0.00000 | 4 |",
         "| 0.191 (chosen) | 0.00123 | 0.02470 | 176 |",
     ]
+
+
+def test_what_a_refit_moved(tmp_path):
+    layers = MovedLayer(0, 0.004, 0.003, False, False, 3, 4), MovedLayer(2, 0.001, 0.0, False, True, 0, 4)
+    _, body = card(tmp_path, refit=Refit(TRADE[0], TRADE[1], CHOICE, layers))
+    section = body.split("## What the refit moved\n")[1].split("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("| ") and "predicted rise" not in line] == [
+        "| old hash, old choice | 0.25 | 0.074 | 0 |",
+        "| new hash, old choice | 0 | 0.500 | 4 |",
+        "| new hash, new choice | 0.00123 | 0.191 | 176 |",
+        "| 0 | 0.004 | 0.003 | 3 of 4 heads |",
+        "| 2 | 0.001 | 0 | became dense |",
+    ]
+
+
+def test_a_first_conversion_has_no_such_section(tmp_path):
+    assert "refit" not in card(tmp_path)[1]
 
 
 def test_nothing_measured(tmp_path):

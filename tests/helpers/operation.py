@@ -34,9 +34,11 @@ class KeyMask:
         self.count = torch.zeros(num_heads, num_queries, num_keys, dtype=torch.int64)
         self.query_offset, self.key_offset = query_offset, key_offset
 
-    def add(self, pattern, head, position, attended, num_scored, keys):
+    def add(self, pattern, head, position, num_attended, num_scored, read):
+        attended, keys = read()
+        assert num_attended == attended.sum()
         row, column = attended.cpu().nonzero(as_tuple=True)
-        keys, position = keys().cpu()[row, column] - self.key_offset, position.cpu()
+        keys, position = keys.cpu()[row, column] - self.key_offset, position.cpu()
         assert (keys >= 0).all()
         assert (keys < self.count.shape[-1]).all()
         ones = torch.ones_like(keys)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_attn
 from hf_sparse_attn.calibration import budget_allocation as allocation
@@ -147,26 +147,6 @@ def test_fewer_documents_than_datasets_are_refused(run_script, assert_refused, a
     changes = {"--num-calibration-documents": 1, "--calibration-dataset": None}
     finished = run_script(SCRIPT, *flat(arguments | changes), "--calibration-dataset", text_directory, tmp_path)
     assert_refused(finished, "--num-calibration-documents", "at least 2, one of each dataset, got 1")
-
-
-@pytest.fixture
-def hybrid_path(tmp_path, tiny_tokenizer):
-    """A tiny Gemma 3 with a local layer and a global one."""
-    config = Gemma3TextConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=20,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    torch.manual_seed(0)
-    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "hybrid")
-    tiny_tokenizer.save_pretrained(tmp_path / "hybrid")
-    return tmp_path / "hybrid"
 
 
 def test_density_of_a_hybrid_model_is_that_of_its_global_layers(convert, hybrid_path):
@@ -390,6 +370,25 @@ def test_dense_below_auto_writes_a_number(convert, monkeypatch):
     sparse, card, _ = convert(dense_below="auto")
     assert sparse["dense_below"] == 40
     assert "positions under 40 read everything" in card
+
+
+def test_dense_below_follows_from_the_density_unless_it_is_given(convert):
+    fields = json.dumps({"window_size": 16, "num_global_tokens": 2})
+    sparse, card, printed = convert(sparse_attention=fields, target_density=0.4)
+    assert sparse["dense_below"] == 64
+    assert "positions under 64 read everything, not under 2048: that would take too much of density 0.4" in printed
+    assert "positions under 64 read everything" in card
+    shutil.rmtree(Path(written_directory(printed)))
+    for given in ({"dense_below": 40}, {"sparse_attention": json.dumps(json.loads(fields) | {"dense_below": 40})}):
+        sparse, _, printed = convert(**{"sparse_attention": fields, "target_density": 0.4} | given)
+        assert sparse["dense_below"] == 40
+        assert "not under" not in printed
+        shutil.rmtree(Path(written_directory(printed)))
+
+
+def written_directory(printed):
+    """The directory that was written."""
+    return re.search(r"^(.*): [0-9.]+ MB of calibrated hash", printed, re.MULTILINE)[1]
 
 
 def kept_file(finished, tmp_path):

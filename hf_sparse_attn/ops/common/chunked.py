@@ -114,12 +114,17 @@ class Call:
         return 0 if nothing_older else min(self.pattern.budgets[kv_head], num_keys)
 
     def record(
-        self, head: int, position: Tensor, attended: Tensor, num_scored: int, keys: Callable[[], Tensor]
+        self,
+        head: int,
+        position: Tensor,
+        num_attended: int,
+        num_scored: int,
+        read: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
         """Tell the recorder, from any thread; see `recording.Recorder.add`."""
         if self.recorder is not None:
             with _RECORDING:
-                self.recorder.add(self.pattern, head, position, attended, num_scored, keys)
+                self.recorder.add(self.pattern, head, position, num_attended, num_scored, read)
 
     def dense_end(self, end: int) -> int:
         """The rows before this position read everything; `end` is the position after the last row."""

@@ -729,6 +729,23 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
             sizes[r, 0], sizes[r, 1], sizes[r, 2] = num_fixed, first_found, n
 
 
+@compiled
+def count_keys(read):
+    """How many keys all rows read, by head [group] int64, and scored."""
+    weights, _, sizes = read
+    group = weights.shape[1]
+    num_read, num_scored = np.zeros(group, np.int64), 0
+    for r in range(len(sizes)):
+        num_fixed, low, high = sizes[r]
+        num_scored += num_fixed + high - low
+        for g in range(group):
+            n = num_fixed
+            for c in range(low, high):
+                n += weights[r, g, c] != 0
+            num_read[g] += n
+    return num_read, num_scored
+
+
 @inlined
 def _add_outer(weights, slots, low, high, rows, at_rows, grad):
     """Add weights[0, g, c] * row g, over the heads g, to grad[slots[c]] for columns c; row 0 begins at a flat index."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from hf_sparse_attn.ops.numba.kernels import (
     Array,
     Read,
     Rules,
+    count_keys,
 )
 from hf_sparse_attn.ops.numba.layout import padded
 from hf_sparse_attn.ops.numba.simd import LANES
@@ -42,14 +45,20 @@ def num_columns(rules: Rules, num_static: int, num_keys: int, num_random: int) -
 
 def record(call: Call, kv_head: int, position: Tensor, read: Read, order: Array | None) -> None:
     """Tell the recorder what rows of a KV head read; found slots are places in `order`, if there is one."""
-    weights, slots, sizes = (x[: len(position)] for x in read)
+    rows = Read(*(x[: len(position)] for x in read))
+    num_attended, num_scored = count_keys(rows)
+    for i in range(rows.weights.shape[1]):
+        head = kv_head * rows.weights.shape[1] + i
+        keys = partial(_read_by_head, call, rows, i, order)
+        call.record(head, position, int(num_attended[i]), num_scored, keys)
+
+
+def _read_by_head(call: Call, rows: Read, head: int, order: Array | None) -> tuple[Tensor, Tensor]:
+    weights, slots, sizes = rows
     column = np.arange(slots.shape[1])
     num_fixed, first_found, stop = (sizes[:, i, None] for i in range(3))
     fixed, found = column < num_fixed, (column >= first_found) & (column < stop)
     if order is not None:
         slots = np.where(found, order[np.where(found, slots, 0)], slots)
-    keys = torch.from_numpy(slots).long() + call.key_offset
-    for i in range(weights.shape[1]):
-        attended = torch.from_numpy(fixed | (found & (weights[:, i] != 0)))
-        head = kv_head * weights.shape[1] + i
-        call.record(head, position, attended, int(fixed.sum() + found.sum()), lambda: keys)
+    attended = fixed | (found & (weights[:, head] != 0))
+    return torch.from_numpy(attended), torch.from_numpy(slots).long() + call.key_offset

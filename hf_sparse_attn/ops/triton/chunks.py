@@ -193,9 +193,9 @@ class _Chunk:
             of_rows = lists.keys[kv_head, tile, :columns]
             for member in range(keys.group):
                 by_row = attended[kv_head, tile, row * keys.group_padded + member, :columns].bool() & listed
-                positions = partial(_positions, of_rows, call.key_offset)
-                call.record(kv_head * keys.group + member, position, by_row, num_scored, positions)
+                read = partial(_read, by_row, of_rows, call.key_offset)
+                call.record(kv_head * keys.group + member, position, int(by_row.sum()), num_scored, read)
 
 
-def _positions(keys: Tensor, key_offset: int) -> Tensor:
-    return keys.long() + key_offset
+def _read(attended: Tensor, keys: Tensor, key_offset: int) -> tuple[Tensor, Tensor]:
+    return attended, keys.long() + key_offset
