@@ -28,6 +28,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
 )
 from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss, minimum_tokens
 from hf_sparse_attn.calibration.kept_results import KeptResults, kept_results
+from hf_sparse_attn.calibration.place_weights import place_weights
 from hf_sparse_attn.calibration.refit import Refit, compare
 from hf_sparse_attn.config import SparseAttentionConfig, sliding_windows, text_config
 from hf_sparse_attn.data import load_documents, long_documents
@@ -35,8 +36,8 @@ from hf_sparse_attn.environment import describe_environment
 from hf_sparse_attn.errors import ArgumentError, RunError, argument, check_integer, check_positive, one_line
 from hf_sparse_attn.evaluation import perplexity
 from hf_sparse_attn.loading import load_model, parse_device, parse_dtype, read_checkpoint
-from hf_sparse_attn.memory import LIBRARIES, ModelSize, available_memory, conversion_memory
-from hf_sparse_attn.offloading import check_accelerate, offload_folder, placement, save_pretrained
+from hf_sparse_attn.memory import ModelSize
+from hf_sparse_attn.offloading import check_accelerate, offload_folder, save_pretrained
 from hf_sparse_attn.output_files import (
     check_output_directory,
     check_space,
@@ -242,19 +243,19 @@ def convert(
     with argument("output"):
         output = check_output_directory(output)
     with offload_folder(output) as folder:
-        return _convert(model, output, settings, folder, progress, tell, kept_as)
+        return _convert(model, output, settings, folder if settings.offload else None, progress, tell, kept_as)
 
 
 def _convert(
     model: str,
     output: Path,
     settings: ConversionSettings,
-    folder: Path,
+    folder: Path | None,
     progress: Progress,
     tell: Callable[[str], None],
     kept_as: str,
 ) -> Conversion:
-    """As `convert`; offloaded weights that the checkpoint's files do not hold as they are used go to `folder`."""
+    """As `convert`; offloaded weights that the checkpoint's files do not hold as they are used go to `folder`, if any."""
     device, dtype = parse_device(settings.device), parse_dtype(settings.dtype)
     with argument("calibration_dataset"):
         texts = [load_documents(dataset, "train") for dataset in settings.datasets]
@@ -269,7 +270,8 @@ def _convert(
     _check_density(settings, base, windows)
     held_out = _evaluation_documents(settings, documents, tokenizer)
     with argument("model", model):
-        placed = _placed(ModelSize.of(config, dtype), base, settings, device, folder, tell)
+        size = ModelSize.of(config, dtype)
+        placed = place_weights(size, base, settings.context_length, device, folder, tell)
     loaded = load_model(model, path, device=device, num_tokens=settings.context_length, dtype=dtype, **placed)
     with argument("model", model):
         loaded.generation_config.validate(strict=True)  # one that is not valid cannot be saved
@@ -278,8 +280,7 @@ def _convert(
     if settings.dense_below == AUTO:
         base = _with_measured_dense_below(loaded, documents[0]["input_ids"], base, settings, tell)
     rows = [torch.tensor(document["input_ids"]) for document in documents]
-    fingerprint = _fingerprint(path, config, settings, base, rows)
-    measured = output.with_name(f".{output.name}.calibration-{fingerprint}")
+    measured = output.with_name(f".{output.name}.calibration-{_fingerprint(path, config, settings, base, rows)}")
     fitted_file = output.with_name(f"{output.name}-{os.getpid()}.sparse_attention.json")
     unfinished = unfinished_directory(output)
     with kept_results(measured, calibrate.KEPT) as kept, kept_on_failure(fitted_file, kept_as) as keep:
@@ -405,30 +406,6 @@ def _evaluation_documents(
             continue
         held_out += [document for document in found if document["name"] not in used][:number]
     return held_out
-
-
-def _placed(
-    size: ModelSize,
-    base: SparseAttentionConfig,
-    settings: ConversionSettings,
-    device: torch.device,
-    folder: Path,
-    tell: Callable[[str], None],
-) -> dict[str, Any]:
-    """Tell how much memory the conversion takes; the arguments of `from_pretrained` that say where weights go."""
-    on_cpu, free = device.type == "cpu", available_memory(device)
-    needs = conversion_memory(size, base, settings.context_length, calibrate.GRADIENT_TOKENS, on_cpu=on_cpu)
-    needed = needs.offloaded_peak if settings.offload else needs.peak
-    offloaded = f", at least {needed / 1e9:.1f} GB where weights are offloaded" if settings.offload else ""
-    there = "" if free is None else f"; {free / 1e9:.1f} GB are free"
-    tell(f"estimated peak memory: {needs}{offloaded}{there}")
-    if free is not None and needed > free:
-        logger.warning(
-            "the estimate is more than what is free on %s: %s--dtype bfloat16 and a smaller --context-length take less",
-            device,
-            "" if settings.offload else "--offload, ",
-        )
-    return placement(device, folder, needs.offloaded_peak, LIBRARIES + needs.kept) if settings.offload else {}
 
 
 def _with_measured_dense_below(

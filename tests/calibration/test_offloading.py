@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from hf_sparse_attn import offloading
 from hf_sparse_attn.calibration import budget_allocation as allocation
-from hf_sparse_attn.calibration import calibrate
+from hf_sparse_attn.calibration import calibrate, place_weights
 from hf_sparse_attn.calibration import convert as conversion
 from hf_sparse_attn.calibration.convert import ConversionSettings, convert
 from hf_sparse_attn.errors import ArgumentError
@@ -28,9 +28,9 @@ def small_choices(monkeypatch):
 
 def leave_room_for_embeddings(monkeypatch, dtype):
     """And for nothing else."""
-    placement = conversion.placement
+    placement = place_weights.placement
     limit = {"max_memory": {"cpu": 40_000 if dtype == "bfloat16" else 80_000}}
-    monkeypatch.setattr(conversion, "placement", lambda *args: placement(*args) | limit)
+    monkeypatch.setattr(place_weights, "placement", lambda *args: placement(*args) | limit)
 
 
 def save(family, path, tokenizer):
@@ -145,3 +145,32 @@ def test_accelerate_is_needed(monkeypatch):
     with pytest.raises(ArgumentError, match=r"offload: needs accelerate; pip install 'hf_sparse_attn\[scripts\]'"):
         ConversionSettings(offload=True)
     ConversionSettings()
+
+
+@pytest.mark.parametrize(("offload", "advice"), [(False, ": --offload, --dtype"), (True, ": --dtype")])
+def test_too_little_memory_is_told_before_the_weights_are_loaded(
+    offload, advice, tiny_model_path, text_directory, tmp_path, monkeypatch, caplog
+):
+    class LoadedError(Exception):
+        pass
+
+    def load(*_args, **kwargs):
+        assert ("device_map" in kwargs) == offload
+        raise LoadedError
+
+    monkeypatch.setattr(place_weights, "available_memory", lambda device: 10**8)
+    monkeypatch.setattr(conversion, "load_model", load)
+    settings = ConversionSettings(
+        calibration_dataset=str(text_directory),
+        context_length=LENGTH,
+        sparse_attention={"window_size": 16, "dense_below": 32},
+        target_density=0.5,
+        device="cpu",
+        offload=offload,
+    )
+    told = []
+    with pytest.raises(LoadedError):
+        convert(str(tiny_model_path), tmp_path / "converted", settings, tell=told.append)
+    assert told[0].startswith("estimated peak memory: 1.")
+    assert told[0].endswith("; 0.1 GB are free")
+    assert f"more than the memory that is free on cpu{advice} bfloat16" in caplog.text
