@@ -255,7 +255,7 @@ def _convert(
     tell: Callable[[str], None],
     kept_as: str,
 ) -> Conversion:
-    """As `convert`; offloaded weights that the checkpoint's files do not hold as they are used go to `folder`, if any."""
+    """As `convert`; offloaded weights that the checkpoint's files do not hold as they are used go to `folder`."""
     device, dtype = parse_device(settings.device), parse_dtype(settings.dtype)
     with argument("calibration_dataset"):
         texts = [load_documents(dataset, "train") for dataset in settings.datasets]
