@@ -73,7 +73,9 @@ def test_available_memory(monkeypatch):
     assert available_memory(torch.device("meta")) is None
 
 
-@pytest.mark.parametrize("work", ["gradients", "perplexity", "calibration"])
+@pytest.mark.parametrize(
+    "work", ["gradients", *(pytest.param(work, marks=pytest.mark.nightly) for work in ("perplexity", "calibration"))]
+)
 def test_estimate_is_near_the_measured_peak(work):
     """Of a small model, whose peak is half libraries."""
     options = ["--vocab-sizes", "16384", "--context-length", "2304", "--work", work]
