@@ -271,7 +271,7 @@ def _dense_blocks(start: int, stop: int, num_heads: int, call: Call) -> Iterator
     num_keys, size = stop - call.key_offset, _DENSE_BLOCK
     window = call.pattern.sliding_window or num_keys
     if window < num_keys:  # in shorter blocks, as each row is compared with the keys of all rows of its block
-        size = min(max(window // 2, _WINDOW_BLOCK), size)
+        size = min(max(window // 4, _WINDOW_BLOCK), size)
         num_keys = min(window + size, num_keys)
     elif call.plain and start == call.key_offset:
         size = max(stop - start, 1)
