@@ -16,11 +16,6 @@ from hf_sparse_attn.memory import ModelSize, available_memory, conversion_memory
 DENSE_BELOW = SparseAttentionConfig(dense_below=60)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Not here: what is poisoned lies in real memory even where `with torch.device("meta")` asks for none."""
-
-
 def estimate(config, dtype="auto", num_tokens=8192, **kwargs):
     return conversion_memory(ModelSize.of(config, dtype), SparseAttentionConfig(), num_tokens, 2048, **kwargs)
 

@@ -337,9 +337,8 @@ def choose_by_loss(
 ) -> tuple[SparseAttentionConfig, Allocation]:
     """The smallest density at which the measured loss of `document` rises by at most `max_loss`.
 
-    Predictions are too low by a factor that hardly depends on the density. LOSS_FACTOR is what it is at most as a rule, so that
-    one measurement mostly suffices; where the loss rises by more, or by less than half of that, the measured factor
-    makes the next choice.
+    Predictions are too low by a factor. LOSS_FACTOR is what it is at most as a rule, so that one measurement mostly
+    suffices; where the loss rises by more, or by less than half of that, the measured factor makes the next choice.
 
     Args:
         model: with attn_implementation="sparse"; left as it was.
