@@ -29,7 +29,14 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.calibration import calibrate
-from hf_sparse_attn.calibration.budget_allocation import Allocation, Costs, allocate, by_head, sampled_blocks
+from hf_sparse_attn.calibration.budget_allocation import (
+    Allocation,
+    Costs,
+    allocate,
+    by_head,
+    sampled_blocks,
+    sensitivity_root,
+)
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.data import load_documents, long_documents
 from hf_sparse_attn.environment import describe_environment, written_fields
@@ -38,7 +45,6 @@ from hf_sparse_attn.integration import configured, observe
 from hf_sparse_attn.loading import load_model, read_checkpoint
 from hf_sparse_attn.ops import document_attention, find_keys
 from hf_sparse_attn.ops import torch as torch_backend
-from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.output_files import write_json
 from hf_sparse_attn.patterns import LayerPattern, layer_pattern, static_positions
 from hf_sparse_attn.routing import BucketIndex, RowChunk
@@ -152,7 +158,7 @@ def study_document(
     rows = {layer: SampledRows.of(sample[layer], patterns[layer], sensitivity[layer]) for layer in patterns}
     own: dict[Head, float] = {}
     pairs: Pairs = {}
-    for of_layer in in_order(partial(measure_pairs, layers=rows), rows, torch.get_num_threads()):
+    for of_layer in calibrate._by_layer(partial(measure_pairs, layers=rows), rows).values():
         own |= of_layer[0]
         pairs |= of_layer[1]
     return Study(own, pairs, calibrate._document_costs(sample, sensitivity, hashes, every_layer, num_layers))
@@ -195,8 +201,6 @@ class SampledRows:
         local = column > position - config.window_size
         static = static_positions(config, num_tokens, key.device)
         local[:, static] = True
-        values, vectors = torch.linalg.eigh(sensitivity.double())
-        root = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)).float()
         bucket = pattern.bucket_hash.assign(key)
         group = query.unflatten(0, (num_kv_heads, -1))
         found = torch.full((num_kv_heads, len(position), 4096), num_tokens)
@@ -210,6 +214,7 @@ class SampledRows:
                 found[kv_head, done : done + stop - start, : keys.shape[1]] = keys.long().masked_fill(~live, num_tokens)
                 done += stop - start
         scale = (num_tokens - config.dense_below) / len(position) / num_tokens
+        root = sensitivity_root(sensitivity)
         rows = cls(pattern, query, key, value, root, visible, local & visible, found, {}, scale)
         means = torch.stack([rows.weights(kv_head).mean(0) for kv_head in range(num_kv_heads)])
         rows.top["all"] = means.topk(NUM_TOP).indices

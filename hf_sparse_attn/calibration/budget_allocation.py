@@ -119,12 +119,9 @@ def by_head(costs: Costs, choice: Allocation) -> tuple[Tensor, Tensor]:
 
     Dense layers have density 1 and loss 0; layers that count no pairs, such as local ones, have NaN.
     """
-    num_layers, num_heads = costs.loss.shape[:2]
-    budget = torch.tensor(np.searchsorted(BUDGETS, choice.key_budget)).repeat_interleave(costs.group, 1)  # [L, H]
-    weight = torch.tensor(np.searchsorted(MIN_WEIGHTS, choice.min_weight))
-    layer, head = torch.arange(num_layers)[:, None], torch.arange(num_heads)
-    loss, read = (x[layer, head, budget, weight] for x in (costs.loss, costs.read))
-    dense = torch.zeros(num_layers, dtype=torch.bool).index_fill_(0, torch.tensor(choice.dense_layers).long(), True)
+    budget, weight = np.searchsorted(BUDGETS, choice.key_budget), np.searchsorted(MIN_WEIGHTS, choice.min_weight)
+    loss, read = map(torch.from_numpy, _at_choice(costs, budget, weight))
+    dense = torch.zeros(len(loss), dtype=torch.bool).index_fill_(0, torch.tensor(choice.dense_layers).long(), True)
     density = torch.where(dense[:, None], 1, (costs.fixed[:, None] + read) / costs.admissible[:, None])
     loss = torch.where(dense[:, None], 0, loss / costs.tokens)
     return density, loss.masked_fill(costs.admissible[:, None] == 0, torch.nan)
@@ -221,8 +218,7 @@ def measure_layer(
     shape = len(rows), len(BUDGETS), len(MIN_WEIGHTS)
     loss, read = torch.zeros((2, *shape), dtype=torch.float32)
     sampled = sum(stop - start for start, stop in blocks)
-    eigenvalues, eigenvectors = torch.linalg.eigh(sensitivity.double())
-    root = (eigenvectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)).float()  # [num_heads, D, D]
+    root = sensitivity_root(sensitivity)
     bucket = pattern.bucket_hash.assign(key)
     static = static_positions(config, num_rows, key.device)
     for kv_head in range(num_kv_heads):
@@ -250,6 +246,12 @@ def measure_layer(
         num_rows,
         group,
     )
+
+
+def sensitivity_root(sensitivity: Tensor) -> Tensor:
+    """R with R R^T = G for each head's G [num_heads, D, D], float32: an error d costs |d R|^2 / 2."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(sensitivity.double())
+    return (eigenvectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(1)).float()
 
 
 def _errors(
@@ -332,7 +334,7 @@ def allocate(costs: Costs, density: float, key_budget: int) -> Allocation:
             return of_budget.argmin(-1), whole < of_budget.min(-1).sum(1)
 
         budget, dense = _cheapest_fit(budgets, lambda choice: _mean_budget(costs, *choice) <= key_budget)
-        loss, read = _at_budget(costs, budget)
+        loss, read = _at_choice(costs, budget)
         return _allocation(costs, budget, (loss + read_price * read).argmin(-1), dense)
 
     return _cheapest_fit(under_budget, lambda choice: choice.density <= density)
@@ -386,11 +388,14 @@ def _mean_budget(costs: Costs, budget: Array, dense: Array) -> float:
     return float((np.array(BUDGETS)[budget] * ~dense[:, None])[(costs.admissible > 0).numpy()].mean())
 
 
-def _at_budget(costs: Costs, budget: Array) -> tuple[Array, Array]:
-    """Loss and read pairs [L, H, len(MIN_WEIGHTS)] of each head at its KV head's budget [L, K], given by index."""
-    own_budget = budget.repeat(costs.group, 1)[..., None, None]  # [L, H, 1, 1]
-    loss, read = (np.take_along_axis(x.numpy(), own_budget, 2)[:, :, 0] for x in (costs.loss, costs.read))
-    return loss, read
+def _at_choice(costs: Costs, budget: Array, weight: Array | slice = slice(None)) -> tuple[Array, Array]:
+    """Loss and read pairs [L, H] of each head at its KV head's budget [L, K] and smallest weight [L, H], by index.
+
+    Without weights, at each of them: [L, H, len(MIN_WEIGHTS)].
+    """
+    num_layers, num_heads = costs.loss.shape[:2]
+    place = np.arange(num_layers)[:, None], np.arange(num_heads), budget.repeat(costs.group, 1), weight
+    return costs.loss.numpy()[place], costs.read.numpy()[place]
 
 
 def _allocation(costs: Costs, budget: Array, weight: Array, dense: Array) -> Allocation:
@@ -403,7 +408,7 @@ def _allocation(costs: Costs, budget: Array, weight: Array, dense: Array) -> All
         dense: [L] bool, layers that read everything.
     """
     num_heads = costs.loss.shape[1]
-    loss, read = (np.take_along_axis(x, weight[..., None], 2).sum((1, 2)) for x in _at_budget(costs, budget))  # [L]
+    loss, read = (of_head.sum(1) for of_head in _at_choice(costs, budget, weight))  # [L]
     admissible, fixed = costs.admissible.numpy(), costs.fixed.numpy()
     pairs = np.where(dense, num_heads * admissible, num_heads * fixed + read)
     return Allocation(

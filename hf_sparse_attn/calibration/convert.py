@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -242,8 +243,8 @@ def convert(
     settings = settings or ConversionSettings()
     with argument("output"):
         output = check_output_directory(output)
-    with offload_folder(output) as folder:
-        return _convert(model, output, settings, folder if settings.offload else None, progress, tell, kept_as)
+    with offload_folder(output) if settings.offload else nullcontext() as folder:
+        return _convert(model, output, settings, folder, progress, tell, kept_as)
 
 
 def _convert(

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.batches import tokens
-from helpers.families import NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, tiny_model
+from helpers.families import NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, move_queries_and_keys, tiny_model
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.calibration import budget_allocation as allocation
@@ -36,15 +36,6 @@ def converted(family="llama", density=0.3, **changes):
     return model, *calibration.choose(density, KEY_BUDGET)
 
 
-def train(model):
-    """What training does to a hash: the queries and keys move."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                weight += weight.std() / 2 * torch.randn(weight.shape, generator=generator)
-
-
 def refit(model, old, density=None, **changes):
     """The calibration, the new configuration and choice, and what moved; None keeps the old density."""
     calibration = calibrate(model, documents(), CONFIG.replace(**changes), old=old)
@@ -56,7 +47,7 @@ def refit(model, old, density=None, **changes):
 @pytest.mark.parametrize(("family", "density"), [("llama", 0.24), ("gemma3", 0.42)])
 def test_a_trained_model_loses_less_at_the_same_density(family, density):
     model, old, _ = converted(family, density)
-    train(model)
+    move_queries_and_keys(model)
     _, new, choice, moved = refit(model, old)
     assert new.calibrated_hash != old.calibrated_hash
     assert moved.new == choice
@@ -67,7 +58,7 @@ def test_a_trained_model_loses_less_at_the_same_density(family, density):
 
 def test_the_new_hash_finds_better_at_equal_budgets():
     model, old, _ = converted()
-    train(model)
+    move_queries_and_keys(model)
     calibration, _, _, moved = refit(model, old)
     assert moved.rehashed == allocation_of(calibration.costs, old)
     assert moved.rehashed.key_budget == moved.old.key_budget == old.key_budget
@@ -87,7 +78,7 @@ def test_nothing_moves_in_a_model_that_was_not_trained(family, density):
 
 def test_losses_of_layers_add_up():
     model, old, _ = converted()
-    train(model)
+    move_queries_and_keys(model)
     _, _, choice, moved = refit(model, old)
     assert [layer.layer for layer in moved.layers] == list(range(NUM_LAYERS))
     assert sum(layer.old_loss for layer in moved.layers) == pytest.approx(moved.old.loss)
@@ -107,7 +98,7 @@ def test_changed_heads_are_those_whose_weight_or_whose_kv_heads_budget_is_anothe
 def test_local_layers_are_in_no_comparison():
     model, old, _ = converted("gemma3", 0.5)
     assert old.dense_layers == (0,)
-    train(model)
+    move_queries_and_keys(model)
     calibration, new, _, moved = refit(model, old)
     assert calibration.local_layers == new.dense_layers == (0,)
     assert [layer.layer for layer in moved.layers] == [1]

@@ -81,3 +81,12 @@ def tiny_model(family="llama", implementation="sparse", dtype=torch.float64, **s
             elif parameter.ndim == 1:  # biases start at zero and norms at one
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model.to(dtype).eval()
+
+
+def move_queries_and_keys(model):
+    """What training does to a fitted hash, by noise of half the weights' spread."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight += weight.std() / 2 * torch.randn(weight.shape, generator=generator)

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-import torch
+from helpers.families import move_queries_and_keys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_attn
@@ -44,11 +44,7 @@ def convert(run_script, text_directory, tmp_path):
 def train(path, output):
     """Write a model whose queries and keys have moved."""
     model = AutoModelForCausalLM.from_pretrained(path)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                weight += weight.std() / 2 * torch.randn(weight.shape, generator=generator)
+    move_queries_and_keys(model)
     model.save_pretrained(output)
     AutoTokenizer.from_pretrained(path).save_pretrained(output)
     return output

@@ -730,7 +730,7 @@ def attend_rows(position, query, summed, head, state, rules, drawn, output, outp
 
 
 @compiled
-def count_keys(read):
+def count_read(read):
     """How many keys all rows read, by head [group] int64, and scored."""
     weights, _, sizes = read
     group = weights.shape[1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from hf_sparse_attn.ops.numba.kernels import (
     Array,
     Read,
     Rules,
-    count_keys,
+    count_read,
 )
 from hf_sparse_attn.ops.numba.layout import padded
 from hf_sparse_attn.ops.numba.simd import LANES
@@ -46,19 +47,24 @@ def num_columns(rules: Rules, num_static: int, num_keys: int, num_random: int) -
 def record(call: Call, kv_head: int, position: Tensor, read: Read, order: Array | None) -> None:
     """Tell the recorder what rows of a KV head read; found slots are places in `order`, if there is one."""
     rows = Read(*(x[: len(position)] for x in read))
-    num_attended, num_scored = count_keys(rows)
-    for i in range(rows.weights.shape[1]):
-        head = kv_head * rows.weights.shape[1] + i
-        keys = partial(_read_by_head, call, rows, i, order)
-        call.record(head, position, int(num_attended[i]), num_scored, keys)
+    num_attended, num_scored = count_read(rows)
+    columns = cache(partial(_columns, rows, order, call.key_offset))  # for all heads at once, if any is asked for
+    group = len(num_attended)
+    for i in range(group):
+        which = partial(_read_by_head, rows.weights[:, i], columns)
+        call.record(kv_head * group + i, position, int(num_attended[i]), num_scored, which)
 
 
-def _read_by_head(call: Call, rows: Read, head: int, order: Array | None) -> tuple[Tensor, Tensor]:
-    weights, slots, sizes = rows
-    column = np.arange(slots.shape[1])
-    num_fixed, first_found, stop = (sizes[:, i, None] for i in range(3))
+def _columns(rows: Read, order: Array | None, key_offset: int) -> tuple[Array, Array, Tensor]:
+    """Of each row's columns: those of fixed keys, those of found ones, and the keys' positions; [R, C] each."""
+    column, slots = np.arange(rows.slots.shape[1]), rows.slots
+    num_fixed, first_found, stop = (rows.sizes[:, i, None] for i in range(3))
     fixed, found = column < num_fixed, (column >= first_found) & (column < stop)
     if order is not None:
         slots = np.where(found, order[np.where(found, slots, 0)], slots)
-    attended = fixed | (found & (weights[:, head] != 0))
-    return torch.from_numpy(attended), torch.from_numpy(slots).long() + call.key_offset
+    return fixed, found, torch.from_numpy(slots).long() + key_offset
+
+
+def _read_by_head(weights: Array, columns: Callable[[], tuple[Array, Array, Tensor]]) -> tuple[Tensor, Tensor]:
+    fixed, found, keys = columns()
+    return torch.from_numpy(fixed | (found & (weights != 0))), keys
