@@ -26,6 +26,7 @@ MOVED = {
     "eviction": "cache.policies",
     "indexes": "cache.document_indexes",
     "kept": "cache.evicting",
+    "local_files": "data.local_files",
     "masking": "masks.mask_function",
     "model_card": "calibration.model_card",
     "ops.numba_cache": "ops.numba.compiled_files",

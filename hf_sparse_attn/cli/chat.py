@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from hf_sparse_attn.cli.argument_types import positive_int
 from hf_sparse_attn.cli.arguments import OneLineErrors
 from hf_sparse_attn.cli.options import MODEL_HELP, add, command_parser
+from hf_sparse_attn.data.local_files import read_text
 from hf_sparse_attn.errors import argument
-from hf_sparse_attn.local_files import read_text
 from hf_sparse_attn.output_files import write_json
 
 

@@ -101,7 +101,7 @@ def test_without_a_logged_loss(run_script, arguments):
 
 
 def test_loss_that_is_not_finite_is_one_line(run_script, arguments, monkeypatch):
-    from hf_sparse_attn.training import Trainer
+    from transformers import Trainer
 
     step = Trainer.training_step
     monkeypatch.setattr(Trainer, "training_step", lambda *args: step(*args) * float("nan"))
@@ -114,7 +114,7 @@ def test_loss_that_is_not_finite_is_one_line(run_script, arguments, monkeypatch)
 
 @pytest.mark.usefixtures("interruptible")
 def test_interrupted_training_leaves_a_checkpoint(run_script, arguments, monkeypatch):
-    from hf_sparse_attn.training import Trainer
+    from transformers import Trainer
 
     step = Trainer.training_step
 

@@ -1,102 +1,25 @@
-"""What fine-tuning on long documents needs beyond Transformers' Trainer."""
+"""Transformers' Trainer, with what fine-tuning on long documents needs beyond it."""
 
 from __future__ import annotations
 
-import json
-import math
 import signal
 import sys
 import tempfile
 import threading
-import zipfile
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hf_sparse_attn.config import text_config
 from hf_sparse_attn.errors import RunError, add_note, one_line
-from hf_sparse_attn.loading import read_config
 from hf_sparse_attn.logits import loss_in_chunks
 from hf_sparse_attn.output_files import finite, write_json
+from hf_sparse_attn.training.checkpoints import checkpoints
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "adam_beta1": 0,
-    "adam_beta2": 0,
-    "adam_epsilon": 0,
-    "max_grad_norm": 0,
-    "label_smoothing_factor": 0,
-    "warmup_steps": 0,
-    "logging_steps": 0,
-    "eval_steps": 0,
-    "save_steps": 0,
-    "eval_delay": 0,
-    "dataloader_num_workers": 0,
-    "seed": 0,
-    "data_seed": 0,
-}
-_UNDER = {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32}
-_MAY_BE_INFINITE = ("max_grad_norm",)
-
-# What makes a checkpoint one of another model.
-_SHAPE = (
-    "model_type",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_size",
-    "intermediate_size",
-    "vocab_size",
-)
-
-
-@dataclass
-class FinetuneArguments(TrainingArguments):
-    """Transformers' TrainingArguments with defaults for short runs over long rows; any of them can be given.
-
-    Raises:
-        ValueError: for numbers with which nothing can be trained, naming the field.
-    """
-
-    output_dir: str = field(metadata={"aliases": ["--output"], "help": "directory to fill, new or empty"})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "rows per device and step"})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "rows per device in evaluation"})
-    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
-    warmup_steps: float = field(default=0.1, metadata={"help": "warm-up: steps, or below 1 a share of all steps"})
-    logging_steps: float = field(default=5, metadata={"help": "steps between two logged losses"})
-    logging_first_step: bool = field(default=True, metadata={"help": "also log the loss of the first step"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
-    report_to: str | None = field(default="none", metadata={"help": "experiment tracker, or none"})
-    # Trainer's default, true, warns where there is no accelerator to copy to.
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "pin rows in memory"})
-    # The logits of an evaluation would be gathered otherwise: a long row's take more memory than the model.
-    prediction_loss_only: bool = field(default=True, metadata={"help": "compute only the loss in evaluation"})
-
-    def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name, None)
-            under = _UNDER.get(name, math.inf)
-            if value is not None and not (least <= value < under or (value == math.inf and name in _MAY_BE_INFINITE)):
-                allowed = f"at least {least} and under {under}" if name in _UNDER else f"finite and at least {least}"
-                raise ValueError(f"{name} must be {allowed}, got {value}")
-        if not 0 < self.num_train_epochs < math.inf:
-            raise ValueError(f"num_train_epochs must be finite and greater than 0, got {self.num_train_epochs}")
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise ValueError(f"max_steps must be at least 1, or -1 for all of num_train_epochs, got {self.max_steps}")
-        super().__post_init__()
 
 
 def finetune(
@@ -180,55 +103,6 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
         trainer.save_state()
         _save_results(trainer, results)
     return results
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The checkpoints that Trainer left in a directory, the newest first."""
-    folders = [folder for folder in output.glob("checkpoint-*") if folder.is_dir()]
-    numbered = {int(number): folder for folder in folders if (number := folder.name.partition("-")[2]).isdecimal()}
-    return [numbered[step] for step in sorted(numbered, reverse=True)]
-
-
-def damage(checkpoint: Path) -> str | None:
-    """Why no training can go on from a checkpoint, such as one that was half written; None if its files are whole."""
-    try:
-        if not isinstance(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")), dict):
-            return "its trainer_state.json is damaged"
-        for index in checkpoint.glob("*.index.json"):
-            for shard in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
-                (checkpoint / shard).stat()
-    except FileNotFoundError as error:  # Trainer writes trainer_state.json last
-        return f"it has no {Path(str(error.filename)).name}"
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        return "its JSON files are damaged"
-    for file in sorted(checkpoint.iterdir()):
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):  # compares the header with the length of the file
-                    pass
-            elif file.suffix in (".pt", ".pth", ".bin"):
-                zipfile.ZipFile(file).close()  # what torch.save writes; its table stands at the end
-        except (OSError, SafetensorError, zipfile.BadZipFile):
-            return f"its {file.name} is damaged"
-    return None
-
-
-def check_resumable(checkpoint: Path, model: PreTrainedModel) -> None:
-    """Make sure that a checkpoint without damage has the weights of such a model.
-
-    Raises:
-        ValueError: it has none, or those of a model of another shape.
-    """
-    weights = [file for pattern in ("*.safetensors", "*.bin", "*/*") for file in checkpoint.glob(pattern)]
-    if {file.name for file in weights} <= {"training_args.bin"}:
-        raise ValueError(f"{str(checkpoint)!r} holds no weights")
-    if not (checkpoint / "config.json").is_file():
-        return
-    theirs, own = (text_config(config) for config in (read_config(str(checkpoint)), model.config))
-    for name in _SHAPE:
-        if getattr(theirs, name, None) != getattr(own, name, None):
-            values = f"{name} is {getattr(theirs, name, None)}, not {getattr(own, name, None)}"
-            raise ValueError(f"{str(checkpoint)!r} is of another model: its {values}")
 
 
 class FinetuneTrainer(Trainer):

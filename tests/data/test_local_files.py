@@ -12,7 +12,7 @@ import pytest
 from helpers.documents import lines, texts, write
 
 from hf_sparse_attn.data import load_documents
-from hf_sparse_attn.local_files import read_text
+from hf_sparse_attn.data.local_files import read_text
 
 
 def test_text_file_is_one_document(tmp_path):

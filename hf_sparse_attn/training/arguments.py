@@ -1,0 +1,68 @@
+"""Transformers' TrainingArguments with defaults for long rows, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "max_grad_norm": 0,
+    "label_smoothing_factor": 0,
+    "warmup_steps": 0,
+    "logging_steps": 0,
+    "eval_steps": 0,
+    "save_steps": 0,
+    "eval_delay": 0,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "data_seed": 0,
+}
+_UNDER = {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32}
+_MAY_BE_INFINITE = ("max_grad_norm",)
+
+
+@dataclass
+class FinetuneArguments(TrainingArguments):
+    """Transformers' TrainingArguments with defaults for short runs over long rows; any of them can be given.
+
+    Raises:
+        ValueError: for numbers with which nothing can be trained, naming the field.
+    """
+
+    output_dir: str = field(metadata={"aliases": ["--output"], "help": "directory to fill, new or empty"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "rows per device and step"})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "rows per device in evaluation"})
+    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
+    warmup_steps: float = field(default=0.1, metadata={"help": "warm-up: steps, or below 1 a share of all steps"})
+    logging_steps: float = field(default=5, metadata={"help": "steps between two logged losses"})
+    logging_first_step: bool = field(default=True, metadata={"help": "also log the loss of the first step"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep"})
+    report_to: str | None = field(default="none", metadata={"help": "experiment tracker, or none"})
+    # Trainer's default, true, warns where there is no accelerator to copy to.
+    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "pin rows in memory"})
+    # The logits of an evaluation would be gathered otherwise: a long row's take more memory than the model.
+    prediction_loss_only: bool = field(default=True, metadata={"help": "compute only the loss in evaluation"})
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name, None)
+            under = _UNDER.get(name, math.inf)
+            if value is not None and not (least <= value < under or (value == math.inf and name in _MAY_BE_INFINITE)):
+                allowed = f"at least {least} and under {under}" if name in _UNDER else f"finite and at least {least}"
+                raise ValueError(f"{name} must be {allowed}, got {value}")
+        if not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs must be finite and greater than 0, got {self.num_train_epochs}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps must be at least 1, or -1 for all of num_train_epochs, got {self.max_steps}")
+        super().__post_init__()

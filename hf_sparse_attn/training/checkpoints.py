@@ -1,0 +1,74 @@
+"""The checkpoints that a training leaves: which there are, which are whole, and which are of the model at hand."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from hf_sparse_attn.config import text_config
+from hf_sparse_attn.loading import read_config
+
+# What makes a checkpoint one of another model.
+_SHAPE = (
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints that Trainer left in a directory, the newest first."""
+    folders = [folder for folder in output.glob("checkpoint-*") if folder.is_dir()]
+    numbered = {int(number): folder for folder in folders if (number := folder.name.partition("-")[2]).isdecimal()}
+    return [numbered[step] for step in sorted(numbered, reverse=True)]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why no training can go on from a checkpoint, such as one that was half written; None if its files are whole."""
+    try:
+        if not isinstance(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")), dict):
+            return "its trainer_state.json is damaged"
+        for index in checkpoint.glob("*.index.json"):
+            for shard in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+                (checkpoint / shard).stat()
+    except FileNotFoundError as error:  # Trainer writes trainer_state.json last
+        return f"it has no {Path(str(error.filename)).name}"
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return "its JSON files are damaged"
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):  # compares the header with the length of the file
+                    pass
+            elif file.suffix in (".pt", ".pth", ".bin"):
+                zipfile.ZipFile(file).close()  # what torch.save writes; its table stands at the end
+        except (OSError, SafetensorError, zipfile.BadZipFile):
+            return f"its {file.name} is damaged"
+    return None
+
+
+def check_resumable(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Make sure that a checkpoint without damage has the weights of such a model.
+
+    Raises:
+        ValueError: it has none, or those of a model of another shape.
+    """
+    weights = [file for pattern in ("*.safetensors", "*.bin", "*/*") for file in checkpoint.glob(pattern)]
+    if {file.name for file in weights} <= {"training_args.bin"}:
+        raise ValueError(f"{str(checkpoint)!r} holds no weights")
+    if not (checkpoint / "config.json").is_file():
+        return
+    theirs, own = (text_config(config) for config in (read_config(str(checkpoint)), model.config))
+    for name in _SHAPE:
+        if getattr(theirs, name, None) != getattr(own, name, None):
+            values = f"{name} is {getattr(theirs, name, None)}, not {getattr(own, name, None)}"
+            raise ValueError(f"{str(checkpoint)!r} is of another model: its {values}")
