@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,11 @@ class Head:
         self._base, self._output, self._forward = model.base_model, output, forward or model.forward
         self.chunk_size = rows_of_chunk(vocab_size)
 
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the hidden states are already the logits."""
+        return self._output is None
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, D] -> logits [R, V], in the dtype that the model gives them."""
         if self._output is None:
@@ -82,7 +88,7 @@ def hidden_states_and_head(model: nn.Module, **inputs: Any) -> tuple[Tensor, Hea
         Its last hidden states [batch, N, D], where N counts virtual tokens of soft prompts too, and the head that turns
         rows of them into logits. Gradients flow through both.
     """
-    causal_model = _causal_model(model)
+    causal_model = causal_model_of(model)
     with _last_row_alone(causal_model) as outputs:
         logits = model(**inputs).logits
     if not outputs:
@@ -110,8 +116,25 @@ def token_losses(model: nn.Module, input_ids: Tensor, targets: Tensor, **inputs:
     return torch.cat(losses)
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher says of some rows of a batch, with the logits of the same head.
+
+    Args:
+        rows: [R] int64, indices into the B * N rows of the batch, R >= 1.
+        hidden: [R, D], the teacher's last hidden states, without gradients.
+        weight: of the mean KL(teacher || model) of these rows against the loss of the labels, from 0 to 1.
+        error: called when the base model has run; gives a number that is added to the loss. None: there is none.
+    """
+
+    rows: Tensor
+    hidden: Tensor
+    weight: float
+    error: Callable[[], Tensor] | None = None
+
+
 @contextmanager
-def loss_in_chunks(model: nn.Module) -> Iterator[None]:
+def loss_in_chunks(model: nn.Module, taught: Taught | None = None) -> Iterator[None]:
     """In this block a model's forwards with labels compute their loss a chunk of logits at a time.
 
     The loss and its gradients are the model's own: its forward runs as ever, adds what else it adds (the auxiliary loss
@@ -123,15 +146,18 @@ def loss_in_chunks(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: a causal language model, which may be wrapped by PEFT, DDP or FSDP.
+        taught: becomes part of the loss, for one batch; only where the loss is computed in chunks.
     """
-    causal_model = _causal_model(model)
+    causal_model = causal_model_of(model)
     original: Callable[..., Tensor] = causal_model.loss_function
-    if original is not ForCausalLMLoss or not _calls_loss_function(causal_model):
+    if not loss_is_chunked(causal_model):
         yield
         return
 
     def loss_function(logits: Tensor, labels: Any, vocab_size: int, **kwargs: Any) -> Tensor:
         if not outputs:
+            if taught is not None:
+                raise ValueError(f"{type(causal_model).__name__} goes around its base model and cannot be taught")
             return original(logits, labels, vocab_size, **kwargs)
         # This runs inside the model's forward: the hooks of FSDP and the autocast of accelerate must not begin again.
         output, forward = outputs.pop(), partial(type(causal_model).forward, causal_model)
@@ -145,11 +171,14 @@ def loss_in_chunks(model: nn.Module) -> Iterator[None]:
         def summed(hidden: Tensor, target: Tensor) -> Tensor:
             return original(head(hidden), None, vocab_size, num_items_in_batch=1, shift_labels=target, **kwargs)
 
-        chunks = zip(
-            output.last_hidden_state.flatten(0, 1).split(head.chunk_size), targets.split(head.chunk_size), strict=True
-        )
-        loss = torch.stack([checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-        count = (targets != ignored).sum() if count is None else count
+        hidden, own = output.last_hidden_state.flatten(0, 1), (targets != ignored).sum()
+        loss = _sum_of_chunks(summed, hidden, targets, head.chunk_size)
+        if taught is not None:  # as if each of the batch's targets had the mean divergence of the sampled rows
+            given, expected = (tensor.to(hidden.device) for tensor in (taught.rows, taught.hidden))
+            divergence = _sum_of_chunks(partial(_divergence, head), hidden[given], expected, head.chunk_size)
+            loss = (1 - taught.weight) * loss + taught.weight * divergence * own / len(given)
+            loss = loss if taught.error is None else loss + taught.error().to(loss.device) * own
+        count = own if count is None else count
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
     with (
@@ -159,14 +188,29 @@ def loss_in_chunks(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _causal_model(model: nn.Module) -> PreTrainedModel:
+def _sum_of_chunks(function: Callable[..., Tensor], first: Tensor, second: Tensor, size: int) -> Tensor:
+    """Sum of `function` over the rows of two tensors, `size` at a time; its backward computes each chunk again."""
+    chunks = zip(first.split(size), second.split(size), strict=True)
+    return torch.stack([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def _divergence(head: Head, hidden: Tensor, expected: Tensor) -> Tensor:
+    """KL(expected || found) of the logits of rows [R, D], summed over the rows, in nats."""
+    with torch.no_grad():
+        target = head(expected).float().log_softmax(-1)
+    return F.kl_div(head(hidden).float().log_softmax(-1), target, reduction="sum", log_target=True)
+
+
+def causal_model_of(model: nn.Module) -> PreTrainedModel:
     """The outermost Transformers model in whatever wraps it."""
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def _calls_loss_function(model: PreTrainedModel) -> bool:
+def loss_is_chunked(model: PreTrainedModel) -> bool:
+    """Whether `loss_in_chunks` changes anything for a model."""
     code = getattr(inspect.unwrap(model.forward), "__code__", None)
-    return code is not None and "loss_function" in code.co_names
+    calls_it = code is not None and "loss_function" in code.co_names
+    return calls_it and model.loss_function is ForCausalLMLoss and model.base_model is not model
 
 
 @contextmanager

@@ -22,7 +22,15 @@ from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
 from hf_sparse_attn.errors import one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
 from hf_sparse_attn.output_files import check_output_directory, check_space
-from hf_sparse_attn.training import FinetuneArguments, check_resumable, checkpoints, damage, make_trainer, train
+from hf_sparse_attn.training import (
+    Distillation,
+    FinetuneArguments,
+    check_resumable,
+    checkpoints,
+    damage,
+    make_trainer,
+    train,
+)
 
 _METAVARS = {
     "model": "MODEL",
@@ -49,6 +57,21 @@ class ScriptArguments:
         metadata={"help": "Measure the loss on this dataset (its validation split) before and after training."},
     )
     eval_rows: int = field(default=8, metadata={"help": "Use N rows of --eval-dataset."})
+    distill: bool = field(
+        default=False, metadata={"help": "Learn also from the same weights with dense attention, where both differ."}
+    )
+    distill_weight: float = field(
+        default=Distillation.weight,
+        metadata={"help": "Weigh the divergence of the logits with this, the labels with the rest of 1."},
+    )
+    distill_rows: int = field(
+        default=Distillation.rows, metadata={"help": "Compare the logits of at most N tokens of a batch."}
+    )
+    distill_every: int = field(default=Distillation.every, metadata={"help": "Compare in every Nth step."})
+    distill_layer_weight: float = field(
+        default=Distillation.layer_weight,
+        metadata={"help": "Add the relative squared error of the attention layers' outputs with this weight."},
+    )
     sparse_attention: str = field(default="{}", metadata={"help": FIELDS_HELP})
     dtype: str = field(default="float32", metadata={"help": "Train weights of this dtype."})
 
@@ -95,6 +118,18 @@ def parse_arguments() -> tuple[ScriptArguments, FinetuneArguments]:
     return script, training
 
 
+def distillation(script: ScriptArguments) -> Distillation | None:
+    """What was asked for, or None.
+
+    Raises:
+        ArgumentError: a number is out of its range.
+    """
+    settings = Distillation(
+        script.distill_weight, script.distill_rows, script.distill_every, script.distill_layer_weight
+    )
+    return settings if script.distill else None
+
+
 def resolve_checkpoint(training: FinetuneArguments) -> None:
     """Check the output directory against `--resume_from_checkpoint`, where "last" means the last whole one in it."""
     output = Path(str(training.output_dir))
@@ -136,6 +171,7 @@ def last_checkpoint(output: Path) -> Path:
 
 def main() -> None:
     script, training = parse_arguments()
+    distilled = distillation(script)
     resolve_checkpoint(training)
     with argument("--sparse-attention"):
         overrides = json_object(script.sparse_attention)
@@ -164,7 +200,7 @@ def main() -> None:
         with argument("--resume_from_checkpoint"):
             check_resumable(Path(training.resume_from_checkpoint), model)
     with argument("of TrainingArguments"), library_errors("what was given"):
-        trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows)
+        trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows, distilled)
 
     results = train(trainer)
     rows = [
@@ -175,6 +211,9 @@ def main() -> None:
     if eval_rows is not None:
         held_out = change(results["eval_loss_before"], results["eval_loss_after"])
         rows.append([f"loss on {len(eval_rows)} held-out rows", held_out])
+        if distilled is not None:
+            held_out = change(results["dense_eval_loss_before"], results["dense_eval_loss_after"])
+            rows.append(["the same with dense attention", held_out])
     print_table(f"Saved to {training.output_dir}", ["", ""], rows)
 
 

@@ -6,17 +6,18 @@ import signal
 import sys
 import tempfile
 import threading
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hf_sparse_attn.errors import RunError, add_note, one_line
-from hf_sparse_attn.logits import loss_in_chunks
+from hf_sparse_attn.errors import ArgumentError, RunError, add_note, one_line
+from hf_sparse_attn.logits import Taught, loss_in_chunks
 from hf_sparse_attn.output_files import finite, write_json
 from hf_sparse_attn.training.checkpoints import checkpoints
+from hf_sparse_attn.training.distillation import Distillation, Teacher
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +29,7 @@ def finetune(
     train_rows: Dataset,
     arguments: TrainingArguments,
     eval_rows: Dataset | None = None,
+    distillation: Distillation | None = None,
 ) -> dict[str, Any]:
     """Fine-tune on rows from `hf_sparse_attn.data.packed` or `windowed` and save model, tokenizer and trainer state.
 
@@ -40,15 +42,17 @@ def finetune(
 
     Args:
         eval_rows: evaluated before and after training, if given.
+        distillation: how the model learns from its dense self; None leaves that out.
 
     Returns:
-        "steps", "first_loss" and "last_loss" (as logged: nats a token; None if none was logged), and
-        "eval_loss_before" and "eval_loss_after" with `eval_rows`.
+        "steps", "first_loss" and "last_loss" (as logged: nats a token; None if none was logged), and with `eval_rows`
+        "eval_loss_before" and "eval_loss_after", with `distillation` also "dense_eval_loss_before" and
+        "dense_eval_loss_after": those of the same weights with dense attention.
 
     Raises:
         RunError: a loss is not finite, or the checkpoint to resume from cannot be loaded.
     """
-    return train(make_trainer(model, tokenizer, train_rows, arguments, eval_rows))
+    return train(make_trainer(model, tokenizer, train_rows, arguments, eval_rows, distillation))
 
 
 def make_trainer(
@@ -57,6 +61,7 @@ def make_trainer(
     train_rows: Dataset,
     arguments: TrainingArguments,
     eval_rows: Dataset | None = None,
+    distillation: Distillation | None = None,
 ) -> FinetuneTrainer:
     """The Trainer of `finetune`."""
     Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # an optimizer may need a package
@@ -68,6 +73,7 @@ def make_trainer(
         # No padding and no attention_mask: with one, Transformers would not see that rows are packed.
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        distillation=distillation,
     )
 
 
@@ -76,7 +82,7 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
     arguments = trainer.args
     results: dict[str, Any] = {}
     if trainer.eval_dataset is not None:
-        results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
+        results |= trainer.held_out_losses("before")
     watch = _Watch()
     trainer.add_callback(watch)
     try:
@@ -99,7 +105,7 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
     results |= {"first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None}
     _save_results(trainer, results)
     if trainer.eval_dataset is not None:
-        results["eval_loss_after"] = trainer.evaluate()["eval_loss"]
+        results |= trainer.held_out_losses("after")
         trainer.save_state()
         _save_results(trainer, results)
     return results
@@ -108,10 +114,23 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
 class FinetuneTrainer(Trainer):
     """A Trainer that stops at a loss which is not finite, before the weights and the checkpoints are lost to it."""
 
-    def __init__(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def __init__(self, model: PreTrainedModel, *, distillation: Distillation | None = None, **kwargs: Any) -> None:
         self._config: Any = model.config
         self._use_cache = model.config.use_cache
         super().__init__(model=model, **kwargs)
+        self._teacher: Teacher | None = None
+        if distillation is not None:
+            if self._needs_all_logits(False):
+                raise ArgumentError("distill", "needs the loss in chunks, which these TrainingArguments do not leave")
+            self._distillation, self._teacher = distillation, Teacher(model, distillation)
+
+    def held_out_losses(self, when: str) -> dict[str, float]:
+        """The loss on `eval_dataset` in nats a token, "eval_loss_{when}"; of a distilled model the dense one, too."""
+        losses = {f"eval_loss_{when}": self.evaluate()["eval_loss"]}
+        if self._teacher is not None:
+            with self._teacher.as_dense():
+                losses[f"dense_eval_loss_{when}"] = self.evaluate(metric_key_prefix="eval_dense")["eval_dense_loss"]
+        return losses
 
     def restore_use_cache(self) -> None:
         """Undo that Trainer switches the cache off for training; the model is for generation as well."""
@@ -124,9 +143,16 @@ class FinetuneTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        all_logits = "labels" not in inputs or self._needs_all_logits(return_outputs)
-        with nullcontext() if all_logits else loss_in_chunks(model):
+        if "labels" not in inputs or self._needs_all_logits(return_outputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._lesson(model, inputs) as taught, loss_in_chunks(model, taught):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _lesson(self, model: torch.nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[Taught | None]:
+        """What the model's dense self says of a batch, where this step is one of those that ask it."""
+        if self._teacher is None or not model.training or self.state.global_step % self._distillation.every:
+            return nullcontext()
+        return self._teacher.lesson(model, inputs)
 
     def _needs_all_logits(self, return_outputs: bool) -> bool:
         """Whether logits are asked for, or something else than this very model's forward computes the loss."""
