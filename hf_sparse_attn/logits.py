@@ -172,11 +172,12 @@ def loss_in_chunks(model: nn.Module, taught: Taught | None = None) -> Iterator[N
             return original(head(hidden), None, vocab_size, num_items_in_batch=1, shift_labels=target, **kwargs)
 
         hidden, own = output.last_hidden_state.flatten(0, 1), (targets != ignored).sum()
-        loss = _sum_of_chunks(summed, hidden, targets, head.chunk_size)
+        weight = 0 if taught is None else taught.weight
+        loss = _sum_of_chunks(summed, hidden, targets, head.chunk_size) if weight < 1 else hidden.new_zeros(())
         if taught is not None:  # as if each of the batch's targets had the mean divergence of the sampled rows
             given, expected = (tensor.to(hidden.device) for tensor in (taught.rows, taught.hidden))
             divergence = _sum_of_chunks(partial(_divergence, head), hidden[given], expected, head.chunk_size)
-            loss = (1 - taught.weight) * loss + taught.weight * divergence * own / len(given)
+            loss = (1 - weight) * loss + weight * divergence * own / len(given)
             loss = loss if taught.error is None else loss + taught.error().to(loss.device) * own
         count = own if count is None else count
         return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)

@@ -113,6 +113,8 @@ class Teacher:
     def lesson(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[Taught | None]:
         """Read a batch with dense attention; inside of this block the model then reads it with its own.
 
+        The backward belongs inside, too: layers that are checkpointed run again there, as they ran before.
+
         Args:
             model: the same one, as the training wrapped it.
             inputs: of its forward, with labels.
@@ -131,6 +133,8 @@ class Teacher:
         with _outputs(self._layers, rows) as sparse:
 
             def error() -> Tensor:
+                if not all(output.requires_grad for output in sparse.values()):
+                    raise ValueError("the layers' outputs carry no gradients; checkpoint them with use_reentrant=False")
                 return self._settings.layer_weight * _relative_error(sparse, dense)
 
             yield Taught(rows, hidden.flatten(0, 1)[rows], self._settings.weight, error if self._layers else None)
@@ -151,10 +155,7 @@ def _sparse_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 @contextmanager
 def _outputs(layers: Iterable[nn.Module], rows: Tensor) -> Iterator[dict[nn.Module, Tensor]]:
-    """Collect what layers give for some rows [R, D] in the forwards of this block.
-
-    Checkpointed layers run again in the backward, after the block.
-    """
+    """Collect what layers give for some rows [R, D] in the forwards of this block."""
     outputs: dict[nn.Module, Tensor] = {}
 
     def keep(layer: nn.Module, args: Any, output: Any) -> None:

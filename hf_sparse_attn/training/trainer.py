@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 import threading
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,14 +145,14 @@ class FinetuneTrainer(Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         if "labels" not in inputs or self._needs_all_logits(return_outputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self._lesson(model, inputs) as taught, loss_in_chunks(model, taught):
+        with loss_in_chunks(model, self._taught(model, inputs)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _lesson(self, model: torch.nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[Taught | None]:
+    def _taught(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Taught | None:
         """What the model's dense self says of a batch, where this step is one of those that ask it."""
         if self._teacher is None or not model.training or self.state.global_step % self._distillation.every:
-            return nullcontext()
-        return self._teacher.lesson(model, inputs)
+            return None
+        return self._lessons.enter_context(self._teacher.lesson(model, inputs))
 
     def _needs_all_logits(self, return_outputs: bool) -> bool:
         """Whether logits are asked for, or something else than this very model's forward computes the loss."""
@@ -168,7 +168,8 @@ class FinetuneTrainer(Trainer):
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        with ExitStack() as self._lessons:  # until the backward is done
+            loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss).all():
             folders = checkpoints(_output(self))
             left = f"the newest checkpoint is {str(folders[0])!r}" if folders else "there is no checkpoint"
