@@ -22,7 +22,15 @@ from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
 from hf_sparse_attn.errors import one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
 from hf_sparse_attn.output_files import check_output_directory, check_space
-from hf_sparse_attn.training import FinetuneArguments, check_resumable, checkpoints, damage, make_trainer, train
+from hf_sparse_attn.training import (
+    FinetuneArguments,
+    check_packages,
+    check_resumable,
+    checkpoints,
+    damage,
+    make_trainer,
+    train,
+)
 
 _METAVARS = {
     "model": "MODEL",
@@ -140,6 +148,7 @@ def main() -> None:
     with argument("--sparse-attention"):
         overrides = json_object(script.sparse_attention)
     dtype = parse_dtype(script.dtype)
+    check_packages(training)
     with argument("--dataset"):
         documents = load_documents(script.dataset, "train")
     path, _, tokenizer, _ = read_checkpoint(script.model, overrides)
@@ -162,7 +171,7 @@ def main() -> None:
         check_space(Path(training.output_dir), model.get_memory_footprint())
     if training.resume_from_checkpoint is not None:
         with argument("--resume_from_checkpoint"):
-            check_resumable(Path(training.resume_from_checkpoint), model)
+            check_resumable(Path(training.resume_from_checkpoint), model, training)
     with argument("of TrainingArguments"), library_errors("what was given"):
         trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows)
 

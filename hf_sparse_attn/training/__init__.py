@@ -1,12 +1,13 @@
 """Fine-tuning on long documents."""
 
-from hf_sparse_attn.training.arguments import FinetuneArguments
+from hf_sparse_attn.training.arguments import FinetuneArguments, check_packages
 from hf_sparse_attn.training.checkpoints import check_resumable, checkpoints, damage
 from hf_sparse_attn.training.trainer import FinetuneTrainer, finetune, make_trainer, train
 
 __all__ = [
     "FinetuneArguments",
     "FinetuneTrainer",
+    "check_packages",
     "check_resumable",
     "checkpoints",
     "damage",
