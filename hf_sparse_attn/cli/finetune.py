@@ -21,6 +21,7 @@ from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, MODEL_HELP, de
 from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
 from hf_sparse_attn.errors import one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
+from hf_sparse_attn.memory import ModelSize
 from hf_sparse_attn.output_files import check_output_directory, check_space
 from hf_sparse_attn.training import (
     FinetuneArguments,
@@ -29,8 +30,10 @@ from hf_sparse_attn.training import (
     checkpoints,
     damage,
     make_trainer,
+    tell_memory,
     train,
 )
+from hf_sparse_attn.training.allocator import return_freed_memory
 
 _METAVARS = {
     "model": "MODEL",
@@ -151,7 +154,8 @@ def main() -> None:
     check_packages(training)
     with argument("--dataset"):
         documents = load_documents(script.dataset, "train")
-    path, _, tokenizer, _ = read_checkpoint(script.model, overrides)
+    path, config, tokenizer, _ = read_checkpoint(script.model, overrides)
+    tell_memory(ModelSize.of(config, dtype), script.context_length, training, print)
 
     make_rows = packed if script.rows == "packed" else windowed
     with argument("--dataset"):
@@ -164,6 +168,8 @@ def main() -> None:
             )
             # Spread over the documents: the first rows are all of the first one.
             eval_rows = eval_rows.select(range(0, len(eval_rows), -(-len(eval_rows) // script.eval_rows)))
+    if training.device.type == "cpu":
+        return_freed_memory()
     model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype)
     with argument(f"--model {script.model}"):
         model.generation_config.validate(strict=True)  # one that is not valid cannot be saved

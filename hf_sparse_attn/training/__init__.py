@@ -2,16 +2,20 @@
 
 from hf_sparse_attn.training.arguments import FinetuneArguments, check_packages
 from hf_sparse_attn.training.checkpoints import check_resumable, checkpoints, damage
+from hf_sparse_attn.training.memory_estimate import TrainingMemory, tell_memory, training_memory
 from hf_sparse_attn.training.trainer import FinetuneTrainer, finetune, make_trainer, train
 
 __all__ = [
     "FinetuneArguments",
     "FinetuneTrainer",
+    "TrainingMemory",
     "check_packages",
     "check_resumable",
     "checkpoints",
     "damage",
     "finetune",
     "make_trainer",
+    "tell_memory",
     "train",
+    "training_memory",
 ]
