@@ -48,7 +48,9 @@ DEFAULT_CASES = ["sparse", "sparse-checkpointing", "sdpa", "sdpa-checkpointing"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="MODEL", default="demo", help="(default: %(default)s)")
-    parser.add_argument("--random-model", metavar="NAME", help="A model of this shape with random weights instead.")
+    parser.add_argument(
+        "--random-model", metavar="NAME", help="Take random weights of this shape, or of a config.json."
+    )
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", default=[2048, 4096], help="Tokens of a row.")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=DEFAULT_CASES, help="(default: %(default)s)")
     parser.add_argument("--limit", type=float, metavar="GB", help="(default: nine tenths of what is free)")
@@ -127,7 +129,7 @@ def measure(name: str, is_random: bool, case: str, length: int) -> dict[str, Any
     """Seconds of a step, the most that this process ever held, and what was estimated, in all and by part."""
     import torch
     from datasets import Dataset
-    from transformers import Trainer, TrainerCallback, default_data_collator
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator
 
     from hf_sparse_attn.benchmarking.random_models import random_sparse_model
     from hf_sparse_attn.loading import load_sparse_model, resolve_model
@@ -140,7 +142,13 @@ def measure(name: str, is_random: bool, case: str, length: int) -> dict[str, Any
         return_freed_memory()
     torch_dtype = getattr(torch, dtype)
     if is_random:
-        model = random_sparse_model(name, None, torch_dtype, torch.device("cpu"))
+        model = (
+            AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(name), attn_implementation="sparse", dtype=torch_dtype
+            )
+            if Path(name).is_file()
+            else random_sparse_model(name, None, torch_dtype, torch.device("cpu"))
+        )
         ids = torch.randint(model.config.vocab_size, (length,)).tolist()
     else:
         model = load_sparse_model(resolve_model(name), dtype=torch_dtype)

@@ -17,12 +17,14 @@ that of a hidden state between layers (the weights' dtype). Bytes:
                   a norm computes in float32), and, with LoRA over half precision, c (5 D + H d + I) for what PEFT
                   casts; L kept in all. With gradient checkpointing it is L N D w and one layer's kept.
     backward      N max(3 c I, 16 (H + K) d): the gradients in a layer
-    logits        4 chunks of R V numbers in float32, with R rows as in `logits.rows_of_chunk`
+    logits        4 chunks of R V numbers in float32, with R rows as in `logits.rows_of_chunk`; and the gradient of the
+                  head where that is trained, which comes first
     attention     N K (8 d + 512) for each thread of a CPU
-    libraries     of Python, as in `hf_sparse_attn.memory`
+    libraries     of Python, as in `hf_sparse_attn.memory`, and those that read data
 
-With --offload-activations, L N D w is in the CPU's memory and not in the sum. The sum is an upper bound of what is
-there at once: gradients appear while activations go.
+Gradients appear while activations go. The peak is the larger of two moments: when the loss is computed (activations
+and logits), and at the end of the backward (gradients and what one layer keeps). Where gradients are accumulated over
+several rows, they are there in both. With --offload-activations, L N D w is in the CPU's memory and not in the peak.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 # Numbers of an optimizer's states for each one that is trained; of a number's own dtype unless the name tells bits.
 _STATES = {"adamw": 2, "stable_adamw": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0, "lomo": 0}
 _UNKNOWN = 2
+_DATA_LIBRARIES = 100 * 10**6
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,29 @@ class TrainingMemory:
 
     Args:
         parts: by name, in the order of the formulas.
+        layer: what one layer keeps for its backward.
+        accumulates: gradients are there from the start.
         offloaded: held in the CPU's memory while a GPU computes.
     """
 
     parts: dict[str, int]
+    layer: int
+    accumulates: bool
     offloaded: int
 
     @property
     def peak(self) -> int:
-        return sum(self.parts.values())
+        always = sum(
+            self.parts[name] for name in ("weights", "optimizer", "copies", "attention", "backward", "libraries")
+        )
+        gradients, loss = self.parts["gradients"], self.parts["activations"] + self.parts["logits"]
+        return always + max(gradients + self.layer, loss + (gradients if self.accumulates else 0))
 
     def __str__(self) -> str:
         told = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in self.parts.items() if size >= 5e7)
         offloaded = f", and {self.offloaded / 1e9:.1f} GB of the CPU's" if self.offloaded else ""
-        return f"{self.peak / 1e9:.1f} GB ({told}){offloaded}"
+        apart = "" if self.accumulates else "; gradients are not there at once with all activations"
+        return f"{self.peak / 1e9:.1f} GB ({told}{apart}){offloaded}"
 
 
 def training_memory(size: ModelSize, num_tokens: int, arguments: FinetuneArguments) -> TrainingMemory:
@@ -78,7 +90,7 @@ def training_memory(size: ModelSize, num_tokens: int, arguments: FinetuneArgumen
         num_tokens: of a row.
         arguments: of the training.
     """
-    model: nn.Module = size.skeleton()
+    model: Any = size.skeleton()
     norms = sum(
         parameter.numel()
         for module in model.modules()
@@ -88,7 +100,7 @@ def training_memory(size: ModelSize, num_tokens: int, arguments: FinetuneArgumen
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     lora = arguments.lora_rank is not None
     if lora:
-        model = add_lora(model, arguments)  # type: ignore[arg-type]
+        model = add_lora(model, arguments)
     weights = list(model.parameters())
     trained = [weight for weight in weights if weight.requires_grad]
 
@@ -107,11 +119,11 @@ def training_memory(size: ModelSize, num_tokens: int, arguments: FinetuneArgumen
         "copies": 2 * linear if computed < size.dtype.itemsize and not lora else 0,
         "activations": hidden_states - offloaded + kept if arguments.gradient_checkpointing else size.num_layers * kept,
         "backward": tokens * max(3 * computed * inner, 16 * (heads + kv_heads) * head_dim),
-        "logits": size.logits(),
+        "logits": size.logits() + _trained_head(model),
         "attention": torch.get_num_threads() * size.layer_in_float32(tokens) if on_cpu else 0,
-        "libraries": LIBRARIES,
+        "libraries": LIBRARIES + _DATA_LIBRARIES,
     }
-    return TrainingMemory(parts, offloaded)
+    return TrainingMemory(parts, kept, arguments.gradient_accumulation_steps > 1, offloaded)
 
 
 def tell_memory(
@@ -174,6 +186,11 @@ def optimizer_bytes(model: nn.Module, name: str) -> int:
             each = 0.5
         total += states * each * weight.numel()
     return int(total)
+
+
+def _trained_head(model: Any) -> int:
+    head = model.get_output_embeddings()
+    return 0 if head is None else sum(weight.nbytes for weight in head.parameters() if weight.requires_grad)
 
 
 def _kept(size: ModelSize, tokens: int, computed: int, norms: int, lora: bool) -> int:
