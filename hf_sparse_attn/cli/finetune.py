@@ -3,6 +3,8 @@
     hf-sparse-attn finetune --model converted --dataset demo --context-length 2048 --output tuned --max-steps 20
     hf-sparse-attn finetune --model converted --dataset demo --context-length 2048 --output tuned --max-steps 40 \
         --resume_from_checkpoint last
+    hf-sparse-attn finetune --model converted --dataset demo --context-length 8192 --output tuned --max-steps 100 \
+        --lora-rank 16 --learning-rate 2e-4 --dtype bfloat16 --gradient-checkpointing true
 
 Every argument of Transformers' TrainingArguments is accepted as well, with dashes or underscores. Ctrl-C ends the
 training after the step at hand, with a checkpoint; `--resume_from_checkpoint last` takes the last one that is whole.
@@ -155,7 +157,10 @@ def main() -> None:
     with argument("--dataset"):
         documents = load_documents(script.dataset, "train")
     path, config, tokenizer, _ = read_checkpoint(script.model, overrides)
-    tell_memory(ModelSize.of(config, dtype), script.context_length, training, print)
+    size = ModelSize.of(config, dtype)
+    if training.resume_from_checkpoint is not None:
+        with argument("--resume_from_checkpoint"):
+            check_resumable(Path(training.resume_from_checkpoint), size.skeleton(), training)
 
     make_rows = packed if script.rows == "packed" else windowed
     with argument("--dataset"):
@@ -168,6 +173,7 @@ def main() -> None:
             )
             # Spread over the documents: the first rows are all of the first one.
             eval_rows = eval_rows.select(range(0, len(eval_rows), -(-len(eval_rows) // script.eval_rows)))
+    tell_memory(size, script.context_length, training, print)
     if training.device.type == "cpu":
         return_freed_memory()
     model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype)
@@ -175,9 +181,6 @@ def main() -> None:
         model.generation_config.validate(strict=True)  # one that is not valid cannot be saved
     with argument("--output"):
         check_space(Path(training.output_dir), model.get_memory_footprint())
-    if training.resume_from_checkpoint is not None:
-        with argument("--resume_from_checkpoint"):
-            check_resumable(Path(training.resume_from_checkpoint), model, training)
     with argument("of TrainingArguments"), library_errors("what was given"):
         trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows)
 

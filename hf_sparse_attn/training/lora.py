@@ -9,6 +9,7 @@ model of half precision then runs with autocast (`autocast_dtype`), and its hidd
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +61,9 @@ def add_lora(model: PreTrainedModel, arguments: FinetuneArguments) -> Any:
         ensure_weight_tying=tied,
     )
     dtype = model.dtype
-    adapted = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own, about names of Transformers and about experts, which get no LoRA
+        adapted = peft.get_peft_model(model, config)
     if dtype.itemsize < torch.float32.itemsize:
         for parameter in adapted.parameters():
             if parameter.requires_grad:
