@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_sparse_attn.config import SparseAttentionConfig, layer_shape, sliding_windows, text_config
@@ -57,10 +57,15 @@ class ModelSize:
             dtype = getattr(config, "dtype", None) or text_config(config).dtype or torch.float32
         return cls(config, dtype)
 
+    def skeleton(self) -> PreTrainedModel:
+        """The model without numbers, on the device meta."""
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=self.dtype)
+        return model
+
     def weights(self) -> tuple[int, int]:
         """All weights, those that are tied once; and the most that are in use at once where they are offloaded."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=self.dtype)
+        model = self.skeleton()
         parts = (GradientCheckpointingLayer, nn.Linear, nn.Embedding)
         return _bytes(model), max(_bytes(module) for module in model.modules() if isinstance(module, parts))
 
@@ -73,13 +78,13 @@ class ModelSize:
 
     def forward(self, num_tokens: int) -> int:
         """The most that exists at once in a layer's forward without gradients."""
-        hidden, inner, (heads, kv_heads, head_dim) = self._text.hidden_size, self._inner, self._heads()
+        hidden, inner, (heads, kv_heads, head_dim) = self.widths()
         in_dtype = 5 * hidden + 3 * inner + 3 * (heads + 2 * kv_heads) * head_dim
         return num_tokens * (self.dtype.itemsize * in_dtype + 8 * heads * head_dim)
 
     def backward(self, num_tokens: int) -> int:
         """The most that exists at once while a layer is computed again and differentiated, its weights frozen."""
-        hidden, inner, (heads, kv_heads, head_dim) = self._text.hidden_size, self._inner, self._heads()
+        hidden, inner, (heads, kv_heads, head_dim) = self.widths()
         in_dtype = 6 * hidden + 7 * inner + 6 * (heads + 2 * kv_heads) * head_dim
         return num_tokens * (self.dtype.itemsize * in_dtype + 16 * hidden)
 
@@ -93,6 +98,10 @@ class ModelSize:
         _, num_kv_heads, head_dim = self._heads()
         return num_tokens * num_kv_heads * (8 * head_dim + 512)
 
+    def widths(self) -> tuple[int, int, tuple[int, int, int]]:
+        """The hidden size, that of the feed-forward layer, and the most query heads, KV heads and head_dim."""
+        return self._text.hidden_size, self._inner, self._heads()
+
     @property
     def num_layers(self) -> int:
         return self._text.num_hidden_layers
@@ -104,7 +113,8 @@ class ModelSize:
     @property
     def _inner(self) -> int:
         experts = getattr(self._text, "num_experts_per_tok", None) or 1
-        return experts * (getattr(self._text, "intermediate_size", None) or 4 * self._text.hidden_size)
+        of_an_expert = getattr(self._text, "moe_intermediate_size", None) if experts > 1 else None
+        return experts * (of_an_expert or getattr(self._text, "intermediate_size", None) or 4 * self._text.hidden_size)
 
     def _heads(self, layer: int | None = None) -> tuple[int, int, int]:
         layers = sliding_windows(self.config) if layer is None else [layer]

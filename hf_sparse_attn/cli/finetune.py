@@ -3,6 +3,8 @@
     hf-sparse-attn finetune --model converted --dataset demo --context-length 2048 --output tuned --max-steps 20
     hf-sparse-attn finetune --model converted --dataset demo --context-length 2048 --output tuned --max-steps 40 \
         --resume_from_checkpoint last
+    hf-sparse-attn finetune --model converted --dataset demo --context-length 8192 --output tuned --max-steps 100 \
+        --lora-rank 16 --learning-rate 2e-4 --dtype bfloat16 --gradient-checkpointing true
 
 Every argument of Transformers' TrainingArguments is accepted as well, with dashes or underscores. Ctrl-C ends the
 training after the step at hand, with a checkpoint; `--resume_from_checkpoint last` takes the last one that is whole.
@@ -21,16 +23,20 @@ from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, MODEL_HELP, de
 from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
 from hf_sparse_attn.errors import one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
+from hf_sparse_attn.memory import ModelSize
 from hf_sparse_attn.output_files import check_output_directory, check_space
 from hf_sparse_attn.training import (
     Distillation,
     FinetuneArguments,
+    check_packages,
     check_resumable,
     checkpoints,
     damage,
     make_trainer,
+    tell_memory,
     train,
 )
+from hf_sparse_attn.training.allocator import return_freed_memory
 
 _METAVARS = {
     "model": "MODEL",
@@ -176,9 +182,14 @@ def main() -> None:
     with argument("--sparse-attention"):
         overrides = json_object(script.sparse_attention)
     dtype = parse_dtype(script.dtype)
+    check_packages(training)
     with argument("--dataset"):
         documents = load_documents(script.dataset, "train")
-    path, _, tokenizer, _ = read_checkpoint(script.model, overrides)
+    path, config, tokenizer, _ = read_checkpoint(script.model, overrides)
+    size = ModelSize.of(config, dtype)
+    if training.resume_from_checkpoint is not None:
+        with argument("--resume_from_checkpoint"):
+            check_resumable(Path(training.resume_from_checkpoint), size.skeleton(), training)
 
     make_rows = packed if script.rows == "packed" else windowed
     with argument("--dataset"):
@@ -191,14 +202,14 @@ def main() -> None:
             )
             # Spread over the documents: the first rows are all of the first one.
             eval_rows = eval_rows.select(range(0, len(eval_rows), -(-len(eval_rows) // script.eval_rows)))
+    tell_memory(size, script.context_length, training, print)
+    if training.device.type == "cpu":
+        return_freed_memory()
     model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype)
     with argument(f"--model {script.model}"):
         model.generation_config.validate(strict=True)  # one that is not valid cannot be saved
     with argument("--output"):
         check_space(Path(training.output_dir), model.get_memory_footprint())
-    if training.resume_from_checkpoint is not None:
-        with argument("--resume_from_checkpoint"):
-            check_resumable(Path(training.resume_from_checkpoint), model)
     with argument("of TrainingArguments"), library_errors("what was given"):
         trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows, distilled)
 

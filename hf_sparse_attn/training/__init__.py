@@ -1,18 +1,23 @@
 """Fine-tuning on long documents."""
 
-from hf_sparse_attn.training.arguments import FinetuneArguments
+from hf_sparse_attn.training.arguments import FinetuneArguments, check_packages
 from hf_sparse_attn.training.checkpoints import check_resumable, checkpoints, damage
 from hf_sparse_attn.training.distillation import Distillation
+from hf_sparse_attn.training.memory_estimate import TrainingMemory, tell_memory, training_memory
 from hf_sparse_attn.training.trainer import FinetuneTrainer, finetune, make_trainer, train
 
 __all__ = [
     "Distillation",
     "FinetuneArguments",
     "FinetuneTrainer",
+    "TrainingMemory",
+    "check_packages",
     "check_resumable",
     "checkpoints",
     "damage",
     "finetune",
     "make_trainer",
+    "tell_memory",
     "train",
+    "training_memory",
 ]

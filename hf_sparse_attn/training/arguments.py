@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+
+from hf_sparse_attn.errors import argument
+from hf_sparse_attn.training.lora import import_peft
 
 _LEAST = {
     "per_device_train_batch_size": 1,
@@ -27,9 +31,12 @@ _LEAST = {
     "dataloader_num_workers": 0,
     "seed": 0,
     "data_seed": 0,
+    "lora_rank": 1,
+    "lora_alpha": 1,
 }
 _UNDER = {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32}
 _MAY_BE_INFINITE = ("max_grad_norm",)
+_NEED_THE_MODEL = ("lomo", "adalomo", "galore", "apollo")  # optimizers, by how their names begin
 
 
 @dataclass
@@ -53,6 +60,27 @@ class FinetuneArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "pin rows in memory"})
     # The logits of an evaluation would be gathered otherwise: a long row's take more memory than the model.
     prediction_loss_only: bool = field(default=True, metadata={"help": "compute only the loss in evaluation"})
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train LoRA of rank N beside all linear layers but the head, with PEFT, not the weights. "
+            "Checkpoints hold the adapter alone; in the end, the output directory holds the model with the adapter "
+            "merged into its weights, and the adapter by itself in adapter/."
+        },
+    )
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Scale LoRA by N over its rank (default: twice the rank)."}
+    )
+    lora_train_embeddings_and_norms: bool = field(
+        default=True,
+        metadata={"help": "With LoRA, also train embeddings and norms in full, as longer contexts need (LongLoRA)."},
+    )
+    offload_activations: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold what gradient checkpointing keeps of each layer in the CPU's memory, not in the GPU's."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -65,4 +93,36 @@ class FinetuneArguments(TrainingArguments):
             raise ValueError(f"num_train_epochs must be finite and greater than 0, got {self.num_train_epochs}")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be at least 1, or -1 for all of num_train_epochs, got {self.max_steps}")
+        if self.lora_rank is None and self.lora_alpha is not None:
+            raise ValueError(f"lora_alpha is of use with lora_rank alone, got {self.lora_alpha}")
+        if self.lora_rank is not None and self.lora_alpha is None:
+            self.lora_alpha = 2 * self.lora_rank
+        # Newer releases of Transformers have another name for gradient checkpointing, and warn about this one.
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if getattr(self, new, False) is None:
+                setattr(self, new, getattr(self, old))
         super().__post_init__()
+        if self.gradient_checkpointing:
+            given: Any = self.gradient_checkpointing_kwargs or {}
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False} | given
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError("offload_activations needs gradient_checkpointing, which keeps little of each layer")
+        if self.offload_activations and self.device.type == "cpu":
+            raise ValueError("offload_activations is of use on a GPU alone: here all is in the CPU's memory")
+
+
+def check_packages(arguments: TrainingArguments) -> None:
+    """Make sure that the packages that the optimizer and LoRA need are installed; quick, for before a model is loaded.
+
+    Raises:
+        ArgumentError: for "optim" or "lora_rank".
+    """
+    name = str(getattr(arguments.optim, "value", arguments.optim))
+    with argument("optim", name):
+        if not name.startswith(_NEED_THE_MODEL):
+            Trainer.get_optimizer_cls_and_kwargs(arguments)
+    if getattr(arguments, "lora_rank", None) is not None:
+        with argument("lora_rank"):
+            import_peft()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import tempfile
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,16 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from hf_sparse_attn.errors import ArgumentError, RunError, add_note, one_line
 from hf_sparse_attn.logits import Taught, loss_in_chunks
 from hf_sparse_attn.output_files import finite, write_json
+from hf_sparse_attn.training.arguments import FinetuneArguments, check_packages
 from hf_sparse_attn.training.checkpoints import checkpoints
 from hf_sparse_attn.training.distillation import Distillation, Teacher
+from hf_sparse_attn.training.lora import add_lora, autocast_dtype, merge_lora
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+_EXACT_UPDATES = ("bf16_stochastic_round", "kahan_sum", "use_kahan_summation")  # arguments of optimizers
 
 
 def finetune(
@@ -63,8 +69,16 @@ def make_trainer(
     eval_rows: Dataset | None = None,
     distillation: Distillation | None = None,
 ) -> FinetuneTrainer:
-    """The Trainer of `finetune`."""
-    Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # an optimizer may need a package
+    """The Trainer of `finetune`.
+
+    Raises:
+        ArgumentError: for "optim" or "lora_rank": a package is not installed.
+    """
+    check_packages(arguments)
+    Trainer.get_optimizer_cls_and_kwargs(arguments, model)  # some optimizers need the model, too
+    if isinstance(arguments, FinetuneArguments) and arguments.lora_rank is not None:
+        model = add_lora(model, arguments)
+    _warn_of_lost_updates(model, arguments)
     return FinetuneTrainer(
         model,
         args=arguments,
@@ -90,6 +104,7 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
             trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
         watch.raise_if_interrupted(trainer)
         trainer.restore_use_cache()
+        trainer.merge_lora()
         trainer.save_model()
         trainer.save_state()
     except RunError:
@@ -136,6 +151,20 @@ class FinetuneTrainer(Trainer):
         """Undo that Trainer switches the cache off for training; the model is for generation as well."""
         self._config.use_cache = self._use_cache
 
+    def merge_lora(self) -> None:
+        """Save LoRA, if it is trained, in a directory of its own, and go on with a model into which it is merged."""
+        if getattr(self.args, "lora_rank", None) is not None:
+            self.save_model(str(_output(self) / "adapter"), _internal_call=True)
+            self.model = self.model_wrapped = merge_lora(self.accelerator.unwrap_model(self.model))
+            self.accelerator._models.clear()
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        context: ExitStack = super().compute_loss_context_manager()
+        model: Any = self.model
+        if (dtype := autocast_dtype(model)) is not None:
+            context.enter_context(torch.autocast(self.args.device.type, dtype))
+        return context
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -143,9 +172,9 @@ class FinetuneTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        if "labels" not in inputs or self._needs_all_logits(return_outputs):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with loss_in_chunks(model, self._taught(model, inputs)):
+        all_logits = "labels" not in inputs or self._needs_all_logits(return_outputs)
+        in_chunks = nullcontext() if all_logits else loss_in_chunks(model, self._taught(model, inputs))
+        with in_chunks, self._offloaded():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _taught(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Taught | None:
@@ -153,6 +182,12 @@ class FinetuneTrainer(Trainer):
         if self._teacher is None or not model.training or self.state.global_step % self._distillation.every:
             return None
         return self._lessons.enter_context(self._teacher.lesson(model, inputs))
+
+    def _offloaded(self) -> AbstractContextManager[None]:
+        """Where what checkpointed layers keep is to be on the CPU: in layers themselves, checkpointing's hooks hold."""
+        if not getattr(self.args, "offload_activations", False):
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.args.device.type == "cuda")
 
     def _needs_all_logits(self, return_outputs: bool) -> bool:
         """Whether logits are asked for, or something else than this very model's forward computes the loss."""
@@ -217,6 +252,17 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.log_history[-1:] = finite(state.log_history[-1:])
+
+
+def _warn_of_lost_updates(model: torch.nn.Module, arguments: TrainingArguments) -> None:
+    half = next((p.dtype for p in model.parameters() if p.requires_grad and p.itemsize < torch.float32.itemsize), None)
+    if half is not None and not any(name in str(arguments.optim_args) for name in _EXACT_UPDATES):
+        logger.warning(
+            "updates of less than %.1g of a weight are lost in weights of %s: train float32 weights with bf16 "
+            "(--dtype float32 --bf16), or LoRA (--lora-rank)",
+            torch.finfo(half).eps / 2,
+            half,
+        )
 
 
 def _output(trainer: Trainer) -> Path:

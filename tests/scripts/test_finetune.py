@@ -40,6 +40,39 @@ def test_trains_saves_and_resumes(run_script, arguments, tmp_path):
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 6
 
 
+def test_lora_ends_in_a_merged_model_and_goes_on(run_script, assert_refused, arguments):
+    pytest.importorskip("peft")
+    output, lora = arguments["--output"], {"--lora-rank": 4, "--learning-rate": "1e-2"}
+    finished = run_script(SCRIPT, *flat(arguments | lora))
+    assert finished.status == 0, finished.stderr
+    merged = AutoModelForCausalLM.from_pretrained(output, attn_implementation="sparse").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(arguments["--model"]).state_dict()
+    assert all(not merged[name].equal(before[name]) for name in before if name != "lm_head.weight")
+    assert (output / "adapter" / "adapter_model.safetensors").is_file()
+
+    resumed = arguments | {"--max-steps": 6, "--resume_from_checkpoint": "last"}
+    refused = ["--resume_from_checkpoint", "is of a training with lora_rank 4, not None"]
+    assert_refused(run_script(SCRIPT, *flat(resumed)), *refused)
+    finished = run_script(SCRIPT, *flat(resumed | lora))
+    assert finished.status == 0, finished.stderr
+    assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 6
+
+
+def test_memory_is_told_before_the_model_is_loaded(run_script, arguments, monkeypatch):
+    def load_model(*args, **kwargs):
+        raise MemoryError("loading")
+
+    monkeypatch.setattr("hf_sparse_attn.cli.finetune.load_model", load_model)
+    monkeypatch.setattr("hf_sparse_attn.training.memory_estimate.available_memory", lambda device: 10**8)
+    finished = run_script(SCRIPT, *flat(arguments))
+    assert finished.status == 1
+    assert finished.stdout.startswith("estimated peak memory: 1.1 GB (logits 0.3, libraries 0.8; ")
+    assert finished.stdout.endswith("; 0.1 GB are free\n")
+    warning, error = finished.stderr.splitlines()
+    assert "warning: the estimate is more than the memory that is free on cpu: try, in this order, --grad" in warning
+    assert error.endswith("there is too little memory: loading")
+
+
 @pytest.fixture
 def half_written(run_script, arguments):
     """An output directory whose newest checkpoint, the third, lost the end of its weights."""
@@ -175,7 +208,10 @@ def test_output_that_holds_something_is_refused(run_script, assert_refused, argu
         ({"--per-device-train-batch-size": 0}, ["per_device_train_batch_size", "got 0"]),
         ({"--gradient-accumulation-steps": 0}, ["gradient_accumulation_steps", "got 0"]),
         ({"--adam-beta1": 2}, ["adam_beta1", "got 2"]),
-        ({"--optim": "adamw_bnb_8bit"}, ["TrainingArguments", "bitsandbytes"]),
+        ({"--optim": "adamw_8bit"}, ["--optim adamw_8bit", "bitsandbytes"]),
+        ({"--lora-rank": 0}, ["lora_rank must be", "got 0"]),
+        ({"--lora-alpha": 8}, ["lora_alpha is of use with lora_rank alone, got 8"]),
+        ({"--offload-activations": "true"}, ["offload_activations needs gradient_checkpointing"]),
         ({"--report-to": "nobody"}, ["TrainingArguments", "nobody"]),
         ({"--accelerator-config": "nowhere.json"}, ["nowhere.json"]),
     ],
