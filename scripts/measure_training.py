@@ -88,7 +88,7 @@ def main() -> None:
             report["rows"].append(row)
             if arguments.output:
                 write_json(arguments.output, report)
-            figures = [f"{(row.get(key) or 0) / 1e9:.2f}" for key in ("peak_bytes", "estimated_bytes")]
+            figures = [f"{row[key] / 1e9:.2f}" if row.get(key) else "" for key in ("peak_bytes", "estimated_bytes")]
             seconds = f"{row['seconds']:.1f}" if row.get("seconds") else ""
             print(f"| {case} | {length} | {' | '.join(figures)} | {seconds} | {row['status']} |", flush=True)
 
