@@ -7,7 +7,7 @@
 Each case runs in a process of its own on the CPU: a step on a short row, so that the optimizer has its states, then one
 on a row of each length, which is timed. The peak is that of the resident memory. A process that comes to hold more than
 --limit gigabytes is ended and recorded as "out of memory", one that takes longer than --timeout seconds as "timeout".
-The output file is written after each case, and cases that it has figures of already are not run again. "sdpa" is
+The output file is written after each case, and cases that it has seconds of already are not run again. "sdpa" is
 Transformers' own Trainer; "sdpa-returning" is that with the allocator set as `finetune` sets it on a CPU.
 """
 
@@ -74,6 +74,10 @@ def main() -> None:
     report: dict[str, Any] = {"rows": []}
     if arguments.output and arguments.output.exists():
         report = json.loads(arguments.output.read_text())
+    asked = {(name, case, length) for case in arguments.cases for length in arguments.lengths}
+    report["rows"] = [
+        row for row in report["rows"] if row["status"] == "" or (row["model"], row["case"], row["tokens"]) not in asked
+    ]
     done = {(row["model"], row["case"], row["tokens"]) for row in report["rows"]}
     report["environment"] = describe_environment(cpu)
     print("| case | tokens | peak, GB | estimated, GB | seconds | |\n|---|---|---|---|---|---|")
@@ -88,7 +92,7 @@ def main() -> None:
             report["rows"].append(row)
             if arguments.output:
                 write_json(arguments.output, report)
-            figures = [f"{(row.get(key) or 0) / 1e9:.2f}" for key in ("peak_bytes", "estimated_bytes")]
+            figures = [f"{row[key] / 1e9:.2f}" if row.get(key) else "" for key in ("peak_bytes", "estimated_bytes")]
             seconds = f"{row['seconds']:.1f}" if row.get("seconds") else ""
             print(f"| {case} | {length} | {' | '.join(figures)} | {seconds} | {row['status']} |", flush=True)
 

@@ -199,3 +199,13 @@ def test_adapter_says_what_was_trained(checkpoint):
     config = json.loads((checkpoint / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     assert set(config["modules_to_save"]) == {"embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"}
+
+
+def test_with_autocast_and_the_best_checkpoint(tmp_path, model_path, tiny_tokenizer, rows):
+    """Evaluation goes on with the merged model, which no longer computes in bfloat16."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    results = tune(model_path, tiny_tokenizer, rows, lora_arguments(tmp_path / "out", bf16=True, **best), rows)
+    assert results["eval_loss_after"] < results["eval_loss_before"]
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert results["eval_loss_after"] == pytest.approx(state["best_metric"], rel=0.02)
+    assert sparse_from(tmp_path / "out", dtype="auto").dtype == torch.float32
