@@ -27,6 +27,7 @@ Choice = TypeVar("Choice")
 
 BUDGETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 MIN_WEIGHTS = (0.0, 1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
+KEY_BUDGET = 1024  # largest mean of a row's candidates that is chosen unless another one is asked for
 NUM_SAMPLED_ROWS = 64
 FIXED = "dense rows and layers, windows, static and random keys"  # what is read in any case
 _BLOCK_ROWS = 8

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,8 +20,8 @@ from hf_sparse_attn.benchmarking.speed import layer_inputs, measure_dense_below
 from hf_sparse_attn.calibration import budget_allocation, calibrate, model_card
 from hf_sparse_attn.calibration.budget_allocation import (
     FIXED,
+    KEY_BUDGET,
     Allocation,
-    allocation_of,
     by_head,
     fitting_dense_below,
     least_density,
@@ -30,7 +29,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
 from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss, minimum_tokens
 from hf_sparse_attn.calibration.kept_results import KeptResults, kept_results
 from hf_sparse_attn.calibration.place_weights import place_weights
-from hf_sparse_attn.calibration.refit import Refit, compare
+from hf_sparse_attn.calibration.refit import FITTED, Refit, aims_of, compare, not_fitted
 from hf_sparse_attn.config import SparseAttentionConfig, sliding_windows, text_config
 from hf_sparse_attn.data import load_documents, long_documents
 from hf_sparse_attn.environment import describe_environment
@@ -56,10 +55,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TARGET_DENSITY = 0.19
-KEY_BUDGET = 1024
 LEAST_LOSS = 1e-6  # nats per token: less is noise
 AUTO = "auto"  # dense_below is measured
-_FITTED = ("key_budget", "min_weight", "hash", "calibrated_hash")  # fields that no conversion is given
 _MEASURED_TOKENS = 4096  # most of a document that dense_below is measured on
 
 
@@ -126,7 +123,7 @@ class ConversionSettings:
                 raise ArgumentError("max_loss", "not allowed with {target_density}", others=("target_density",))
         if self.dense_below not in (None, AUTO):
             check_integer("dense_below", self.dense_below, 0)
-        for name in _FITTED:
+        for name in FITTED:
             if name in self.sparse_attention:
                 others = ("target_density", "max_loss", "key_budget")
                 told = f"{name} is what the conversion fits; use {', '.join(f'{{{other}}}' for other in others)}"
@@ -177,8 +174,7 @@ class ConversionSettings:
         Args:
             old: in a refit, the model's own configuration, which says what is not given.
         """
-        own = {} if old is None else old.to_dict()
-        own = {name: value for name, value in own.items() if name not in (*_FITTED, "dense_layers")}
+        own = {} if old is None else not_fitted(old).to_dict()
         base = SparseAttentionConfig.from_dict({**own, **self.sparse_attention})
         return base.replace(dense_below=self.dense_below) if isinstance(self.dense_below, int) else base
 
@@ -326,13 +322,10 @@ def _as_before(
     settings: ConversionSettings, calibration: Calibration, old: SparseAttentionConfig
 ) -> ConversionSettings:
     """The settings of a refit, with what the old choice takes in place of aims that are not given."""
-    assert calibration.old_costs is not None
-    before = allocation_of(calibration.old_costs, old)
+    density, key_budget = aims_of(calibration, old)
     if settings.key_budget is None:
-        settings = replace(settings, key_budget=max(KEY_BUDGET, math.ceil(before.mean_key_budget)))
-    if settings.keeps_density:
-        settings = replace(settings, target_density=max(before.density, calibration.costs.least_density))
-    return settings
+        settings = replace(settings, key_budget=key_budget)
+    return replace(settings, target_density=density) if settings.keeps_density else settings
 
 
 def _with_fitting_dense_below(

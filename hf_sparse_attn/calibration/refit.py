@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from hf_sparse_attn.calibration.budget_allocation import Allocation, Costs, allocation_of, by_head
-from hf_sparse_attn.calibration.calibrate import Calibration
+from hf_sparse_attn.calibration.budget_allocation import KEY_BUDGET, Allocation, Costs, allocation_of, by_head
+from hf_sparse_attn.calibration.calibrate import Calibration, calibrate
 from hf_sparse_attn.config import SparseAttentionConfig
+
+FITTED = ("key_budget", "min_weight", "hash", "calibrated_hash")  # fields that no conversion is given
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,43 @@ class Refit:
         """From the old to the new, by name."""
         names = "old hash, old choice", "new hash, old choice", "new hash, new choice"
         return list(zip(names, (self.old, self.rehashed, self.new), strict=True))
+
+
+def refit(
+    model: PreTrainedModel, documents: Sequence[Tensor], old: SparseAttentionConfig
+) -> tuple[SparseAttentionConfig, Refit]:
+    """Fit hash and choice anew, at the density that the old choice has with the present weights.
+
+    Args:
+        model: with attn_implementation="sparse"; left as it was.
+        documents: [N] int64 token ids each.
+        old: the configuration with the calibrated hash that the model has had.
+
+    Returns:
+        The new configuration, and what moved.
+
+    Raises:
+        ValueError: if the documents are too short to have routed keys.
+    """
+    calibration = calibrate(model, documents, not_fitted(old), old=old)
+    new, choice = calibration.choose(*aims_of(calibration, old))
+    return new, compare(calibration, old, new, choice)
+
+
+def not_fitted(old: SparseAttentionConfig) -> SparseAttentionConfig:
+    """The fields that a refit keeps; `dense_layers` may have been fitted, and is empty."""
+    own = old.to_dict().items()
+    return SparseAttentionConfig.from_dict(
+        {name: value for name, value in own if name not in (*FITTED, "dense_layers")}
+    )
+
+
+def aims_of(calibration: Calibration, old: SparseAttentionConfig) -> tuple[float, int]:
+    """The density of the old choice with the present weights, or the least one that can be; and the largest mean of a
+    row's candidates, at least that of the old choice."""
+    assert calibration.old_costs is not None
+    before = allocation_of(calibration.old_costs, old)
+    return max(before.density, calibration.costs.least_density), max(KEY_BUDGET, math.ceil(before.mean_key_budget))
 
 
 def compare(

@@ -19,9 +19,9 @@ before; a table shows what moved.
 from dataclasses import fields
 from typing import Any
 
+from hf_sparse_attn.calibration.budget_allocation import KEY_BUDGET
 from hf_sparse_attn.calibration.convert import (
     AUTO,
-    KEY_BUDGET,
     TARGET_DENSITY,
     Conversion,
     ConversionSettings,

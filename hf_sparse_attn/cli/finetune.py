@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from hf_sparse_attn.cli.argument_types import json_object
 from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, argument, print_table, warn
 from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, MODEL_HELP, description_and_epilog
+from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
 from hf_sparse_attn.errors import one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
@@ -37,6 +38,7 @@ from hf_sparse_attn.training import (
     train,
 )
 from hf_sparse_attn.training.allocator import return_freed_memory
+from hf_sparse_attn.training.refits import check_refits
 
 _METAVARS = {
     "model": "MODEL",
@@ -185,7 +187,9 @@ def main() -> None:
     check_packages(training)
     with argument("--dataset"):
         documents = load_documents(script.dataset, "train")
-    path, config, tokenizer, _ = read_checkpoint(script.model, overrides)
+    path, config, tokenizer, fields = read_checkpoint(script.model, overrides)
+    if training.refit_every is not None:
+        check_refits(SparseAttentionConfig.from_dict(fields), script.context_length)
     size = ModelSize.of(config, dtype)
     if training.resume_from_checkpoint is not None:
         with argument("--resume_from_checkpoint"):
@@ -219,6 +223,9 @@ def main() -> None:
         ["steps", str(results["steps"])],
         ["loss, first to last", change(results["first_loss"], results["last_loss"])],
     ]
+    if "hash_recall_before" in results:
+        shares = change(results["hash_recall_before"], results["hash_recall_after"])
+        rows.append(["share of the 64 heaviest keys that is read", shares])
     if eval_rows is not None:
         held_out = change(results["eval_loss_before"], results["eval_loss_after"])
         rows.append([f"loss on {len(eval_rows)} held-out rows", held_out])

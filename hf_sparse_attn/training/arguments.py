@@ -24,6 +24,7 @@ _LEAST = {
     "max_grad_norm": 0,
     "label_smoothing_factor": 0,
     "warmup_steps": 0,
+    "refit_every": 1,
     "logging_steps": 0,
     "eval_steps": 0,
     "save_steps": 0,
@@ -79,6 +80,14 @@ class FinetuneArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Hold what gradient checkpointing keeps of each layer in the CPU's memory, not in the GPU's."
+        },
+    )
+
+    refit_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fit the hash of a converted model to its weights anew after every N steps, at the density that it "
+            "has (default: never)."
         },
     )
 

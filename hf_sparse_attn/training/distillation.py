@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_sparse_attn.attributes import replaced_attribute
+from hf_sparse_attn.attributes import evaluating, replaced_attribute
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.errors import ArgumentError, check_integer
 from hf_sparse_attn.logits import Taught, causal_model_of, hidden_states_and_head, loss_is_chunked
@@ -128,7 +128,7 @@ class Teacher:
             yield None
             return
         others = {name: value for name, value in inputs.items() if name != "labels"}
-        with torch.no_grad(), _evaluating(model), self.as_dense(), _outputs(self._layers, rows) as dense:
+        with torch.no_grad(), evaluating(model), self.as_dense(), _outputs(self._layers, rows) as dense:
             hidden, _ = hidden_states_and_head(model, **others, use_cache=False)
         with _outputs(self._layers, rows) as sparse:
 
@@ -168,15 +168,3 @@ def _outputs(layers: Iterable[nn.Module], rows: Tensor) -> Iterator[dict[nn.Modu
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without checkpointing, for a block."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True

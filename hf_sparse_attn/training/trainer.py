@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.errors import ArgumentError, RunError, add_note, one_line
 from hf_sparse_attn.logits import Taught, loss_in_chunks
 from hf_sparse_attn.output_files import finite, write_json
@@ -21,6 +22,7 @@ from hf_sparse_attn.training.arguments import FinetuneArguments, check_packages
 from hf_sparse_attn.training.checkpoints import checkpoints
 from hf_sparse_attn.training.distillation import Distillation, Teacher
 from hf_sparse_attn.training.lora import add_lora, autocast_dtype, merge_lora
+from hf_sparse_attn.training.refits import Refits, check_refits, hash_recall, some_documents
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +53,8 @@ def finetune(
         distillation: how the model learns from its dense self; None leaves that out.
 
     Returns:
-        "steps", "first_loss" and "last_loss" (as logged: nats a token; None if none was logged), and with `eval_rows`
+        "steps", "first_loss" and "last_loss" (as logged: nats a token; None if none was logged); where rows are sparse
+        "hash_recall_before" and "hash_recall_after", see `refits.hash_recall`; with `eval_rows`
         "eval_loss_before" and "eval_loss_after", with `distillation` also "dense_eval_loss_before" and
         "dense_eval_loss_after": those of the same weights with dense attention.
 
@@ -95,6 +98,7 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
     """What `finetune` does with its Trainer."""
     arguments = trainer.args
     results: dict[str, Any] = {}
+    recall = trainer.hash_recall()
     if trainer.eval_dataset is not None:
         results |= trainer.held_out_losses("before")
     watch = _Watch()
@@ -118,6 +122,8 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     results |= {"steps": trainer.state.global_step}
     results |= {"first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None}
+    if recall is not None:
+        results |= {"hash_recall_before": recall, "hash_recall_after": trainer.hash_recall()}
     _save_results(trainer, results)
     if trainer.eval_dataset is not None:
         results |= trainer.held_out_losses("after")
@@ -138,6 +144,26 @@ class FinetuneTrainer(Trainer):
             if self._needs_all_logits(False):
                 raise ArgumentError("distill", "needs the loss in chunks, which these TrainingArguments do not leave")
             self._distillation, self._teacher = distillation, Teacher(model, distillation)
+        every = getattr(self.args, "refit_every", None)
+        if every is not None and self._is_in_parts():
+            raise ArgumentError("refit_every", "needs whole weights in each process, not FSDP or DeepSpeed")
+        self._documents = [] if self._is_in_parts() else some_documents(kwargs.get("train_dataset") or ())
+        if every is not None:
+            fields = getattr(text_config(self._config), "sparse_attention", None)
+            check_refits(SparseAttentionConfig.from_dict(fields), min(map(len, self._documents)))
+        self.add_callback(Refits(self._documents, every))
+
+    def hash_recall(self) -> float | None:
+        """How well the model's hash finds what a few rows of the training data should read; see `refits.hash_recall`.
+
+        None where no row is sparse, and where the weights are in parts.
+        """
+        model: Any = self.model
+        found = hash_recall(model, self._documents)
+        return None if found is None else found[0]
+
+    def _is_in_parts(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def held_out_losses(self, when: str) -> dict[str, float]:
         """The loss on `eval_dataset` in nats a token, "eval_loss_{when}"; of a distilled model the dense one, too."""

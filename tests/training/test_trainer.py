@@ -94,7 +94,7 @@ def test_packed_documents_do_not_see_each_other(tiny_model_path, tokens, impleme
 def test_without_a_logged_loss(tmp_path, tiny_model_path, tiny_tokenizer, tokens, changes):
     arguments = training_arguments(tmp_path, max_steps=2, **changes)
     results = tune(tiny_model_path, tiny_tokenizer, packed(tokens, CONTEXT_LENGTH), arguments)
-    assert results == {"steps": 2, "first_loss": None, "last_loss": None}
+    assert {"steps": 2, "first_loss": None, "last_loss": None}.items() <= results.items()
     assert json.loads((tmp_path / "all_results.json").read_text()) == results
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
