@@ -11,7 +11,7 @@ training after the step at hand, with a checkpoint; `--resume_from_checkpoint la
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -22,13 +22,23 @@ from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
 from hf_sparse_attn.errors import one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
 from hf_sparse_attn.output_files import check_output_directory, check_space
-from hf_sparse_attn.training import FinetuneArguments, check_resumable, checkpoints, damage, make_trainer, train
+from hf_sparse_attn.training import (
+    FinetuneArguments,
+    check_first_loss,
+    check_resumable,
+    checkpoints,
+    damage,
+    extend_context,
+    make_trainer,
+    train,
+)
 
 _METAVARS = {
     "model": "MODEL",
     "dataset": "DATASET",
     "eval_dataset": "DATASET",
     "sparse_attention": "JSON",
+    "rope_scaling": "KIND",
     "output_dir": "DIR",
     "dtype": "DTYPE",
 }
@@ -43,6 +53,13 @@ class ScriptArguments:
     rows: Literal["packed", "windowed"] = field(
         default="packed",
         metadata={"help": "Make packed rows (documents end to end) or windowed ones (each inside one document)."},
+    )
+    rope_scaling: str | None = field(
+        default=None,
+        metadata={
+            "help": "Scale the rotary embeddings to a --context-length beyond the trained one: linear, dynamic, yarn, "
+            "llama3, theta (raise rope_theta), or a JSON object of rope_parameters."
+        },
     )
     eval_dataset: str | None = field(
         default=None,
@@ -95,6 +112,14 @@ def parse_arguments() -> tuple[ScriptArguments, FinetuneArguments]:
     return script, training
 
 
+def extended_config(script: ScriptArguments, config: Any) -> Any:
+    """The model's config with what `--rope-scaling` says."""
+    given = str(script.rope_scaling)
+    with argument("--rope-scaling"):
+        scaling = json_object(given) if given.startswith(("{", "@")) else given
+    return extend_context(config, scaling, script.context_length)
+
+
 def resolve_checkpoint(training: FinetuneArguments) -> None:
     """Check the output directory against `--resume_from_checkpoint`, where "last" means the last whole one in it."""
     output = Path(str(training.output_dir))
@@ -142,7 +167,15 @@ def main() -> None:
     dtype = parse_dtype(script.dtype)
     with argument("--dataset"):
         documents = load_documents(script.dataset, "train")
-    path, _, tokenizer, _ = read_checkpoint(script.model, overrides)
+    path, config, tokenizer, sparse_attention = read_checkpoint(script.model, overrides)
+    extended = None if script.rope_scaling is None else extended_config(script, config)
+    if extended is not None:
+        tokenizer.model_max_length = max(tokenizer.model_max_length, script.context_length)
+        if sparse_attention["hash"] == "calibrated":
+            warn(
+                "the calibrated hash was fitted to keys under the rotary embeddings of before: with scaled ones it "
+                "finds less; convert --refit fits it anew, best after this training"
+            )
 
     make_rows = packed if script.rows == "packed" else windowed
     with argument("--dataset"):
@@ -155,7 +188,7 @@ def main() -> None:
             )
             # Spread over the documents: the first rows are all of the first one.
             eval_rows = eval_rows.select(range(0, len(eval_rows), -(-len(eval_rows) // script.eval_rows)))
-    model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype)
+    model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype, config=extended)
     with argument(f"--model {script.model}"):
         model.generation_config.validate(strict=True)  # one that is not valid cannot be saved
     with argument("--output"):
@@ -166,6 +199,10 @@ def main() -> None:
     with argument("of TrainingArguments"), library_errors("what was given"):
         trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows)
 
+    if extended is not None and training.resume_from_checkpoint is None and not trainer.is_sharded:
+        problem = check_first_loss(model, train_rows[0], config).problem()
+        if problem is not None:
+            warn(problem)
     results = train(trainer)
     rows = [
         ["rows in the dataset", f"{len(train_rows)} of {script.context_length} tokens"],
@@ -175,6 +212,10 @@ def main() -> None:
     if eval_rows is not None:
         held_out = change(results["eval_loss_before"], results["eval_loss_after"])
         rows.append([f"loss on {len(eval_rows)} held-out rows", held_out])
+        spans = [results.get(f"eval_by_position_{when}", []) for when in ("before", "after")]
+        for before, after in zip(*spans, strict=True):
+            span = f"  of their tokens {before['start']} .. {before['end'] - 1}"
+            rows.append([span, change(before["nll"], after["nll"])])
     print_table(f"Saved to {training.output_dir}", ["", ""], rows)
 
 

@@ -22,6 +22,7 @@ _SHAPE = (
     "hidden_size",
     "intermediate_size",
     "vocab_size",
+    "rope_parameters",
 )
 
 

@@ -8,12 +8,13 @@ import tempfile
 import threading
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_sparse_attn.errors import RunError, add_note, one_line
+from hf_sparse_attn.evaluation.perplexity import loss_by_position
 from hf_sparse_attn.logits import loss_in_chunks
 from hf_sparse_attn.output_files import finite, write_json
 from hf_sparse_attn.training.checkpoints import checkpoints
@@ -42,8 +43,9 @@ def finetune(
         eval_rows: evaluated before and after training, if given.
 
     Returns:
-        "steps", "first_loss" and "last_loss" (as logged: nats a token; None if none was logged), and
-        "eval_loss_before" and "eval_loss_after" with `eval_rows`.
+        "steps", "first_loss" and "last_loss" (as logged: nats a token; None if none was logged), and with `eval_rows`
+        "eval_loss_before", "eval_loss_after" and, unless the model is sharded, "eval_by_position_before" and
+        "eval_by_position_after" (see `hf_sparse_attn.evaluation.perplexity.loss_by_position`).
 
     Raises:
         RunError: a loss is not finite, or the checkpoint to resume from cannot be loaded.
@@ -76,7 +78,7 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
     arguments = trainer.args
     results: dict[str, Any] = {}
     if trainer.eval_dataset is not None:
-        results["eval_loss_before"] = trainer.evaluate()["eval_loss"]
+        results |= _evaluate(trainer, "before")
     watch = _Watch()
     trainer.add_callback(watch)
     try:
@@ -99,7 +101,7 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
     results |= {"first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None}
     _save_results(trainer, results)
     if trainer.eval_dataset is not None:
-        results["eval_loss_after"] = trainer.evaluate()["eval_loss"]
+        results |= _evaluate(trainer, "after")
         trainer.save_state()
         _save_results(trainer, results)
     return results
@@ -112,6 +114,11 @@ class FinetuneTrainer(Trainer):
         self._config: Any = model.config
         self._use_cache = model.config.use_cache
         super().__init__(model=model, **kwargs)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process has all of the model, whose forward then is the Trainer's alone to call."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def restore_use_cache(self) -> None:
         """Undo that Trainer switches the cache off for training; the model is for generation as well."""
@@ -190,6 +197,14 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.log_history[-1:] = finite(state.log_history[-1:])
+
+
+def _evaluate(trainer: FinetuneTrainer, when: str) -> dict[str, Any]:
+    results: dict[str, Any] = {f"eval_loss_{when}": trainer.evaluate()["eval_loss"]}
+    if not trainer.is_sharded:
+        model, rows = cast(PreTrainedModel, trainer.model), cast(Any, trainer.eval_dataset)
+        results[f"eval_by_position_{when}"] = loss_by_position(model.eval(), rows)
+    return results
 
 
 def _output(trainer: Trainer) -> Path:
