@@ -38,7 +38,7 @@ _METAVARS = {
     "dataset": "DATASET",
     "eval_dataset": "DATASET",
     "sparse_attention": "JSON",
-    "rope_scaling": "KIND",
+    "rope_scaling": "NAME",
     "output_dir": "DIR",
     "dtype": "DTYPE",
 }

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -122,7 +124,12 @@ def _given(scaling: Mapping[str, Any], text: Any, own: dict[str, Any], context_l
     kind = scaling.get("rope_type")
     if kind not in TYPES:
         raise ValueError(f"rope_type must be one of {', '.join(TYPES)}, got {kind!r}")
-    parameters = _completed(dict(scaling), text, own)
+    # Some versions of Transformers take floats alone.
+    floats = {
+        name: float(value) if type(value) is int and name != "original_max_position_embeddings" else value
+        for name, value in scaling.items()
+    }
+    parameters = _completed(floats, text, own)
     if kind != "default":
         original = parameters.get("original_max_position_embeddings", text.max_position_embeddings)
         if not isinstance(original, int) or isinstance(original, bool) or not 0 < original < context_length:
@@ -154,9 +161,12 @@ def _validate(text: Any) -> None:
         try:
             text.validate_rope()
         except (KeyError, TypeError) as error:
-            raise ValueError(*warnings or [one_line(error).strip("\"'")]) from error
-    # A factor that is not the ratio of the lengths is somebody's choice, as with Llama 3.1's.
-    if refused := [warning for warning in warnings if not warning.startswith("The explicitly set RoPE scaling")]:
+            found = warnings[0] if warnings else one_line(error).strip("\"'")
+            raise ValueError(f"Transformers {transformers.__version__} refuses rope_parameters: {found}") from error
+    # A factor that is not the ratio of the lengths is somebody's choice; some versions do not know the rope_theta that
+    # they put there themselves.
+    harmless = re.compile(r"The explicitly set RoPE scaling factor|Unrecognized keys .*: \{'rope_theta'\}$")
+    if refused := [warning for warning in warnings if not harmless.match(warning)]:
         raise ValueError(refused[0])
 
 

@@ -101,7 +101,7 @@ def test_parameters_in_full():
 
 def test_only_full_attention_is_scaled():
     own = tiny_model("gemma3").config
-    config = extend_context(own, "yarn", 1024)
+    config = extend_context(own, "linear", 1024)
     assert config.rope_parameters["sliding_attention"] == own.rope_parameters["sliding_attention"]
     assert config.rope_parameters["full_attention"]["factor"] == 4
     assert own.rope_parameters["full_attention"]["rope_type"] == "default"
@@ -112,9 +112,7 @@ def test_only_full_attention_is_scaled():
 
 
 def test_partial_rotary_embeddings():
-    own = hf.GPTNeoXConfig(
-        **SMALL, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    )
+    own = hf.GPTNeoXConfig(**SMALL, rotary_pct=0.5)
     config = extend_context(own, "theta", 1024)
     assert config.rope_parameters["partial_rotary_factor"] == 0.5
     assert config.rope_parameters["rope_theta"] == pytest.approx(10000.0 * 4 ** (4 / 2))
@@ -138,7 +136,7 @@ def test_text_model_of_a_vision_language_model():
         ("yarn", 256, "the model was made for 256 tokens, context_length is 256"),
         ({"factor": 2.0}, 1024, "rope_type must be one of default, linear, .*, got None"),
         ({"rope_type": ["yarn"]}, 1024, r"got \['yarn'\]"),
-        ({"rope_type": "linear", "factor": 1}, 1024, "factor must be a number greater than 1, got 1"),
+        ({"rope_type": "linear", "factor": 1}, 1024, "factor must be a number greater than 1, got 1.0"),
         ({"rope_type": "linear", "factor": "2"}, 1024, "factor must be a number greater than 1, got '2'"),
         ({"rope_type": "linear", "factor": True}, 1024, "got True"),
         ({"rope_type": "linear", "factr": 2.0}, 1024, "'factr'"),
@@ -146,7 +144,7 @@ def test_text_model_of_a_vision_language_model():
         ({"rope_type": "yarn", "original_max_position_embeddings": 2048}, 1024, "integer under 1024, got 2048"),
         ({"rope_type": "llama3"}, 1024, "Missing required keys .*low_freq_factor"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, 1024, "must have length 4, got 1"),
-        ({"rope_type": "default", "rope_theta": -1}, 1024, "rope_theta must be a number greater than 1, got -1"),
+        ({"rope_type": "default", "rope_theta": -1}, 1024, "rope_theta must be a number greater than 1, got -1.0"),
     ],
     ids=str,
 )
