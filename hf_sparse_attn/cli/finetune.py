@@ -3,6 +3,8 @@
     hf-sparse-attn finetune --model converted --dataset demo --context-length 2048 --output tuned --max-steps 20
     hf-sparse-attn finetune --model converted --dataset demo --context-length 2048 --output tuned --max-steps 40 \
         --resume_from_checkpoint last
+    hf-sparse-attn finetune --model demo --dataset demo --context-length 16384 --rope-scaling yarn --rows windowed \
+        --output longer --max-steps 50 --eval-dataset demo
 
 Every argument of Transformers' TrainingArguments is accepted as well, with dashes or underscores. Ctrl-C ends the
 training after the step at hand, with a checkpoint; `--resume_from_checkpoint last` takes the last one that is whole.

@@ -25,7 +25,8 @@ from hf_sparse_attn.evaluation.perplexity import row_losses
 
 NAMES = ("linear", "dynamic", "yarn", "llama3", "theta")
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-FIRST_LOSS_MARGIN = 0.25  # nats a token; docs/finetuning.md has what it was chosen from
+# In nats a token. Beyond the trained length it is another part of the text, whose loss differs by some tenths anyway.
+SAME_TEXT_MARGIN, OTHER_TEXT_MARGIN = 0.25, 1.0
 
 _WITH_ORIGINAL_LENGTH = ("yarn", "longrope", "llama3")
 _LLAMA_3_1 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -225,15 +226,14 @@ class FirstLoss(NamedTuple):
 
     def problem(self) -> str | None:
         """The line to tell of a loss that training should not start from; None if there is nothing to tell."""
-        limit = self.trained + FIRST_LOSS_MARGIN
         without = f"{self.trained:.2f} without scaling"
-        if not self.scaled <= limit:
+        if not self.scaled <= self.trained + SAME_TEXT_MARGIN:
             return (
                 f"before training the loss within {self.trained_length} tokens is {self.scaled:.2f} with the scaled "
-                f"rotary embeddings, {without}: the scaling changes short distances or its factor is too large; yarn "
-                "does least harm"
+                f"rotary embeddings, {without}: the scaling changes short distances, as linear does, or its factor is "
+                "too large; theta, llama3 and yarn change less"
             )
-        if self.beyond is not None and not self.beyond <= limit:
+        if self.beyond is not None and not self.beyond <= self.trained + OTHER_TEXT_MARGIN:
             return (
                 f"before training the loss beyond {self.trained_length} tokens is {self.beyond:.2f}, within them "
                 f"{without}: the scaling does not reach that far, its factor or rope_theta is too small"

@@ -9,7 +9,7 @@ from helpers.families import tiny_model
 from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.loading import load_sparse_model
 from hf_sparse_attn.training import check_first_loss, extend_context
-from hf_sparse_attn.training.context_extension import FIRST_LOSS_MARGIN, FirstLoss
+from hf_sparse_attn.training.context_extension import OTHER_TEXT_MARGIN, SAME_TEXT_MARGIN, FirstLoss
 
 SMALL = {
     "vocab_size": 64,
@@ -220,12 +220,13 @@ def test_first_loss_is_compared_with_the_old_rotary_embeddings(family):
 
 
 def test_lines_of_a_first_loss():
-    high = 2 + 2 * FIRST_LOSS_MARGIN
-    assert FirstLoss(2.0, 2.0, 2.0, 8192).problem() is None
+    changed, unreached = 2 + 1.1 * SAME_TEXT_MARGIN, 2 + 1.1 * OTHER_TEXT_MARGIN
+    assert FirstLoss(2.0, 2.0, changed, 8192).problem() is None, "another part of the text may be harder"
     assert FirstLoss(2.0, 2.0, None, 8192).problem() is None
-    assert f"within 8192 tokens is {high:.2f} with" in FirstLoss(2.0, high, 2.0, 8192).problem()
-    assert f"beyond 8192 tokens is {high:.2f}, within" in FirstLoss(2.0, 2.0, high, 8192).problem()
+    assert f"within 8192 tokens is {changed:.2f} with" in FirstLoss(2.0, changed, 2.0, 8192).problem()
+    assert f"beyond 8192 tokens is {unreached:.2f}, within" in FirstLoss(2.0, 2.0, unreached, 8192).problem()
     assert "factor is too large" in FirstLoss(2.0, math.nan, None, 8192).problem()
+    assert "factor or rope_theta is too small" in FirstLoss(2.0, 2.0, math.nan, 8192).problem()
 
 
 def finetune(run_script, model, documents, output, *more):
