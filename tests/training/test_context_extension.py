@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers as hf
 from helpers.families import tiny_model
+from helpers.operation import calibrated_hash_text
 
 from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.loading import load_sparse_model
@@ -258,10 +259,13 @@ def test_command_saves_the_scaling(run_script, tiny_model_path, documents, tmp_p
         assert mean == pytest.approx(results[f"eval_loss_{when}"], abs=1e-4)
     assert "of their tokens 525 .. 599" in finished.stdout
 
-    again = ("--rope-scaling", "linear", "--resume_from_checkpoint", "last", "--max-steps", 3)
+    same = ("--rope-scaling", "yarn", "--resume_from_checkpoint", "last", "--max-steps", 3)
+    finished = finetune(run_script, tiny_model_path, documents, tmp_path / "tuned", *same)
+    assert finished.status == 0, finished.stderr
+    again = ("--rope-scaling", "linear", "--resume_from_checkpoint", "last", "--max-steps", 4)
     finished = finetune(run_script, tiny_model_path, documents, tmp_path / "tuned", *again)
     assert finished.status == 2
-    assert "checkpoint-2' is of another model: its rope_parameters" in finished.stderr
+    assert "checkpoint-3' is of another model: its rope_parameters" in finished.stderr
 
 
 def test_command_warns_of_a_bad_first_loss(run_script, tiny_model_path, documents, tmp_path, monkeypatch):
@@ -271,6 +275,15 @@ def test_command_warns_of_a_bad_first_loss(run_script, tiny_model_path, document
     assert finished.status == 0, finished.stderr
     (line,) = [line for line in finished.stderr.splitlines() if "warning" in line]
     assert "the loss within 512 tokens is 4.00 with the scaled rotary embeddings, 2.00 without scaling" in line
+
+
+def test_command_warns_of_a_hash_fitted_before(run_script, tiny_model_path, documents, tmp_path):
+    fitted = {"hash": "calibrated", "calibrated_hash": calibrated_hash_text(2, 2, 8), "key_budget": 4}
+    given = ("--rope-scaling", json.dumps({"rope_type": "yarn"}), "--sparse-attention", json.dumps(fitted))
+    finished = finetune(run_script, tiny_model_path, documents, tmp_path / "tuned", *given)
+    assert finished.status == 0, finished.stderr
+    assert "the calibrated hash was fitted to keys under the rotary embeddings of before" in finished.stderr
+    assert "convert --refit" in finished.stderr
 
 
 def test_command_says_what_to_give(run_script, tiny_model_path, documents, tmp_path):
