@@ -26,7 +26,7 @@ from hf_sparse_attn.evaluation.perplexity import row_losses
 NAMES = ("linear", "dynamic", "yarn", "llama3", "theta")
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # In nats a token. Beyond the trained length it is another part of the text, whose loss differs by some tenths anyway.
-SAME_TEXT_MARGIN, OTHER_TEXT_MARGIN = 0.25, 1.0
+SAME_TEXT_MARGIN, OTHER_TEXT_MARGIN = 0.25, 0.5
 
 _WITH_ORIGINAL_LENGTH = ("yarn", "longrope", "llama3")
 _LLAMA_3_1 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
