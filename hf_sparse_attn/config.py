@@ -219,6 +219,19 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def longest_context(config: Any) -> int | None:
+    """The most tokens that a model was made for, by the config of its text model; None if that does not say.
+
+    That is max_position_embeddings, but dynamic scaling of rotary embeddings multiplies it.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        return None
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = parameters.get("full_attention") or parameters
+    return int(longest * parameters["factor"]) if parameters.get("rope_type") == "dynamic" else longest
+
+
 def layer_config(config: Any, layer_idx: int) -> Any:
     """What a model's config says of one layer; some families give their layers different heads.
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hf_sparse_attn.config import text_config
+from hf_sparse_attn.config import longest_context, text_config
 from hf_sparse_attn.demo import demo_model_directory
 from hf_sparse_attn.errors import ArgumentError, argument
 from hf_sparse_attn.integration import check_model, merge_sparse_attention
@@ -169,8 +169,12 @@ def parse_dtype(dtype: str) -> torch.dtype | str:
     return found
 
 
-def load_sparse_model(path: str, overrides: dict[str, Any] | None = None, **kwargs: Any) -> PreTrainedModel:
+def load_sparse_model(
+    path: str, overrides: dict[str, Any] | None = None, *, config: Any = None, **kwargs: Any
+) -> PreTrainedModel:
     """A causal language model with `attn_implementation="sparse"`, converted or not; `kwargs` go to from_pretrained.
+
+    `config` stands in place of the checkpoint's own.
 
     Raises:
         ValueError: an override that `SparseAttentionConfig` refuses, or a family of models whose attention does not
@@ -178,7 +182,7 @@ def load_sparse_model(path: str, overrides: dict[str, Any] | None = None, **kwar
         OSError: there is no such model.
     """
     # As a keyword of from_pretrained, sparse_attention reaches only a config that has the attribute already.
-    config = read_config(path)
+    config = read_config(path) if config is None else config
     text_config(config).sparse_attention = merge_sparse_attention(config, overrides)
     model = read_weights(path, config, **kwargs)
     check_model(model)
@@ -204,7 +208,7 @@ def load_model(
         overrides: fields of its sparse attention.
         device: moves it there, unless weights are offloaded, for evaluation; None leaves it as it was loaded.
         num_tokens: the most that it will read at once.
-        kwargs: go to `from_pretrained`, such as those of `offloading.placement`.
+        kwargs: go to `load_sparse_model`: a `config`, and what `from_pretrained` takes, such as `offloading.placement`.
 
     Raises:
         ArgumentError: for "model".
@@ -213,7 +217,7 @@ def load_model(
         transformers_logging.disable_progress_bar()
     with argument("model", model):
         loaded: Any = load_sparse_model(path, dict(overrides) if overrides else None, **kwargs)
-        most = getattr(text_config(loaded.config), "max_position_embeddings", None) or num_tokens
+        most = longest_context(text_config(loaded.config)) or num_tokens
         tables = [table.num_embeddings for table in loaded.modules() if isinstance(table, torch.nn.Embedding)]
         if num_tokens > most and any(most <= size <= most + 2 for size in tables):  # OPT leaves two places free
             raise ValueError(f"it has learned {most} positions and cannot read {num_tokens} tokens")
@@ -222,6 +226,7 @@ def load_model(
                 raise ValueError(f"its weights are damaged: {name} has numbers that are not finite")
     if num_tokens > most:
         told = f"{num_tokens} tokens are more than the {most} that the model was made for (max_position_embeddings)"
+        told += "; finetune --rope-scaling yarn trains it for more"
         tell_once(text_config(loaded.config), beyond_trained_length(most), lambda _: logger.warning(told))
     if device is None:
         return loaded

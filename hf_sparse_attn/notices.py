@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.config import longest_context
 from hf_sparse_attn.masks.mask_function import PADDED_QUERY
 from hf_sparse_attn.side_channels import SEEN_BY
 
@@ -46,8 +47,8 @@ def notice_positions(config: Any, inputs: Inputs, pattern: LayerPattern) -> None
     if ids is None or ids.ndim != 2 or getattr(ids, SEEN_BY, None) is config:
         return
     setattr(ids, SEEN_BY, config)
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and num_keys > longest and int(ids.max()) >= longest:
+    longest = longest_context(config)
+    if longest is not None and num_keys > longest and int(ids.max()) >= longest:
         tell_once(config, beyond_trained_length(longest))
     if ids.shape[1] < 2 and mask is None:
         return

@@ -5,6 +5,8 @@
         --resume_from_checkpoint last
     hf-sparse-attn finetune --model converted --dataset demo --context-length 8192 --output tuned --max-steps 100 \
         --lora-rank 16 --learning-rate 2e-4 --dtype bfloat16 --gradient-checkpointing true
+    hf-sparse-attn finetune --model demo --dataset demo --context-length 16384 --rope-scaling yarn --rows windowed \
+        --output longer --max-steps 50 --eval-dataset demo
 
 Every argument of Transformers' TrainingArguments is accepted as well, with dashes or underscores. Ctrl-C ends the
 training after the step at hand, with a checkpoint; `--resume_from_checkpoint last` takes the last one that is whole.
@@ -13,7 +15,7 @@ training after the step at hand, with a checkpoint; `--resume_from_checkpoint la
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
@@ -29,10 +31,12 @@ from hf_sparse_attn.output_files import check_output_directory, check_space
 from hf_sparse_attn.training import (
     Distillation,
     FinetuneArguments,
+    check_first_loss,
     check_packages,
     check_resumable,
     checkpoints,
     damage,
+    extend_context,
     make_trainer,
     tell_memory,
     train,
@@ -45,6 +49,7 @@ _METAVARS = {
     "dataset": "DATASET",
     "eval_dataset": "DATASET",
     "sparse_attention": "JSON",
+    "rope_scaling": "NAME",
     "output_dir": "DIR",
     "dtype": "DTYPE",
 }
@@ -59,6 +64,13 @@ class ScriptArguments:
     rows: Literal["packed", "windowed"] = field(
         default="packed",
         metadata={"help": "Make packed rows (documents end to end) or windowed ones (each inside one document)."},
+    )
+    rope_scaling: str | None = field(
+        default=None,
+        metadata={
+            "help": "Scale the rotary embeddings to a --context-length beyond the trained one: linear, dynamic, yarn, "
+            "llama3, theta (raise rope_theta), or a JSON object of rope_parameters."
+        },
     )
     eval_dataset: str | None = field(
         default=None,
@@ -138,6 +150,14 @@ def distillation(script: ScriptArguments) -> Distillation | None:
     return settings if script.distill else None
 
 
+def extended_config(script: ScriptArguments, config: Any) -> Any:
+    """The model's config with what `--rope-scaling` says."""
+    given = str(script.rope_scaling)
+    with argument("--rope-scaling"):
+        scaling = json_object(given) if given.startswith(("{", "@")) else given
+    return extend_context(config, scaling, script.context_length)
+
+
 def resolve_checkpoint(training: FinetuneArguments) -> None:
     """Check the output directory against `--resume_from_checkpoint`, where "last" means the last whole one in it."""
     output = Path(str(training.output_dir))
@@ -190,7 +210,15 @@ def main() -> None:
     path, config, tokenizer, fields = read_checkpoint(script.model, overrides)
     if training.refit_every is not None:
         check_refits(SparseAttentionConfig.from_dict(fields), script.context_length)
-    size = ModelSize.of(config, dtype)
+    extended = None if script.rope_scaling is None else extended_config(script, config)
+    if extended is not None:
+        tokenizer.model_max_length = max(tokenizer.model_max_length, script.context_length)
+        if fields["hash"] == "calibrated":
+            warn(
+                "the calibrated hash was fitted to keys under the rotary embeddings of before: with scaled ones it "
+                "finds less; --refit-every fits it anew while the model trains, convert --refit afterwards"
+            )
+    size = ModelSize.of(extended or config, dtype)
     if training.resume_from_checkpoint is not None:
         with argument("--resume_from_checkpoint"):
             check_resumable(Path(training.resume_from_checkpoint), size.skeleton(), training)
@@ -209,7 +237,7 @@ def main() -> None:
     tell_memory(size, script.context_length, training, print)
     if training.device.type == "cpu":
         return_freed_memory()
-    model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype)
+    model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype, config=extended)
     with argument(f"--model {script.model}"):
         model.generation_config.validate(strict=True)  # one that is not valid cannot be saved
     with argument("--output"):
@@ -217,6 +245,10 @@ def main() -> None:
     with argument("of TrainingArguments"), library_errors("what was given"):
         trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows, distilled)
 
+    if extended is not None and training.resume_from_checkpoint is None and not trainer.is_sharded:
+        problem = check_first_loss(model, train_rows[0], config).problem()
+        if problem is not None:
+            warn(problem)
     results = train(trainer)
     rows = [
         ["rows in the dataset", f"{len(train_rows)} of {script.context_length} tokens"],
@@ -232,6 +264,10 @@ def main() -> None:
         if distilled is not None:
             held_out = change(results["dense_eval_loss_before"], results["dense_eval_loss_after"])
             rows.append(["the same with dense attention", held_out])
+        spans = [results.get(f"eval_by_position_{when}", []) for when in ("before", "after")]
+        for before, after in zip(*spans, strict=True):
+            span = f"  of their tokens {before['start']} .. {before['end'] - 1}"
+            rows.append([span, change(before["nll"], after["nll"])])
     print_table(f"Saved to {training.output_dir}", ["", ""], rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from hf_sparse_attn.data.rows import IGNORED_LABEL
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.logits import token_losses
 from hf_sparse_attn.recording import DensityRecorder
@@ -35,6 +36,47 @@ def token_nll(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
         [N - 1] float32 on the CPU; entry i is that of token i + 1.
     """
     return token_losses(model, input_ids, input_ids[0, 1:], use_cache=False)
+
+
+def row_losses(model: PreTrainedModel, row: Mapping[str, Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of every token after a row's first, in nats, and its place in its own document.
+
+    Args:
+        row: "input_ids", "position_ids" and "labels", N ints each, as `hf_sparse_attn.data.packed` returns them.
+
+    Returns:
+        [N - 1] float32 and [N - 1] int64 on the CPU; the place of a token that is not a target is -1.
+    """
+    device = input_device(model)
+    ids, positions, labels = (torch.tensor(row[name]) for name in ("input_ids", "position_ids", "labels"))
+    losses = token_losses(
+        model, ids[None].to(device), ids[1:], position_ids=positions[None].to(device), use_cache=False
+    )
+    return losses, torch.where(labels[1:] == IGNORED_LABEL, -1, positions[1:])
+
+
+@torch.no_grad()
+def loss_by_position(
+    model: PreTrainedModel, rows: Iterable[Mapping[str, Sequence[int]]], num_buckets: int = NUM_SPANS
+) -> list[dict[str, float]]:
+    """The loss of rows by the place of the predicted tokens in their own documents.
+
+    Args:
+        model: evaluated as it stands, with the attention it has.
+        rows: as for `row_losses`, all of one length N.
+        num_buckets: equal spans of the places 0 to N - 1; those without a token are left out.
+
+    Returns:
+        One dict a span: "start", "end" (exclusive), "tokens" and "nll" in nats a token.
+    """
+    losses, places = (torch.cat(parts) for parts in zip(*(row_losses(model, row) for row in rows), strict=True))
+    length = len(next(iter(rows))["input_ids"])
+    spans = []
+    for start, end in pairwise(np.linspace(0, length, min(num_buckets, length) + 1).astype(int).tolist()):
+        chosen = losses[(places >= start) & (places < end)]
+        if len(chosen):
+            spans.append({"start": start, "end": end, "tokens": len(chosen), "nll": chosen.double().mean().item()})
+    return spans
 
 
 def compare_perplexity(

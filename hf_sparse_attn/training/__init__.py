@@ -2,6 +2,7 @@
 
 from hf_sparse_attn.training.arguments import FinetuneArguments, check_packages
 from hf_sparse_attn.training.checkpoints import check_resumable, checkpoints, damage
+from hf_sparse_attn.training.context_extension import check_first_loss, extend_context
 from hf_sparse_attn.training.distillation import Distillation
 from hf_sparse_attn.training.memory_estimate import TrainingMemory, tell_memory, training_memory
 from hf_sparse_attn.training.trainer import FinetuneTrainer, finetune, make_trainer, train
@@ -11,10 +12,12 @@ __all__ = [
     "FinetuneArguments",
     "FinetuneTrainer",
     "TrainingMemory",
+    "check_first_loss",
     "check_packages",
     "check_resumable",
     "checkpoints",
     "damage",
+    "extend_context",
     "finetune",
     "make_trainer",
     "tell_memory",

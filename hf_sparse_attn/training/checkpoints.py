@@ -26,6 +26,7 @@ _SHAPE = (
     "hidden_size",
     "intermediate_size",
     "vocab_size",
+    "rope_parameters",
 )
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ADAPTER_PREFIX, _LORA_INPUT = "base_model.model.", ".lora_A.weight"  # of the names of an adapter's weights

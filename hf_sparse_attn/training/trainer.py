@@ -9,13 +9,14 @@ import tempfile
 import threading
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.errors import ArgumentError, RunError, add_note, one_line
+from hf_sparse_attn.evaluation.perplexity import loss_by_position
 from hf_sparse_attn.logits import Taught, loss_in_chunks
 from hf_sparse_attn.output_files import finite, write_json
 from hf_sparse_attn.training.arguments import FinetuneArguments, check_packages
@@ -54,9 +55,10 @@ def finetune(
 
     Returns:
         "steps", "first_loss" and "last_loss" (as logged: nats a token; None if none was logged); where rows are sparse
-        "hash_recall_before" and "hash_recall_after", see `refits.hash_recall`; with `eval_rows`
-        "eval_loss_before" and "eval_loss_after", with `distillation` also "dense_eval_loss_before" and
-        "dense_eval_loss_after": those of the same weights with dense attention.
+        "hash_recall_before" and "hash_recall_after", see `refits.hash_recall`; with `eval_rows` "eval_loss_before" and
+        "eval_loss_after", with `distillation` also "dense_eval_loss_before" and "dense_eval_loss_after" (those of the
+        same weights with dense attention), and unless the model is sharded "eval_by_position_before" and
+        "eval_by_position_after", see `hf_sparse_attn.evaluation.perplexity.loss_by_position`.
 
     Raises:
         RunError: a loss is not finite, or the checkpoint to resume from cannot be loaded.
@@ -145,9 +147,9 @@ class FinetuneTrainer(Trainer):
                 raise ArgumentError("distill", "needs the loss in chunks, which these TrainingArguments do not leave")
             self._distillation, self._teacher = distillation, Teacher(model, distillation)
         every = getattr(self.args, "refit_every", None)
-        if every is not None and self._is_in_parts():
+        if every is not None and self.is_sharded:
             raise ArgumentError("refit_every", "needs whole weights in each process, not FSDP or DeepSpeed")
-        self._documents = [] if self._is_in_parts() else some_documents(kwargs.get("train_dataset") or ())
+        self._documents = [] if self.is_sharded else some_documents(kwargs.get("train_dataset") or ())
         if every is not None:
             fields = getattr(text_config(self._config), "sparse_attention", None)
             check_refits(SparseAttentionConfig.from_dict(fields), min(map(len, self._documents)))
@@ -162,16 +164,21 @@ class FinetuneTrainer(Trainer):
         found = hash_recall(model, self._documents)
         return None if found is None else found[0]
 
-    def _is_in_parts(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
-    def held_out_losses(self, when: str) -> dict[str, float]:
-        """The loss on `eval_dataset` in nats a token, "eval_loss_{when}"; of a distilled model the dense one, too."""
-        losses = {f"eval_loss_{when}": self.evaluate()["eval_loss"]}
+    def held_out_losses(self, when: str) -> dict[str, Any]:
+        """What `finetune` tells of the loss on `eval_dataset`, in nats a token."""
+        losses: dict[str, Any] = {f"eval_loss_{when}": self.evaluate()["eval_loss"]}
         if self._teacher is not None:
             with self._teacher.as_dense():
                 losses[f"dense_eval_loss_{when}"] = self.evaluate(metric_key_prefix="eval_dense")["eval_dense_loss"]
+        if not self.is_sharded:
+            model, rows = cast(PreTrainedModel, self.model), cast(Any, self.eval_dataset)
+            losses[f"eval_by_position_{when}"] = loss_by_position(model.eval(), rows)
         return losses
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process has all of the model, whose forward then is the Trainer's alone to call."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def restore_use_cache(self) -> None:
         """Undo that Trainer switches the cache off for training; the model is for generation as well."""

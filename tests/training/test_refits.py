@@ -177,7 +177,7 @@ def test_refused(tmp_path):
 
 
 def test_weights_in_parts_are_not_refitted(tmp_path, monkeypatch):
-    monkeypatch.setattr(FinetuneTrainer, "_is_in_parts", lambda trainer: True)
+    monkeypatch.setattr(FinetuneTrainer, "is_sharded", True)
     with pytest.raises(ArgumentError, match="refit_every: needs whole weights"):
         trainer_of(tmp_path, refit_every=2)
     assert trainer_of(tmp_path).hash_recall() is None
