@@ -42,13 +42,15 @@ def row_losses(model: PreTrainedModel, row: Mapping[str, Sequence[int]]) -> tupl
     """Negative log-likelihood of every token after a row's first, in nats, and its place in its own document.
 
     Args:
-        row: "input_ids", "position_ids" and "labels", N ints each, as `hf_sparse_attn.data.packed` returns them.
+        row: "input_ids" and "labels", N ints each, and "position_ids" where it holds several documents, as
+            `hf_sparse_attn.data.packed` returns them.
 
     Returns:
         [N - 1] float32 and [N - 1] int64 on the CPU; the place of a token that is not a target is -1.
     """
     device = input_device(model)
-    ids, positions, labels = (torch.tensor(row[name]) for name in ("input_ids", "position_ids", "labels"))
+    ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+    positions = torch.tensor(row["position_ids"]) if "position_ids" in row else torch.arange(len(ids))
     losses = token_losses(
         model, ids[None].to(device), ids[1:], position_ids=positions[None].to(device), use_cache=False
     )
