@@ -42,6 +42,7 @@ from hf_sparse_attn.training import (
     train,
 )
 from hf_sparse_attn.training.allocator import return_freed_memory
+from hf_sparse_attn.training.distillation import check_distillation
 from hf_sparse_attn.training.refits import check_refits
 
 _METAVARS = {
@@ -208,8 +209,11 @@ def main() -> None:
     with argument("--dataset"):
         documents = load_documents(script.dataset, "train")
     path, config, tokenizer, fields = read_checkpoint(script.model, overrides)
+    sparse = SparseAttentionConfig.from_dict(fields)
+    if distilled is not None:
+        check_distillation(training, sparse, script.context_length)
     if training.refit_every is not None:
-        check_refits(SparseAttentionConfig.from_dict(fields), script.context_length)
+        check_refits(sparse, script.context_length)
     extended = None if script.rope_scaling is None else extended_config(script, config)
     if extended is not None:
         tokenizer.model_max_length = max(tokenizer.model_max_length, script.context_length)

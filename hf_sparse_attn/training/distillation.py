@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_sparse_attn.attributes import evaluating, replaced_attribute
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
@@ -61,6 +61,32 @@ class Distillation:
             raise ArgumentError(
                 "distill_weight", "is 0, and so is {distill_layer_weight}", others=("distill_layer_weight",)
             )
+
+
+def check_distillation(arguments: TrainingArguments, config: SparseAttentionConfig, context_length: int) -> None:
+    """Make sure that a training can be distilled; quick, for before a model is loaded.
+
+    Raises:
+        ArgumentError: for "distill": something else than the model's own forward is to compute the loss, or every row
+            of `context_length` tokens reads everything.
+    """
+    if own := other_loss(arguments):
+        raise ArgumentError("distill", f"needs the loss of the model's own forward, which {own} replaces")
+    if context_length <= config.dense_below:
+        told = f"nothing is sparse in rows of {context_length} tokens: rows under dense_below={config.dense_below} read"
+        raise ArgumentError("distill", f"{told} everything")
+
+
+def other_loss(arguments: TrainingArguments) -> str | None:
+    """The argument by which something else than the model's own forward computes the loss; None if there is none."""
+    given = {
+        "label_smoothing_factor": arguments.label_smoothing_factor,
+        "torch_compile": arguments.torch_compile,
+        "use_liger_kernel": arguments.use_liger_kernel,
+        "parallelism_config": arguments.parallelism_config,
+        "torch.nn.DataParallel (several GPUs in one process)": arguments.n_gpu > 1,
+    }
+    return next((name for name, value in given.items() if value), None)
 
 
 def sampled_rows(labels: Tensor, position_ids: Tensor | None, dense_below: int, num_rows: int) -> Tensor:

@@ -21,7 +21,7 @@ from hf_sparse_attn.logits import Taught, loss_in_chunks
 from hf_sparse_attn.output_files import finite, write_json
 from hf_sparse_attn.training.arguments import FinetuneArguments, check_packages
 from hf_sparse_attn.training.checkpoints import checkpoints
-from hf_sparse_attn.training.distillation import Distillation, Teacher
+from hf_sparse_attn.training.distillation import Distillation, Teacher, check_distillation, other_loss
 from hf_sparse_attn.training.lora import add_lora, autocast_dtype, merge_lora
 from hf_sparse_attn.training.refits import Refits, check_refits, hash_recall, some_documents
 
@@ -143,8 +143,8 @@ class FinetuneTrainer(Trainer):
         super().__init__(model=model, **kwargs)
         self._teacher: Teacher | None = None
         if distillation is not None:
-            if self._needs_all_logits(False):
-                raise ArgumentError("distill", "needs the loss in chunks, which these TrainingArguments do not leave")
+            fields = getattr(text_config(self._config), "sparse_attention", None)
+            check_distillation(self.args, SparseAttentionConfig.from_dict(fields), sys.maxsize)
             self._distillation, self._teacher = distillation, Teacher(model, distillation)
         every = getattr(self.args, "refit_every", None)
         if every is not None and self.is_sharded:
@@ -224,15 +224,10 @@ class FinetuneTrainer(Trainer):
 
     def _needs_all_logits(self, return_outputs: bool) -> bool:
         """Whether logits are asked for, or something else than this very model's forward computes the loss."""
-        args = self.args
         return (
-            self.label_smoother is not None
-            or self.compute_loss_func is not None
-            or (return_outputs and not args.prediction_loss_only)
-            or args.n_gpu > 1  # torch.nn.DataParallel
-            or args.torch_compile
-            or args.use_liger_kernel
-            or args.parallelism_config is not None
+            self.compute_loss_func is not None
+            or (return_outputs and not self.args.prediction_loss_only)
+            or other_loss(self.args) is not None
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

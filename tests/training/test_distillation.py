@@ -11,11 +11,11 @@ from helpers.batches import tokens
 from helpers.families import tiny_model
 from transformers import default_data_collator
 
-from hf_sparse_attn import configure, logits
+from hf_sparse_attn import SparseAttentionConfig, configure, logits
 from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.logits import loss_in_chunks
 from hf_sparse_attn.training import Distillation, FinetuneArguments, FinetuneTrainer, train
-from hf_sparse_attn.training.distillation import Teacher, sampled_rows
+from hf_sparse_attn.training.distillation import Teacher, check_distillation, sampled_rows
 
 NUM_TOKENS, DENSE_BELOW = 40, 12
 ALL_ROWS = 1000
@@ -255,5 +255,9 @@ def test_models_that_cannot_be_distilled_are_refused(tmp_path):
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="soft prompt"):
         Teacher(peft.get_peft_model(tiny_model(), prompt).double(), Distillation())
-    with pytest.raises(ArgumentError, match="distill"):
+    with pytest.raises(ArgumentError, match=r"distill: needs .* which label_smoothing_factor replaces"):
         trainer_of(tmp_path, Distillation(), label_smoothing_factor=0.1)
+    arguments = FinetuneArguments(output_dir=str(tmp_path), use_cpu=True)
+    check_distillation(arguments, SparseAttentionConfig(dense_below=9), 10)
+    with pytest.raises(ArgumentError, match=r"distill: nothing is sparse in rows of 10 tokens.*dense_below=10"):
+        check_distillation(arguments, SparseAttentionConfig(dense_below=10), 10)
