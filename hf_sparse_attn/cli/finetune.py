@@ -17,8 +17,9 @@ from transformers import HfArgumentParser
 
 from hf_sparse_attn.cli.argument_types import json_object
 from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, argument, print_table, warn
-from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, MODEL_HELP, description_and_epilog
-from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
+from hf_sparse_attn.cli.options import DATASETS_HELP, FIELDS_HELP, MODEL_HELP, description_and_epilog
+from hf_sparse_attn.cli.training_rows import SourceOfRows
+from hf_sparse_attn.data import parse_mixture
 from hf_sparse_attn.errors import one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
 from hf_sparse_attn.output_files import check_output_directory, check_space
@@ -38,11 +39,19 @@ _METAVARS_BY_TYPE = {int: "N", float: "NUMBER"}
 @dataclass
 class ScriptArguments:
     model: str = field(metadata={"help": MODEL_HELP})
-    dataset: str = field(metadata={"help": DATASET_HELP})
+    dataset: list[str] = field(metadata={"help": DATASETS_HELP})
     context_length: int = field(metadata={"help": "Train on rows of N tokens."})
-    rows: Literal["packed", "windowed"] = field(
-        default="packed",
-        metadata={"help": "Make packed rows (documents end to end) or windowed ones (each inside one document)."},
+    rows: Literal["best-fit", "packed", "windowed"] = field(
+        default="best-fit",
+        metadata={
+            "help": "Keep documents whole where they fit a row (best-fit, the default), put them end to end and cut "
+            "them where a row ends (packed), or take whole rows of long documents alone (windowed)."
+        },
+    )
+    eos: bool = field(default=True, metadata={"help": "End documents with the tokenizer's EOS token, or do not."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read documents while training, in their order, with a few in memory; needs --max-steps."},
     )
     eval_dataset: str | None = field(
         default=None,
@@ -92,6 +101,14 @@ def parse_arguments() -> tuple[ScriptArguments, FinetuneArguments]:
         raise UserError(f"argument --context-length: must be at least 2, got {script.context_length}")
     if script.eval_rows < 1:
         raise UserError(f"argument --eval-rows: must be at least 1, got {script.eval_rows}")
+    with argument("--dataset"):
+        _, shares = parse_mixture(script.dataset)
+    if script.streaming and training.max_steps < 1:
+        raise UserError("argument --streaming: needs --max-steps, as a stream has no length")
+    if script.streaming and shares is None and len(script.dataset) > 1:
+        raise UserError(
+            "argument --streaming: several datasets need shares (DATASET:SHARE), as nobody knows their sizes"
+        )
     return script, training
 
 
@@ -140,21 +157,12 @@ def main() -> None:
     with argument("--sparse-attention"):
         overrides = json_object(script.sparse_attention)
     dtype = parse_dtype(script.dtype)
-    with argument("--dataset"):
-        documents = load_documents(script.dataset, "train")
+    source = SourceOfRows(script.context_length, script.rows, script.eos, script.streaming)
+    datasets, shares = parse_mixture(script.dataset)
+    source.read("--dataset", datasets)
     path, _, tokenizer, _ = read_checkpoint(script.model, overrides)
-
-    make_rows = packed if script.rows == "packed" else windowed
-    with argument("--dataset"):
-        train_rows = make_rows(tokenize(documents, tokenizer), script.context_length)
-    eval_rows = None
-    if script.eval_dataset:
-        with argument("--eval-dataset"):
-            eval_rows = make_rows(
-                tokenize(load_documents(script.eval_dataset, "validation"), tokenizer), script.context_length
-            )
-            # Spread over the documents: the first rows are all of the first one.
-            eval_rows = eval_rows.select(range(0, len(eval_rows), -(-len(eval_rows) // script.eval_rows)))
+    train_rows, facts = source.train_rows(datasets, shares, tokenizer, training)
+    eval_rows = source.eval_rows(script.eval_dataset, script.eval_rows, tokenizer) if script.eval_dataset else None
     model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype)
     with argument(f"--model {script.model}"):
         model.generation_config.validate(strict=True)  # one that is not valid cannot be saved
@@ -166,9 +174,11 @@ def main() -> None:
     with argument("of TrainingArguments"), library_errors("what was given"):
         trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows)
 
+    if script.eos and tokenizer.eos_token_id is None:
+        warn("the tokenizer has no EOS token: documents end without one")
+    print(*facts, sep="\n", flush=True)
     results = train(trainer)
     rows = [
-        ["rows in the dataset", f"{len(train_rows)} of {script.context_length} tokens"],
         ["steps", str(results["steps"])],
         ["loss, first to last", change(results["first_loss"], results["last_loss"])],
     ]

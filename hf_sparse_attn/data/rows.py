@@ -38,7 +38,7 @@ def packed(tokens: Dataset, context_length: int) -> Dataset:
         ValueError: all documents together are shorter than one row, or fill no row that has a target.
     """
     check_context_length(context_length)
-    return _checked(_dataset_of_rows(packed_rows(_token_ids(tokens), context_length)), tokens, context_length)
+    return _checked(dataset_of_rows(packed_rows(_token_ids(tokens), context_length)), tokens, context_length)
 
 
 def best_fit(tokens: Dataset, context_length: int, pad_token_id: int = 0) -> Dataset:
@@ -62,7 +62,7 @@ def best_fit(tokens: Dataset, context_length: int, pad_token_id: int = 0) -> Dat
     documents = list(_token_ids(tokens))
     total = sum(map(len, documents))
     rows = best_fit_rows(documents if total >= context_length else [], context_length, pad_token_id)
-    return _checked(_dataset_of_rows(rows), tokens, context_length)
+    return _checked(dataset_of_rows(rows), tokens, context_length)
 
 
 def windowed(tokens: Dataset, context_length: int) -> Dataset:
@@ -78,7 +78,7 @@ def windowed(tokens: Dataset, context_length: int) -> Dataset:
         ValueError: every document is shorter than one window.
     """
     check_context_length(context_length)
-    rows = _dataset_of_rows(windowed_rows(_token_ids(tokens), context_length))
+    rows = dataset_of_rows(windowed_rows(_token_ids(tokens), context_length))
     if len(rows) == 0:
         raise ValueError(
             f"dataset has no document of {context_length} tokens: the longest has {max(lengths(tokens), default=0)}"
@@ -93,10 +93,9 @@ def lengths(tokens: Dataset) -> list[int]:
 
 def targets(rows: Dataset) -> np.ndarray:
     """Number of tokens of each row that the loss is computed for: [rows] int64."""
-    counts = [np.zeros(0, dtype=np.int64)]
-    for batch in rows.select_columns("labels").with_format("arrow").iter(batch_size=64):
-        counts += [[np.count_nonzero(np.asarray(labels.values) != IGNORED_LABEL) for labels in batch["labels"]]]
-    return np.concatenate(counts)
+    batches = rows.select_columns("labels").with_format("arrow").iter(batch_size=64)
+    labels = (np.asarray(row.values) for batch in batches for row in batch["labels"])
+    return np.fromiter((np.count_nonzero(row != IGNORED_LABEL) for row in labels), dtype=np.int64)
 
 
 def check_context_length(context_length: int) -> None:
@@ -129,8 +128,8 @@ def _token_ids(tokens: Dataset) -> Iterator[np.ndarray]:
             yield np.asarray(ids.values)
 
 
-def _dataset_of_rows(rows: Iterable[np.ndarray]) -> Dataset:
-    """Rows of input_ids, position_ids and labels, each [3, context_length], as a dataset."""
+def dataset_of_rows(rows: Iterable[np.ndarray]) -> Dataset:
+    """Rows of input_ids, position_ids and labels, each [3, context_length], as a dataset in a temporary file."""
     import pyarrow as pa
 
     schema = pa.schema({name: pa.list_(pa.int32()) for name in COLUMNS})

@@ -21,15 +21,17 @@ from hf_sparse_attn.training.checkpoints import checkpoints
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_sparse_attn.data import StreamedRows
+
 
 def finetune(
     model: PreTrainedModel,
     tokenizer: Any,
-    train_rows: Dataset,
+    train_rows: Dataset | StreamedRows,
     arguments: TrainingArguments,
     eval_rows: Dataset | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune on rows from `hf_sparse_attn.data.packed` or `windowed` and save model, tokenizer and trainer state.
+    """Fine-tune on rows from `hf_sparse_attn.data` and save model, tokenizer and trainer state.
 
     `arguments.output_dir` is then loaded like any other checkpoint, and holds `trainer_state.json` and
     `all_results.json`. Training continues from `arguments.resume_from_checkpoint` where that is set: a checkpoint
@@ -54,7 +56,7 @@ def finetune(
 def make_trainer(
     model: PreTrainedModel,
     tokenizer: Any,
-    train_rows: Dataset,
+    train_rows: Dataset | StreamedRows,
     arguments: TrainingArguments,
     eval_rows: Dataset | None = None,
 ) -> FinetuneTrainer:
