@@ -71,7 +71,7 @@ class SourceOfRows:
             training.train_sampling_strategy = "sequential"
             for dataset, epochs in zip(datasets, mixture.epochs, strict=True):
                 if epochs > 1:
-                    warn(f"dataset {dataset!r} is read {epochs:.1f} times for its share of the tokens")
+                    warn(f"dataset {dataset!r} is read {epochs:.3g} times for its share of the tokens")
         return mixture.rows, lines
 
     def eval_rows(self, dataset: str, number: int, tokenizer: Any) -> Dataset:

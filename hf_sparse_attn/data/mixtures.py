@@ -59,7 +59,8 @@ def _split_share(spec: str) -> tuple[str, float | None]:
         share = float(last)
     except ValueError:
         return spec, None
-    if not dataset or os.path.exists(os.path.expanduser(spec)):
+    paths = (spec, spec.partition("=")[2])
+    if not dataset or any(os.path.exists(os.path.expanduser(path)) for path in paths):
         return spec, None
     if not 0 < share < math.inf:
         raise ValueError(f"the share of {dataset!r} must be a finite number greater than 0, got {last!r}")
