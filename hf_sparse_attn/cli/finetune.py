@@ -21,9 +21,10 @@ from transformers import HfArgumentParser
 
 from hf_sparse_attn.cli.argument_types import json_object
 from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, argument, print_table, warn
-from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, MODEL_HELP, description_and_epilog
+from hf_sparse_attn.cli.options import DATASETS_HELP, FIELDS_HELP, MODEL_HELP, description_and_epilog
+from hf_sparse_attn.cli.training_rows import SourceOfRows
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.data import load_documents, packed, tokenize, windowed
+from hf_sparse_attn.data import parse_mixture
 from hf_sparse_attn.errors import one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
 from hf_sparse_attn.memory import ModelSize
@@ -60,11 +61,19 @@ _METAVARS_BY_TYPE = {int: "N", float: "NUMBER"}
 @dataclass
 class ScriptArguments:
     model: str = field(metadata={"help": MODEL_HELP})
-    dataset: str = field(metadata={"help": DATASET_HELP})
+    dataset: list[str] = field(metadata={"help": DATASETS_HELP})
     context_length: int = field(metadata={"help": "Train on rows of N tokens."})
-    rows: Literal["packed", "windowed"] = field(
-        default="packed",
-        metadata={"help": "Make packed rows (documents end to end) or windowed ones (each inside one document)."},
+    rows: Literal["best-fit", "packed", "windowed"] = field(
+        default="best-fit",
+        metadata={
+            "help": "Keep documents whole where they fit a row (best-fit, the default), put them end to end and cut "
+            "them where a row ends (packed), or take whole rows of long documents alone (windowed)."
+        },
+    )
+    eos: bool = field(default=True, metadata={"help": "End documents with the tokenizer's EOS token, or do not."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read documents while training, in their order, with a few in memory; needs --max-steps."},
     )
     rope_scaling: str | None = field(
         default=None,
@@ -136,6 +145,14 @@ def parse_arguments() -> tuple[ScriptArguments, FinetuneArguments]:
         raise UserError(f"argument --context-length: must be at least 2, got {script.context_length}")
     if script.eval_rows < 1:
         raise UserError(f"argument --eval-rows: must be at least 1, got {script.eval_rows}")
+    with argument("--dataset"):
+        _, shares = parse_mixture(script.dataset)
+    if script.streaming and training.max_steps < 1:
+        raise UserError("argument --streaming: needs --max-steps, as a stream has no length")
+    if script.streaming and shares is None and len(script.dataset) > 1:
+        raise UserError(
+            "argument --streaming: several datasets need shares (DATASET:SHARE), as nobody knows their sizes"
+        )
     return script, training
 
 
@@ -206,8 +223,10 @@ def main() -> None:
         overrides = json_object(script.sparse_attention)
     dtype = parse_dtype(script.dtype)
     check_packages(training)
+    source = SourceOfRows(script.context_length, script.rows, script.eos, script.streaming)
     with argument("--dataset"):
-        documents = load_documents(script.dataset, "train")
+        datasets, shares = parse_mixture(script.dataset)
+    source.read("--dataset", datasets)
     path, config, tokenizer, fields = read_checkpoint(script.model, overrides)
     sparse = SparseAttentionConfig.from_dict(fields)
     if distilled is not None:
@@ -217,7 +236,7 @@ def main() -> None:
     extended = None if script.rope_scaling is None else extended_config(script, config)
     if extended is not None:
         tokenizer.model_max_length = max(tokenizer.model_max_length, script.context_length)
-        if fields["hash"] == "calibrated":
+        if sparse.hash == "calibrated":
             warn(
                 "the calibrated hash was fitted to keys under the rotary embeddings of before: with scaled ones it "
                 "finds less; --refit-every fits it anew while the model trains, convert --refit afterwards"
@@ -227,17 +246,8 @@ def main() -> None:
         with argument("--resume_from_checkpoint"):
             check_resumable(Path(training.resume_from_checkpoint), size.skeleton(), training)
 
-    make_rows = packed if script.rows == "packed" else windowed
-    with argument("--dataset"):
-        train_rows = make_rows(tokenize(documents, tokenizer), script.context_length)
-    eval_rows = None
-    if script.eval_dataset:
-        with argument("--eval-dataset"):
-            eval_rows = make_rows(
-                tokenize(load_documents(script.eval_dataset, "validation"), tokenizer), script.context_length
-            )
-            # Spread over the documents: the first rows are all of the first one.
-            eval_rows = eval_rows.select(range(0, len(eval_rows), -(-len(eval_rows) // script.eval_rows)))
+    train_rows, facts = source.train_rows(datasets, shares, tokenizer, training)
+    eval_rows = source.eval_rows(script.eval_dataset, script.eval_rows, tokenizer) if script.eval_dataset else None
     tell_memory(size, script.context_length, training, print)
     if training.device.type == "cpu":
         return_freed_memory()
@@ -250,29 +260,37 @@ def main() -> None:
         trainer = make_trainer(model, tokenizer, train_rows, training, eval_rows, distilled)
 
     if extended is not None and training.resume_from_checkpoint is None and not trainer.is_sharded:
-        problem = check_first_loss(model, train_rows[0], config).problem()
+        first: Any = next(iter(train_rows))
+        problem = check_first_loss(model, first, config).problem()
         if problem is not None:
             warn(problem)
+    if script.eos and tokenizer.eos_token_id is None:
+        warn("the tokenizer has no EOS token: documents end without one")
+    print(*facts, sep="\n", flush=True)
     results = train(trainer)
+    print_table(
+        f"Saved to {training.output_dir}", ["", ""], result_rows(results, 0 if eval_rows is None else len(eval_rows))
+    )
+
+
+def result_rows(results: dict[str, Any], num_eval_rows: int) -> list[list[str]]:
+    """The table of what `train` returned."""
     rows = [
-        ["rows in the dataset", f"{len(train_rows)} of {script.context_length} tokens"],
         ["steps", str(results["steps"])],
         ["loss, first to last", change(results["first_loss"], results["last_loss"])],
     ]
-    if "hash_recall_before" in results:
-        shares = change(results["hash_recall_before"], results["hash_recall_after"])
-        rows.append(["share of the 64 heaviest keys that is read", shares])
-    if eval_rows is not None:
-        held_out = change(results["eval_loss_before"], results["eval_loss_after"])
-        rows.append([f"loss on {len(eval_rows)} held-out rows", held_out])
-        if distilled is not None:
-            held_out = change(results["dense_eval_loss_before"], results["dense_eval_loss_after"])
-            rows.append(["the same with dense attention", held_out])
-        spans = [results.get(f"eval_by_position_{when}", []) for when in ("before", "after")]
-        for before, after in zip(*spans, strict=True):
-            span = f"  of their tokens {before['start']} .. {before['end'] - 1}"
-            rows.append([span, change(before["nll"], after["nll"])])
-    print_table(f"Saved to {training.output_dir}", ["", ""], rows)
+    for name, told in (
+        ("hash_recall", "share of the 64 heaviest keys that is read"),
+        ("eval_loss", f"loss on {num_eval_rows} held-out rows"),
+        ("dense_eval_loss", "the same with dense attention"),
+    ):
+        if f"{name}_after" in results:
+            rows.append([told, change(results[f"{name}_before"], results[f"{name}_after"])])
+    spans = [results.get(f"eval_by_position_{when}", []) for when in ("before", "after")]
+    for before, after in zip(*spans, strict=True):
+        span = f"  of their tokens {before['start']} .. {before['end'] - 1}"
+        rows.append([span, change(before["nll"], after["nll"])])
+    return rows
 
 
 def change(*losses: float | None) -> str:

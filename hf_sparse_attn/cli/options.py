@@ -17,7 +17,14 @@ from hf_sparse_attn.cli.arguments import OneLineErrors
 from hf_sparse_attn.output_files import PICTURE_SUFFIXES
 
 MODEL_HELP = "Use this model: a Hub id, a directory, or demo."
-DATASET_HELP = "Read documents of this dataset: a Hub id[:config[:split[:column]]], a file, a directory, or demo."
+_DATASETS = (
+    "a Hub id[:config[:split[:column]]], a file, a directory, demo, or pg19, arxiv, govreport or booksum "
+    "(NAME=PATH for a copy)"
+)
+DATASET_HELP = f"Read documents of this dataset: {_DATASETS}."
+DATASETS_HELP = (
+    f"Train on documents of these datasets: {_DATASETS}. Several may each have a share of the tokens, DATASET:SHARE."
+)
 FIELDS_HELP = "Set these fields of the sparse attention, given as a JSON object or as @FILE, which holds one."
 SUFFIXES = f"{', '.join(PICTURE_SUFFIXES[:-1])} or {PICTURE_SUFFIXES[-1]}"
 

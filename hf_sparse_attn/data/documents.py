@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse_attn.data.local_files import check_text, document_name, local_path, no_column, read_local
+from hf_sparse_attn.data.hub import read_hub, stream_hub
+from hf_sparse_attn.data.local_files import batches, local_documents, local_path, read_local
+from hf_sparse_attn.data.named import copy_of_named
+from hf_sparse_attn.data.progress import document_bar, quiet_if_short
+from hf_sparse_attn.data.tables import temporary_dataset
 from hf_sparse_attn.demo import demo_documents
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-PROGRESS_FROM = 200  # documents
 
 
 def load_documents(dataset: str, split: str = "train") -> Dataset:
@@ -25,7 +27,11 @@ def load_documents(dataset: str, split: str = "train") -> Dataset:
       path; links to directories are not followed, and pipes, devices and links to nothing are passed over. Text is
       UTF-8, with or without a byte order mark. Local data has no splits: all of it is returned whatever `split` is;
     - a Hub id with optional parts, `id:config:split:column`; an empty part keeps its default, and a split given
-      here goes before the `split` argument.
+      here goes before the `split` argument;
+    - `pg19`, `arxiv`, `govreport` or `booksum`, with the same optional parts: a Hub id whose columns are known
+      (`hf_sparse_attn.data.named`). Of the last three a document is the article, a line "Summary:" and the summary.
+      `NAME=PATH` reads a copy of one: a .parquet, .jsonl, .json or .csv file, or a directory as the Hub has it,
+      whose files are named after splits.
 
     Names come from the column "name" where a row has one. Nulls in the column are documents without text, which are
     left out. Local documents wait in a temporary file (under TMPDIR), of which memory holds what is being read.
@@ -40,31 +46,76 @@ def load_documents(dataset: str, split: str = "train") -> Dataset:
 
     if dataset == "demo":
         return Dataset.from_list(demo_documents(split))
-    local = local_path(dataset)
-    documents = _read_hub(dataset, split) if local is None else read_local(dataset, *local)
-    with _progress(documents):
-        documents = documents.filter(lambda text: bool(text and text.strip()), input_columns="text")
+    local = _local(dataset)
+    documents = read_hub(dataset, split) if local is None else read_local(dataset, *local)
+    with quiet_if_short(documents):
+        documents = documents.filter(_has_text, input_columns="text")
     if len(documents) == 0:
-        raise ValueError(f"dataset {dataset!r} is empty: it holds no document with any text")
+        raise ValueError(_empty(dataset))
     return documents
 
 
-def tokenize(documents: Dataset, tokenizer: Any) -> Dataset:
-    """Documents with their tokens: the columns "name" and "input_ids" (a list of ints per document, maybe empty)."""
-    from datasets import Features, Sequence, Value
+def stream_documents(dataset: str, split: str = "train") -> Iterator[tuple[str, str]]:
+    """Names and texts of what `load_documents` returns, read or downloaded as they are asked for.
 
-    # Told, not inferred: the first documents may have no tokens, and an empty list has no type.
-    features = Features({"name": Value("string"), "input_ids": Sequence(Value("int64"))})
-    with _progress(documents):
-        return documents.map(
-            _tokenize_batch,
-            batched=True,
-            batch_size=8,
-            remove_columns=documents.column_names,
-            features=features,
-            fn_kwargs={"tokenizer": tokenizer},
-            desc="tokenizing",
-        )
+    Raises:
+        What `load_documents` raises, when the document at fault is reached.
+    """
+    if dataset == "demo":
+        yield from ((document["name"], document["text"]) for document in demo_documents(split))
+        return
+    local = _local(dataset)
+    empty = True
+    for name, text in stream_hub(dataset, split) if local is None else local_documents(dataset, *local):
+        if text is not None and _has_text(text):
+            empty = False
+            yield name, text
+    if empty:
+        raise ValueError(_empty(dataset))
+
+
+def tokenize(documents: Dataset, tokenizer: Any, eos: bool = False) -> Dataset:
+    """Documents with their tokens: the columns "name" and "input_ids" (a list of ints per document, maybe empty).
+
+    A tokenizer with threads of its own uses them: documents go to it a million characters at a time.
+
+    Args:
+        eos: end each document that has tokens with the tokenizer's EOS token, unless the tokenizer does.
+
+    Raises:
+        ValueError: `eos` is asked for, and the tokenizer has no EOS token.
+    """
+    import pyarrow as pa
+
+    schema = pa.schema({"name": pa.large_string(), "input_ids": pa.list_(pa.int32())})
+    bar = document_bar(documents, "tokenizing")
+
+    def tokenized() -> Iterator[pa.RecordBatch]:
+        groups = documents.select_columns(["name", "text"]).iter(batch_size=8)
+        pairs = chain.from_iterable(zip(group["name"], group["text"], strict=True) for group in groups)
+        for batch in batches(pairs):
+            bar.set_postfix_str(f"reading {sum(len(document['text'] or '') for document in batch):,} characters")
+            ids = token_ids([document["text"] or "" for document in batch], tokenizer, eos)
+            names = [document["name"] for document in batch]
+            yield pa.RecordBatch.from_pydict({"name": names, "input_ids": ids}, schema=schema)
+            bar.update(len(batch))
+
+    with bar:
+        return temporary_dataset(tokenized(), schema)
+
+
+def token_ids(texts: list[str], tokenizer: Any, eos: bool = False) -> list[list[int]]:
+    """Tokens of each text, as `tokenize` makes them."""
+    last = None
+    if eos:
+        last = tokenizer.eos_token_id
+        if last is None:
+            raise ValueError("the tokenizer has no EOS token to end documents with")
+    # verbose=False: the tokenizer's warning about its maximum length says nothing new about long documents.
+    found: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+    if last is None:
+        return found
+    return [[*ids, last] if ids and ids[-1] != last else ids for ids in found]
 
 
 def long_documents(
@@ -80,19 +131,13 @@ def long_documents(
     Raises:
         ValueError: no document is long enough; the message says how long the longest one is.
     """
-    stream = documents.to_iterable_dataset().map(
-        _tokenize_batch,
-        batched=True,
-        batch_size=1,
-        remove_columns=documents.column_names,
-        fn_kwargs={"tokenizer": tokenizer},
-    )
     chosen: list[dict[str, Any]] = []
     longest = 0
-    for document in stream:
-        longest = max(longest, len(document["input_ids"]))
-        if len(document["input_ids"]) >= num_tokens:
-            chosen.append({"name": document["name"], "input_ids": document["input_ids"][:num_tokens]})
+    for document in documents.select_columns(["name", "text"]):
+        [ids] = token_ids([document["text"]], tokenizer)
+        longest = max(longest, len(ids))
+        if len(ids) >= num_tokens:
+            chosen.append({"name": document["name"], "input_ids": ids[:num_tokens]})
         if max_documents is not None and len(chosen) >= max_documents:
             break
     if not chosen:
@@ -103,57 +148,13 @@ def long_documents(
     return chosen
 
 
-@contextmanager
-def _progress(documents: Dataset) -> Iterator[None]:
-    """Keep the progress bars of `datasets` to long work: for a few documents they are noise among the messages."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    silence = len(documents) < PROGRESS_FROM and not are_progress_bars_disabled()
-    if silence:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if silence:
-            enable_progress_bars()
+def _local(dataset: str) -> Any:
+    return None if copy_of_named(dataset) else local_path(dataset)
 
 
-def _tokenize_batch(batch: dict[str, list[str]], tokenizer: Any) -> dict[str, list[Any]]:
-    # verbose=False: the tokenizer's warning about its maximum length says nothing new about long documents.
-    return {"name": batch["name"], "input_ids": tokenizer(batch["text"], verbose=False)["input_ids"]}
+def _has_text(text: str | None) -> bool:
+    return bool(text and text.strip())
 
 
-def _read_hub(dataset: str, split: str) -> Dataset:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    parts = dataset.split(":")
-    if len(parts) > 4:
-        raise ValueError(f"dataset {dataset!r}: expected at most id:config:split:column")
-    hub_id, config, own_split, column = parts + [""] * (4 - len(parts))
-    try:
-        table = load_dataset(hub_id, config or None, split=own_split or split)
-    except DatasetsError as error:  # often "an error occurred", for the reason that it was raised from
-        raise ValueError(f"dataset {dataset!r} cannot be loaded: {error.__cause__ or error}") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"dataset {dataset!r} cannot be loaded: {error}") from error
-    return _name_and_text(dataset, table, hub_id, column or "text")
-
-
-def _name_and_text(dataset: str, table: Dataset, name: str, column: str) -> Dataset:
-    from datasets import Features, Value
-
-    if column not in table.column_names:
-        raise ValueError(no_column(f"dataset {dataset!r}", column, table.column_names))
-    for chunk in table.data.column(column).chunks:
-        check_text(f"dataset {dataset!r}", column, chunk)
-    wanted = [wanted for wanted in dict.fromkeys((column, "name")) if wanted in table.column_names]
-
-    def rename(row: dict[str, Any], index: int) -> dict[str, str]:
-        own_name = row["name"] if len(wanted) > 1 else None
-        return {"name": document_name(own_name, f"{name}, row {index}"), "text": row[column]}
-
-    # Told, not inferred: the first documents may all be null.
-    features = Features({"name": Value("large_string"), "text": Value("large_string")})
-    with _progress(table):
-        return table.select_columns(wanted).map(rename, with_indices=True, remove_columns=wanted, features=features)
+def _empty(dataset: str) -> str:
+    return f"dataset {dataset!r} is empty: it holds no document with any text"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from hf_sparse_attn.data.tables import CHUNK, temporary_dataset
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 TEXT_SUFFIXES = (".txt", ".md")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
-CHUNK = 2**20  # characters or tokens handed on together
 
 
 def read_text(path: str | Path, name: str | None = None) -> str:
@@ -64,6 +62,16 @@ def _suffix(path: Path) -> str:
 
 
 def read_local(dataset: str, path: Path, column: str) -> Dataset:
+    """Names and texts of a local dataset, as a dataset in a temporary file."""
+    import pyarrow as pa
+
+    schema = pa.schema({"name": pa.large_string(), "text": pa.large_string()})
+    documents = batches(local_documents(dataset, path, column))
+    return temporary_dataset((pa.RecordBatch.from_pylist(batch, schema=schema) for batch in documents), schema)
+
+
+def local_documents(dataset: str, path: Path, column: str) -> Iterator[tuple[str, str | None]]:
+    """Names and texts of a local dataset, read as they are asked for."""
     files, root = [path], path.parent
     if path.is_dir():
         files, root = _files(path), path
@@ -74,9 +82,9 @@ def read_local(dataset: str, path: Path, column: str) -> Dataset:
     files = [file for file in files if file.stat().st_size > 0]
     if not files:
         raise ValueError(f"dataset {dataset!r} is empty: no text in any {', '.join(SUFFIXES)} file")
-    documents = chain.from_iterable(_read_file(file, _printable(str(file.relative_to(root))), column) for file in files)
     try:
-        return _dataset_of_documents(documents)
+        for file in files:
+            yield from _read_file(file, _printable(str(file.relative_to(root))), column)
     except ValueError as error:
         raise ValueError(f"dataset {dataset!r}: {error}") from error
 
@@ -89,24 +97,8 @@ def _files(directory: Path) -> list[Path]:
     return sorted(file for file in found if _suffix(file) and file.is_file())
 
 
-def _dataset_of_documents(documents: Iterable[tuple[str, str | None]]) -> Dataset:
-    """Names and texts as a dataset in a temporary file, which is gone when the dataset is."""
-    import pyarrow as pa
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-
-    schema = pa.schema({"name": pa.large_string(), "text": pa.large_string()})
-    with tempfile.TemporaryDirectory(prefix="hf_sparse_attn_", ignore_cleanup_errors=True) as directory:
-        path = os.path.join(directory, "documents.arrow")
-        with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for batch in _batches(documents):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-        table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
-    # A fingerprint of its own: `datasets` would compute one from a copy of the whole table.
-    return Dataset(InMemoryTable(table), fingerprint=uuid.uuid4().hex)
-
-
-def _batches(documents: Iterable[tuple[str, str | None]]) -> Iterator[list[dict[str, str | None]]]:
+def batches(documents: Iterable[tuple[str, str | None]]) -> Iterator[list[dict[str, str | None]]]:
+    """Names and texts in lists of `CHUNK` characters or a little more."""
     batch: list[dict[str, str | None]] = []
     size = 0
     for name, text in documents:
@@ -149,7 +141,7 @@ def _read_jsonl(file: Path, name: str, column: str) -> Iterator[tuple[Any, str |
             if isinstance(text, str) and text != _printable(text):
                 raise ValueError(f"{name}, line {number}: column {column!r} holds half a surrogate pair, not text")
             if not isinstance(text, (str, NoneType)):
-                raise ValueError(_not_text(f"{name}, line {number}", column, text))
+                raise ValueError(not_text(f"{name}, line {number}", column, text))
             yield None if column == "name" else row.get("name"), text
     if not is_empty and not is_found:
         raise ValueError(no_column(name, column, columns))
@@ -209,10 +201,10 @@ def check_text(where: str, column: str, values: pa.Array) -> None:
     if str(type_) in ("string", "large_string", "string_view") or values.null_count == len(values):
         return
     value = next(value for value in values if value.is_valid).as_py()
-    raise ValueError(_not_text(where, column, value, str(type_)))
+    raise ValueError(not_text(where, column, value, str(type_)))
 
 
-def _not_text(where: str, column: str, value: Any, type_: str = "") -> str:
+def not_text(where: str, column: str, value: Any, type_: str = "") -> str:
     kind = _kind(value) if isinstance(value, (dict, list)) or not type_ else type_
     message = f"{where}: column {column!r} holds {kind}, not text"
     if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & value[0].keys():

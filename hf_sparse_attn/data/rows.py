@@ -1,4 +1,4 @@
-"""Rows of tokens that a training reads: documents packed one after the other, or windows inside them."""
+"""Rows of tokens that a training reads: documents packed into them, or windows inside documents."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_sparse_attn.data.local_files import CHUNK
+from hf_sparse_attn.data.packing import IGNORED_LABEL, best_fit_rows, packed_rows, windowed_rows
+from hf_sparse_attn.data.tables import CHUNK, temporary_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-IGNORED_LABEL = -100  # what the loss of Transformers and PyTorch skips
+COLUMNS = ("input_ids", "position_ids", "labels")
 
 
 def packed(tokens: Dataset, context_length: int) -> Dataset:
@@ -31,23 +32,37 @@ def packed(tokens: Dataset, context_length: int) -> Dataset:
         tokens: what `tokenize` returns.
 
     Returns:
-        Columns "input_ids", "position_ids", "labels", each `context_length` ints a row.
+        Columns "input_ids", "position_ids", "labels", each `context_length` ints a row, in a temporary file.
 
     Raises:
         ValueError: all documents together are shorter than one row, or fill no row that has a target.
     """
-    _check_context_length(context_length)
-    rows = _dataset_of_rows(_packed_rows(_token_ids(tokens), context_length))
-    if len(rows) == 0:
-        lengths = [len(ids) for ids in _token_ids(tokens)]
-        total = sum(lengths)
-        if total < context_length:
-            raise ValueError(f"dataset has {total} tokens in all, fewer than one row of {context_length}")
-        raise ValueError(
-            f"dataset has {total} tokens in all, which fill no row of {context_length} with a target: "
-            f"{lengths.count(1)} of its documents are single tokens, with nothing to be predicted from"
-        )
-    return rows
+    check_context_length(context_length)
+    return _checked(dataset_of_rows(packed_rows(_token_ids(tokens), context_length)), tokens, context_length)
+
+
+def best_fit(tokens: Dataset, context_length: int, pad_token_id: int = 0) -> Dataset:
+    """Rows of exactly `context_length` tokens with documents that fit into one whole, by best-fit decreasing.
+
+    Longer documents give whole rows and one more piece, their rest. The tail of a row into which no piece fits is
+    filled with `pad_token_id`: a piece of its own, whose position_ids restart and whose labels are all
+    `IGNORED_LABEL`. Rests and documents of one token, which have no target, are left out. Rows are the same each time
+    and come in the order of their first documents.
+
+    Args:
+        tokens: what `tokenize` returns.
+
+    Returns:
+        Columns as those of `packed`.
+
+    Raises:
+        ValueError: all documents together are shorter than one row, or are single tokens.
+    """
+    check_context_length(context_length)
+    documents = list(_token_ids(tokens))
+    total = sum(map(len, documents))
+    rows = best_fit_rows(documents if total >= context_length else [], context_length, pad_token_id)
+    return _checked(dataset_of_rows(rows), tokens, context_length)
 
 
 def windowed(tokens: Dataset, context_length: int) -> Dataset:
@@ -57,66 +72,74 @@ def windowed(tokens: Dataset, context_length: int) -> Dataset:
         tokens: what `tokenize` returns.
 
     Returns:
-        Columns "input_ids", "position_ids", "labels", each `context_length` ints a row.
+        Columns "input_ids", "position_ids", "labels", each `context_length` ints a row, in a temporary file.
 
     Raises:
         ValueError: every document is shorter than one window.
     """
-    _check_context_length(context_length)
-    positions = np.arange(context_length)
-    rows = _dataset_of_rows(
-        np.stack([window, positions, _labels(window)])
-        for ids in _token_ids(tokens)
-        for window in ids[: len(ids) // context_length * context_length].reshape(-1, context_length)
-    )
+    check_context_length(context_length)
+    rows = dataset_of_rows(windowed_rows(_token_ids(tokens), context_length))
     if len(rows) == 0:
-        longest = max((len(ids) for ids in _token_ids(tokens)), default=0)
-        raise ValueError(f"dataset has no document of {context_length} tokens: the longest has {longest}")
+        raise ValueError(
+            f"dataset has no document of {context_length} tokens: the longest has {max(lengths(tokens), default=0)}"
+        )
     return rows
 
 
-def _packed_rows(documents: Iterable[np.ndarray], context_length: int) -> Iterator[np.ndarray]:
-    row = np.empty((3, context_length), dtype=np.int64)
-    filled = 0
-    for ids in documents:
-        start = 0
-        while start < len(ids):
-            piece = ids[start : start + context_length - filled]
-            row[:, filled : filled + len(piece)] = piece, np.arange(len(piece)), _labels(piece)
-            start += len(piece)
-            filled += len(piece)
-            if filled < context_length:
-                continue
-            if row[1].any():  # a second token of some piece
-                yield row
-                row = np.empty_like(row)
-            elif start < len(ids):
-                start = 0
-            filled = 0
+def lengths(tokens: Dataset) -> list[int]:
+    """Number of tokens of each document."""
+    return [len(ids) for ids in _token_ids(tokens)]
 
 
-def _labels(piece: np.ndarray) -> np.ndarray:
-    return np.concatenate([[IGNORED_LABEL], piece[1:]])
+def targets(rows: Dataset) -> np.ndarray:
+    """Number of tokens of each row that the loss is computed for: [rows] int64."""
+    batches = rows.select_columns("labels").with_format("arrow").iter(batch_size=64)
+    labels = (np.asarray(row.values) for batch in batches for row in batch["labels"])
+    return np.fromiter((np.count_nonzero(row != IGNORED_LABEL) for row in labels), dtype=np.int64)
+
+
+def check_context_length(context_length: int) -> None:
+    """Make sure that a row can have a target.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if context_length < 2:
+        raise ValueError(f"context_length must be at least 2 (a token and its target), got {context_length}")
+
+
+def _checked(rows: Dataset, tokens: Dataset, context_length: int) -> Dataset:
+    if len(rows) > 0:
+        return rows
+    found = lengths(tokens)
+    total = sum(found)
+    if total < context_length:
+        raise ValueError(f"dataset has {total} tokens in all, fewer than one row of {context_length}")
+    raise ValueError(
+        f"dataset has {total} tokens in all, which fill no row of {context_length} with a target: "
+        f"{found.count(1)} of its documents are single tokens, with nothing to be predicted from"
+    )
 
 
 def _token_ids(tokens: Dataset) -> Iterator[np.ndarray]:
     # As Arrow arrays, whose values need not be copied: a list of Python's ints takes five times the memory.
-    for batch in tokens.select_columns("input_ids").with_format("arrow").iter(batch_size=8):
+    for batch in tokens.select_columns("input_ids").with_format("arrow").iter(batch_size=64):
         for ids in batch["input_ids"]:
-            yield np.asarray(ids.values, dtype=np.int64)
+            yield np.asarray(ids.values)
 
 
-def _dataset_of_rows(rows: Iterator[np.ndarray]) -> Dataset:
-    """Rows of input_ids, position_ids and labels, each [3, context_length], as a dataset."""
-    from datasets import Dataset, concatenate_datasets
+def dataset_of_rows(rows: Iterable[np.ndarray]) -> Dataset:
+    """Rows of input_ids, position_ids and labels, each [3, context_length], as a dataset in a temporary file."""
+    import pyarrow as pa
 
-    chunks = [Dataset.from_dict({"input_ids": [], "position_ids": [], "labels": []})]
-    for first in rows:
-        chunk = np.stack([first, *islice(rows, CHUNK // len(first[0]))], axis=1)  # [3, rows, context_length]
-        chunks.append(Dataset.from_dict(dict(zip(("input_ids", "position_ids", "labels"), chunk, strict=True))))
-    return concatenate_datasets(chunks[1:] or chunks)
+    schema = pa.schema({name: pa.list_(pa.int32()) for name in COLUMNS})
 
+    def batches() -> Iterator[pa.RecordBatch]:
+        remaining = iter(rows)
+        for first in remaining:
+            chunk = np.stack([first, *islice(remaining, CHUNK // len(first[0]))], axis=1).astype(np.int32)
+            offsets = np.arange(chunk.shape[1] + 1, dtype=np.int32) * chunk.shape[2]
+            columns = [pa.ListArray.from_arrays(offsets, line.reshape(-1)) for line in chunk]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
-def _check_context_length(context_length: int) -> None:
-    if context_length < 2:
-        raise ValueError(f"context_length must be at least 2 (a token and its target), got {context_length}")
+    return temporary_dataset(batches(), schema)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from hf_sparse_attn.data.rows import IGNORED_LABEL
+from hf_sparse_attn.data import IGNORED_LABEL
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.logits import token_losses
 from hf_sparse_attn.recording import DensityRecorder

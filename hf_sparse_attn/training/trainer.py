@@ -28,6 +28,8 @@ from hf_sparse_attn.training.refits import Refits, check_refits, hash_recall, so
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from hf_sparse_attn.data import StreamedRows
+
 logger = logging.getLogger(__name__)
 _EXACT_UPDATES = ("bf16_stochastic_round", "kahan_sum", "use_kahan_summation")  # arguments of optimizers
 
@@ -35,12 +37,12 @@ _EXACT_UPDATES = ("bf16_stochastic_round", "kahan_sum", "use_kahan_summation")  
 def finetune(
     model: PreTrainedModel,
     tokenizer: Any,
-    train_rows: Dataset,
+    train_rows: Dataset | StreamedRows,
     arguments: TrainingArguments,
     eval_rows: Dataset | None = None,
     distillation: Distillation | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune on rows from `hf_sparse_attn.data.packed` or `windowed` and save model, tokenizer and trainer state.
+    """Fine-tune on rows from `hf_sparse_attn.data` and save model, tokenizer and trainer state.
 
     `arguments.output_dir` is then loaded like any other checkpoint, and holds `trainer_state.json` and
     `all_results.json`. Training continues from `arguments.resume_from_checkpoint` where that is set: a checkpoint
@@ -69,7 +71,7 @@ def finetune(
 def make_trainer(
     model: PreTrainedModel,
     tokenizer: Any,
-    train_rows: Dataset,
+    train_rows: Dataset | StreamedRows,
     arguments: TrainingArguments,
     eval_rows: Dataset | None = None,
     distillation: Distillation | None = None,

@@ -9,7 +9,7 @@ from helpers.documents import lines, texts, token_dataset, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_sparse_attn.data import IGNORED_LABEL, load_documents, long_documents, packed, tokenize, windowed
+from hf_sparse_attn.data import IGNORED_LABEL, best_fit, load_documents, long_documents, packed, tokenize, windowed
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "./missing", "/no/such/directory", "missing.jsonl:body"])
@@ -101,6 +101,45 @@ def test_documents_without_tokens(tmp_path):
     assert [len(document["input_ids"]) for document in long_documents(documents, NoTokens(), 2)] == [2]
 
 
+class EndingTokenizer:
+    """A word's token is its length, but 0 is that of nine letters, and ends a text."""
+
+    eos_token_id = 0
+
+    def __call__(self, batch, verbose):
+        return {"input_ids": [[len(word) % 9 for word in text.split()] for text in batch]}
+
+
+def test_documents_end_with_an_eos_token_unless_the_tokenizer_adds_it(tmp_path):
+    documents = load_documents(write(tmp_path, {"d.jsonl": lines("a bb", "ccc nine-long", "a")}))
+    assert list(tokenize(documents, EndingTokenizer())["input_ids"]) == [[1, 2], [3, 0], [1]]
+    tokens = tokenize(documents, EndingTokenizer(), eos=True)
+    assert list(tokens["input_ids"]) == [[1, 2, 0], [3, 0], [1, 0]]
+    # It is a target, and a document that is cut has none at the cut.
+    ignored = IGNORED_LABEL
+    assert list(windowed(tokens, 2)["labels"]) == [[ignored, 2], [ignored, 0], [ignored, 0]]
+
+
+def test_documents_without_tokens_get_no_eos_token(tmp_path):
+    documents = load_documents(write(tmp_path, {"d.jsonl": lines("-", "xx")}))
+    tokenizer = NoTokens()
+    tokenizer.eos_token_id = 3
+    assert list(tokenize(documents, tokenizer, eos=True)["input_ids"]) == [[], [7, 7, 3]]
+    tokenizer.eos_token_id = None
+    with pytest.raises(ValueError, match="the tokenizer has no EOS token to end documents with"):
+        tokenize(documents, tokenizer, eos=True)
+
+
+@pytest.mark.parametrize(("number", "length", "shown"), [(3, 10, False), (200, 10, True), (2, 6 * 2**20, True)])
+def test_progress_of_tokenizing_is_shown_for_much_text(tmp_path, capsys, number, length, shown):
+    documents = load_documents(write(tmp_path, {"d.jsonl": lines(*["-" * length] * number)}))
+    capsys.readouterr()
+    tokenize(documents, NoTokens())
+    told = capsys.readouterr().err
+    assert ("tokenizing" in told) == shown
+    assert (f"/{number}" in told and "characters" in told) == shown
+
+
 def test_no_tokens_at_all_are_refused(tmp_path):
     documents = load_documents(write(tmp_path, {"d.txt": "-"}))
     for tokens in (tokenize(documents, NoTokens()), token_dataset(0, 0), token_dataset(0).select([])):
@@ -190,7 +229,7 @@ def test_every_row_has_a_target_and_nothing_else_is_lost(lengths, context_length
     assert sum(length for length in rest if length > 1) < context_length
 
 
-@pytest.mark.parametrize("make_rows", [packed, windowed])
+@pytest.mark.parametrize("make_rows", [packed, best_fit, windowed])
 def test_one_long_document_takes_as_long_as_many(make_rows):
     seconds = []
     for number, length in ((400, 1000), (1, 400_000)):

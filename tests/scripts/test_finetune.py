@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+from itertools import chain
 
 import pytest
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -186,6 +187,12 @@ def test_output_that_holds_something_is_refused(run_script, assert_refused, argu
         ({"--dataset": "missing.txt"}, ["--dataset", "missing.txt"]),
         ({"--context-length": 100_000}, ["--dataset", "fewer than one row of 100000"]),
         ({"--context-length": 1}, ["--context-length", "must be at least 2"]),
+        ({"--streaming": "true", "--context-length": 100_000}, ["--dataset", "too few tokens for a row of 100000"]),
+        ({"--streaming": "true", "--max-steps": -1}, ["--streaming", "needs --max-steps"]),
+        ({"--streaming": "true", "--dataset": "missing.txt"}, ["--dataset", "missing.txt"]),
+        ({"--streaming": "true", "--eval-dataset": "missing.txt"}, ["--eval-dataset", "missing.txt"]),
+        ({"--dataset": "demo:nan"}, ["--dataset", "'demo'", "finite number greater than 0, got 'nan'"]),
+        ({"--dataset": "govreport=missing"}, ["--dataset", "govreport=missing", "no such file or directory"]),
         ({"--rows": "loose"}, ["--rows", "loose"]),
         ({"--eval-dataset": "missing.txt"}, ["--eval-dataset", "missing.txt"]),
         ({"--eval-rows": 0}, ["--eval-rows"]),
@@ -215,11 +222,80 @@ def test_output_that_holds_something_is_refused(run_script, assert_refused, argu
         ({"--report-to": "nobody"}, ["TrainingArguments", "nobody"]),
         ({"--accelerator-config": "nowhere.json"}, ["nowhere.json"]),
     ],
-    ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) else "",
+    ids=lambda value: " ".join(map(str, chain(*value.items()))) if isinstance(value, dict) else "",
 )
 def test_bad_arguments_are_refused(run_script, assert_refused, arguments, changes, words):
     assert_refused(run_script(SCRIPT, *flat(arguments | changes)), *words)
     assert not arguments["--output"].exists()
+
+
+@pytest.mark.parametrize(
+    ("specs", "options", "words"),
+    [
+        (["demo:0.5", "{}"], [], ["--dataset", "either every dataset has a share", "has none"]),
+        (["demo", "{}"], ["--streaming"], ["--streaming", "need shares (DATASET:SHARE)"]),
+        (["{}:1", "{}:2"], [], ["--dataset", "given more than once"]),
+        (["demo:1", "{}/short.txt:1"], [], ["--dataset", "short.txt: dataset has 5 tokens in all, fewer than one row"]),
+        (["{}/short.txt:1", "demo:1"], ["--streaming"], ["--dataset", "short.txt", "too few tokens for a row of 48"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_mixtures_are_refused(run_script, assert_refused, arguments, specs, options, words):
+    directory = arguments.pop("--dataset")
+    specs = [spec.format(directory) for spec in specs]
+    assert_refused(run_script(SCRIPT, "--dataset", *specs, *options, *flat(arguments)), *words)
+
+
+@pytest.fixture
+def read_rows(monkeypatch):
+    """The input_ids of the steps, as they are trained on."""
+    from transformers import Trainer
+
+    step, rows = Trainer.training_step, []
+
+    def recording(trainer, model, inputs, *args, **kwargs):
+        rows.extend(inputs["input_ids"].tolist())
+        return step(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", recording)
+    return rows
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+@pytest.mark.parametrize("kind", ["best-fit", "packed"])
+def test_resumed_mixture_goes_on_with_the_rows_that_follow(run_script, arguments, read_rows, tmp_path, streaming, kind):
+    (tmp_path / "x.txt").write_text("x" * 99)
+    specs = ["--dataset", f"{arguments.pop('--dataset')}:0.5", f"{tmp_path / 'x.txt'}:0.5"]
+    options = flat(arguments | {"--streaming": streaming, "--rows": kind, "--save-strategy": "no"})
+    finished = run_script(SCRIPT, *specs, *options, "--max-steps", 7, "--output", tmp_path / "whole")
+    assert finished.status == 0, finished.stderr
+    whole = read_rows.copy()
+    of_x = [len(set(row)) <= 2 for row in whole]
+    assert of_x.count(True) in (3, 4)
+    assert ("times for its share" if streaming == "false" else "begins again") in finished.stderr
+
+    read_rows.clear()
+    options = flat(arguments | {"--streaming": streaming, "--rows": kind})
+    for steps, more in ((3, []), (7, ["--resume_from_checkpoint", "last"])):
+        finished = run_script(SCRIPT, *specs, *options, "--max-steps", steps, *more)
+        assert finished.status == 0, finished.stderr
+    assert read_rows == whole
+
+
+def test_lines_tell_how_many_tokens_there_are(run_script, arguments, tmp_path):
+    (tmp_path / "x.txt").write_text("x" * 97)
+    finished = run_script(SCRIPT, *flat(arguments | {"--dataset": tmp_path / "x.txt", "--save-strategy": "no"}))
+    assert finished.status == 0, finished.stderr
+    assert finished.stdout.splitlines()[0] == (
+        f"{tmp_path / 'x.txt'}: 1 documents of 97 tokens, 2 best-fit rows of 48, 0.00% of them padding, "
+        "1.03% of the tokens in no row"
+    )
+    assert "warning: the tokenizer has no EOS token: documents end without one" in finished.stderr
+    arguments["--output"] = tmp_path / "other"
+    changes = {"--dataset": tmp_path / "x.txt", "--rows": "packed", "--save-strategy": "no"}
+    finished = run_script(SCRIPT, *flat(arguments | changes), "--no-eos")
+    assert "97 tokens, 2 packed rows of 48, 1.03% of the tokens in no row" in finished.stdout
+    assert "EOS" not in finished.stderr
 
 
 def test_missing_output_is_refused(run_script, assert_refused, arguments):
