@@ -286,10 +286,10 @@ def test_lines_tell_how_many_tokens_there_are(run_script, arguments, tmp_path):
     (tmp_path / "x.txt").write_text("x" * 97)
     finished = run_script(SCRIPT, *flat(arguments | {"--dataset": tmp_path / "x.txt", "--save-strategy": "no"}))
     assert finished.status == 0, finished.stderr
-    assert finished.stdout.splitlines()[0] == (
+    assert (
         f"{tmp_path / 'x.txt'}: 1 documents of 97 tokens, 2 best-fit rows of 48, 0.00% of them padding, "
         "1.03% of the tokens in no row"
-    )
+    ) in finished.stdout.splitlines()
     assert "warning: the tokenizer has no EOS token: documents end without one" in finished.stderr
     arguments["--output"] = tmp_path / "other"
     changes = {"--dataset": tmp_path / "x.txt", "--rows": "packed", "--save-strategy": "no"}
