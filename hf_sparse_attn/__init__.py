@@ -11,6 +11,7 @@ from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.integration import check_model, configure, record_density, register
 from hf_sparse_attn.moved import install as _install_moved_modules
 from hf_sparse_attn.ops import sparse_attention
+from hf_sparse_attn.tensor_parallel import split_heads
 
 if TYPE_CHECKING:
     from hf_sparse_attn.cache.policies import (
@@ -46,6 +47,7 @@ __all__ = [
     "plot_pattern",
     "record_density",
     "sparse_attention",
+    "split_heads",
 ]
 
 # Loaded when they are first asked for, so that importing stays fast.

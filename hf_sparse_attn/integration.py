@@ -23,7 +23,7 @@ from hf_sparse_attn.notices import notice_positions
 from hf_sparse_attn.patterns import LayerPattern, layer_pattern
 from hf_sparse_attn.recording import DensityRecorder, Recorder, Recorders
 from hf_sparse_attn.side_channels import PATTERN
-from hf_sparse_attn.tensor_parallel import head_split
+from hf_sparse_attn.tensor_parallel import HeadSplit, head_split
 from hf_sparse_attn.tracing import input_device, is_traced, refuse_transforms
 
 NAME = "sparse"
@@ -104,16 +104,20 @@ def sparse_attention_forward(
         if kwargs.get(name) is not None:
             raise unsupported(f"the argument {name} of {type(module).__name__}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is None and cu_seq_lens_q is None and seq_idx is None:
+    split = head_split(module, query.shape[1], key.shape[1])
+    if split.by_sequence and s_aux is not None and len(s_aux) != query.shape[1]:
+        s_aux = s_aux.chunk(split.size)[split.rank]
+    if split.by_sequence and attention_mask is None:  # whatever was said of packing is said of a part of the tokens
+        cu_seq_lens_q, seq_idx = None, _gathered_documents(position_ids, query)
+    elif attention_mask is None and cu_seq_lens_q is None and seq_idx is None:
         seq_idx = _packed_documents(module, position_ids, query, key)
     inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens_q, seq_idx, s_aux)
     if is_traced(query):
         fields = getattr(module.config, "sparse_attention", None)
-        split = head_split(module, query.shape[1], key.shape[1])
         layer_idx = _traced_layer_idx(module, key, fields)
         return compiled_attention(inputs, fields, layer_idx, split, sliding_window, scaling, softcap), None
     refuse_transforms()
-    pattern = _module_pattern(module, query, key, sliding_window)
+    pattern = _module_pattern(module, query, key, sliding_window, split)
     notice_positions(module.config, inputs, pattern)
     recorders = _attached_to(module, _RECORDERS)
     recorder = recorders[0] if len(recorders) == 1 else Recorders(recorders) if recorders else None
@@ -129,29 +133,46 @@ def _packed_documents(module: nn.Module, position_ids: Tensor | None, query: Ten
         return None
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2:
         return None
+    return _numbered_documents(position_ids, query)
+
+
+def _gathered_documents(position_ids: Tensor | None, query: Tensor) -> Tensor | None:
+    """As above where sequence parallelism has gathered the tokens, and no mask function has seen more than its part."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != query.shape[2]:
+        given = None if position_ids is None else tuple(position_ids.shape)
+        raise ValueError(
+            f"sequence parallelism must give position_ids of all {query.shape[2]} tokens to the attention function, "
+            f"which show where packed documents start; got {'none' if given is None else f'shape {given}'}"
+        )
+    return _numbered_documents(position_ids, query)
+
+
+def _numbered_documents(position_ids: Tensor, query: Tensor) -> Tensor | None:
     starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if not is_traced(query) and not bool(starts.any()):
         return None
     return nn.functional.pad(starts.cumsum(-1), (1, 0))
 
 
-def _module_pattern(module: nn.Module, query: Tensor, key: Tensor, sliding_window: int | None) -> LayerPattern:
+def _module_pattern(
+    module: nn.Module, query: Tensor, key: Tensor, sliding_window: int | None, split: HeadSplit
+) -> LayerPattern:
     """The layer's pattern, built once per module and rebuilt when the configuration, device or dtype changes."""
     fields = getattr(module.config, "sparse_attention", None)
     dtype = ops.compute_dtype(query, key)
-    layer = (sliding_window, query.shape[1], key.shape[1], query.shape[-1], query.device, dtype)
+    layer = (sliding_window, query.shape[1], key.shape[1], query.shape[-1], query.device, dtype, split)
     cached = module.__dict__.get(PATTERN)
     if cached is None or cached[0] != fields or cached[1] != layer:
-        heads = query.shape[1], key.shape[1]
         pattern = layer_pattern(
             SparseAttentionConfig.from_dict(fields),
             _layer_idx(module),
-            *heads,
+            query.shape[1],
+            key.shape[1],
             query.shape[-1],
             query.device,
             dtype,
             sliding_window,
-            head_split(module, *heads),
+            split,
         )
         cached = (copy.deepcopy(fields), layer, pattern)  # a copy: the model's own may be changed in place
         module.__dict__[PATTERN] = cached

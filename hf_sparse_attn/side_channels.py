@@ -10,6 +10,7 @@ to. So these ride on the tensors and the module:
 | DOCUMENTS | the mask | `masks.read` | `masks.read` | each layer reads the mask itself |
 | SEEN_BY | position_ids | `notices` | `notices` | each layer looks at them itself |
 | PATTERN | an attention layer's `__dict__` | `integration` | `integration` | the pattern is built anew |
+| PART | a model's modules' `__dict__` | `split_heads` | `tensor_parallel` | a part of the heads is refused |
 
 Recorders and observers belong to a block of one thread and are context variables of `integration`.
 """
@@ -19,3 +20,4 @@ KEPT = "_sparse_attention_kept"
 DOCUMENTS = "_sparse_attention_documents"
 SEEN_BY = "_sparse_attention_seen_by"
 PATTERN = "_sparse_attention_pattern"
+PART = "_sparse_attention_part"

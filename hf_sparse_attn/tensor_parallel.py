@@ -1,7 +1,8 @@
-"""Which of a model's heads this process holds, where tensor parallelism splits them."""
+"""Which of a layer's heads this process holds, where tensor or sequence parallelism splits them."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,23 +10,49 @@ import torch
 from torch import nn
 
 from hf_sparse_attn.config import layer_shape, text_config
+from hf_sparse_attn.side_channels import PART
 
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Part `rank` of `size` equal parts of a layer's heads: query heads with the KV heads that they share."""
+    """Part `rank` of `size` equal parts of a layer's heads: query heads with the KV heads that they share.
+
+    by_sequence: a process has its part of the tokens everywhere else, and all of them for these heads alone.
+    """
 
     rank: int = 0
     size: int = 1
+    by_sequence: bool = False
+
+
+def split_heads(model: nn.Module, rank: int, size: int) -> None:
+    """Say which heads a sequence parallelism of your own gives to this process, wherever it gives only a part of them.
+
+    Ulysses, as DeepSpeed has it, needs no such word. Another exchange (all tokens of part `rank` of the query heads and
+    of their KV heads, around the attention function) does: the weights are whole, so nothing else tells which part it
+    is. The attention function must be given the position_ids of all tokens, which show where packed documents start.
+
+    Args:
+        model: its attention layers are told; a call with all of a layer's heads is not affected.
+        rank, size: part `rank` of `size` equal parts, such as the process's rank in the group and the group's size.
+
+    Raises:
+        ValueError: not 0 <= rank < size.
+    """
+    if not 0 <= rank < size:
+        raise ValueError(f"rank must be at least 0 and under size={size}, got {rank}")
+    for module in model.modules():
+        module.__dict__[PART] = rank, size
 
 
 def head_split(module: nn.Module, num_heads: int, num_kv_heads: int) -> HeadSplit:
-    """How tensor parallelism splits the heads of an attention layer.
+    """How tensor or sequence parallelism splits the heads of an attention layer.
 
-    The head counts say whether the heads are split at all (a sharded projection may gather its output again), the
-    layer's weights say which part is this process's.
+    The head counts say whether the heads are split at all (a sharded projection may gather its output again, sequence
+    parallelism may rest during evaluation). Which part is this process's is said by the layer's weights, by
+    `split_heads` or by DeepSpeed.
 
     Args:
         module: the attention layer, inside its forward (under FSDP its weights are whole only there).
@@ -33,24 +60,56 @@ def head_split(module: nn.Module, num_heads: int, num_kv_heads: int) -> HeadSpli
 
     Raises:
         ValueError: for parts that are not equal, or that part query heads from their own KV heads or from others of
-            the same group (keys are found once for the whole group).
+            the same group (keys are found once for the whole group), or that nobody tells apart.
     """
-    total = getattr(module.config, "num_attention_heads", num_heads)
-    if num_heads == total or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if num_heads == getattr(module.config, "num_attention_heads", num_heads):
         return HeadSplit()
-    part = _part(module)
-    if part is None:  # a model whose layers differ in their heads
+    shape = layer_shape(module.config, int(getattr(module, "layer_idx", None) or 0))
+    if shape is None or num_heads == shape[0] or not _several_processes(module):
         return HeadSplit()
+    total, total_kv, head_dim = shape
+    by_weights = _part(module)
+    part = by_weights or module.__dict__.get(PART) or _part_of_deepspeed()
+    if part is None:
+        if num_heads > total or _projects(module, num_heads * head_dim):  # a model whose layers differ in their heads
+            return HeadSplit()
+        raise _refused(
+            f"{num_heads} of {total} query heads came, and nothing says which; hf_sparse_attn.split_heads(model, rank, "
+            "size) does"
+        )
     rank, size = part
     if num_heads * size != total:
         raise _refused(f"one of {size} processes got {num_heads} of {total} query heads")
-    group = getattr(module, "num_key_value_groups", num_heads // num_kv_heads)
-    if num_heads == group * num_kv_heads:
-        return HeadSplit(rank, size)
+    if num_kv_heads * size == total_kv:
+        return HeadSplit(rank, size, by_weights is None)
     raise _refused(
         f"one of {size} processes got {num_heads} of {total} query heads and {num_kv_heads} KV heads, which serve "
-        f"{group * num_kv_heads} of them"
+        f"{total // total_kv * num_kv_heads} of them; the number of processes must divide num_key_value_heads={total_kv}"
     )
+
+
+def _several_processes(module: nn.Module) -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (distributed and torch.distributed.get_world_size() > 1) or PART in module.__dict__
+
+
+def _projects(module: nn.Module, features: int) -> bool:
+    """Whether the layer's own projection gives so many features, so that none of its query heads is elsewhere."""
+    return getattr(getattr(module, "q_proj", None), "out_features", None) == features
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _part_of_deepspeed() -> tuple[int, int] | None:
+    """Rank and size of DeepSpeed's group of sequence parallelism; None: it has none.
+
+    Ulysses makes a group of its own, which an engine, once there is one, is given as well.
+    """
+    ulysses = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
+    if getattr(ulysses, "_SEQUENCE_PARALLEL_GROUP", None) is not None:
+        return ulysses.get_sequence_parallel_rank(), ulysses.get_sequence_parallel_world_size()
+    groups = sys.modules.get("deepspeed.utils.groups")
+    size = 1 if groups is None else groups._get_sequence_parallel_world_size()
+    return None if groups is None or size == 1 else (groups._get_sequence_parallel_rank(), size)
 
 
 def _part(module: nn.Module) -> tuple[int, int] | None:
