@@ -19,7 +19,9 @@ from hf_sparse_attn.errors import RunError, one_line
 
 logger = logging.getLogger(__name__)
 
-BUFFER_ROWS = 64  # so many rows of tokens wait to be packed by best fit
+# So many tokens wait to be packed by best fit, and no fewer than so many rows.
+BUFFER_TOKENS = 2**21
+BUFFER_ROWS = 64
 
 
 class StreamedRows(IterableDataset[dict[str, np.ndarray]]):
@@ -32,8 +34,8 @@ class StreamedRows(IterableDataset[dict[str, np.ndarray]]):
     Args:
         datasets: see `load_documents`.
         split: of those that have splits.
-        kind: "packed", "best-fit" (among `BUFFER_ROWS` rows of tokens at a time) or "windowed", as the functions of
-            `hf_sparse_attn.data`.
+        kind: "packed", "best-fit" or "windowed", as the functions of `hf_sparse_attn.data`; best fit is among
+            `BUFFER_TOKENS` tokens or `BUFFER_ROWS` rows at a time, whichever is more.
         shares: of each dataset; see `mixed`. Needed for more than one dataset, as nobody knows how large they are.
         eos: see `tokenize`.
         pad_token_id: see `best_fit`.
@@ -122,13 +124,14 @@ class StreamedRows(IterableDataset[dict[str, np.ndarray]]):
 
 
 def _buffers(documents: Iterable[np.ndarray], context_length: int) -> Iterator[list[np.ndarray]]:
-    """Documents of `BUFFER_ROWS` rows of tokens or a little more; the last ones make at least one row."""
+    """Documents of enough tokens to be packed together; the last ones make at least one row."""
+    enough = max(BUFFER_TOKENS, BUFFER_ROWS * context_length)
     buffer: list[np.ndarray] = []
     size = 0
     for ids in documents:
         buffer.append(ids)
         size += len(ids)
-        if size >= BUFFER_ROWS * context_length:
+        if size >= enough:
             yield buffer
             buffer, size = [], 0
     if size >= context_length:

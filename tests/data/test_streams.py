@@ -75,6 +75,7 @@ def test_rows_are_those_of_the_loaded_documents_again_and_again(path, tiny_token
 def test_best_fit_among_the_documents_of_a_buffer(path, tiny_tokenizer, monkeypatch):
     """30 | 7, 12, 25 | 3: each buffer of three rows or more is packed on its own, and the last one is too short."""
     monkeypatch.setattr(streams, "BUFFER_ROWS", 3)
+    monkeypatch.setattr(streams, "BUFFER_TOKENS", 0)
     rows = islice(StreamedRows([path], tiny_tokenizer, 10, pad_token_id=tiny_tokenizer("_")["input_ids"][0]), 9)
     letters = [tiny_tokenizer.decode(row["input_ids"]) for row in rows]
     assert letters[:3] == letters[8:] * 3 == ["a" * 10] * 3
