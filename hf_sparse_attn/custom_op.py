@@ -145,9 +145,8 @@ _attention_backward.register_autograd(_second_backward)
 def _pattern(inputs: Inputs, fields: str, layer_idx: int, split: list[int], sliding_window: int | None) -> LayerPattern:
     query, key = inputs.query, inputs.key
     heads = query.shape[1], key.shape[1], query.shape[-1]
-    return _cached_pattern(
-        fields, layer_idx, *heads, query.device, compute_dtype(query, key), sliding_window, HeadSplit(*split)
-    )
+    own = HeadSplit(split[0], split[1])
+    return _cached_pattern(fields, layer_idx, *heads, query.device, compute_dtype(query, key), sliding_window, own)
 
 
 @lru_cache(maxsize=256)

@@ -82,9 +82,10 @@ def head_split(module: nn.Module, num_heads: int, num_kv_heads: int) -> HeadSpli
         raise _refused(f"one of {size} processes got {num_heads} of {total} query heads")
     if num_kv_heads * size == total_kv:
         return HeadSplit(rank, size, by_weights is None)
+    served = total // total_kv * num_kv_heads
     raise _refused(
         f"one of {size} processes got {num_heads} of {total} query heads and {num_kv_heads} KV heads, which serve "
-        f"{total // total_kv * num_kv_heads} of them; the number of processes must divide num_key_value_heads={total_kv}"
+        f"{served} of them; the number of processes must divide num_key_value_heads={total_kv}"
     )
 
 
@@ -104,7 +105,7 @@ def _part_of_deepspeed() -> tuple[int, int] | None:
 
     Ulysses makes a group of its own, which an engine, once there is one, is given as well.
     """
-    ulysses = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
+    ulysses: Any = sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp")
     if getattr(ulysses, "_SEQUENCE_PARALLEL_GROUP", None) is not None:
         return ulysses.get_sequence_parallel_rank(), ulysses.get_sequence_parallel_world_size()
     groups = sys.modules.get("deepspeed.utils.groups")

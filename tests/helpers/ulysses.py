@@ -52,7 +52,7 @@ def exchanging(attention, module, query, key, value, attention_mask, position_id
 
 @contextmanager
 def _own(model, told):
-    """A small Ulysses; `told` says by "a stand-in" for DeepSpeed's module, "split_heads" or "nobody" which part it is."""
+    """A small Ulysses; which part it is says "a stand-in" for DeepSpeed's module, "split_heads" or "nobody"."""
 
     def attention(*args, **kwargs):
         return exchanging(sparse_attention_forward, *args, **kwargs)
