@@ -23,12 +23,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_sparse_attn.attributes import evaluating, replaced_attribute
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
+from hf_sparse_attn.data import IGNORED_LABEL
 from hf_sparse_attn.errors import ArgumentError, check_integer
 from hf_sparse_attn.logits import Taught, causal_model_of, hidden_states_and_head, loss_is_chunked
 from hf_sparse_attn.side_channels import PATTERN
 from hf_sparse_attn.tracing import input_device
-
-IGNORED_LABEL = -100  # what the loss of Transformers skips
 
 
 @dataclass(frozen=True)
