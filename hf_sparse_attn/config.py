@@ -219,6 +219,11 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def sparse_config(config: Any) -> SparseAttentionConfig:
+    """The sparse attention of a model's config, the default one where it has none."""
+    return SparseAttentionConfig.from_dict(getattr(text_config(config), "sparse_attention", None))
+
+
 def longest_context(config: Any) -> int | None:
     """The most tokens that a model was made for, by the config of its text model; None if that does not say.
 

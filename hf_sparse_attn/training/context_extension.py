@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_sparse_attn.attributes import evaluating
 from hf_sparse_attn.config import longest_context, text_config
 from hf_sparse_attn.errors import ArgumentError, argument, one_line
 from hf_sparse_attn.evaluation.perplexity import row_losses
@@ -254,14 +255,10 @@ def check_first_loss(model: PreTrainedModel, row: Mapping[str, Sequence[int]], u
     """
     trained_length = longest_context(text_config(unscaled))
     assert trained_length is not None
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         losses, positions = row_losses(model, row)
         with _rotary_of(model, text_config(unscaled)):
             before, short = row_losses(model, {name: values[:trained_length] for name, values in row.items()})
-    finally:
-        model.train(was_training)
     inside = losses[: len(before)]
     beyond = losses[positions >= trained_length]
     return FirstLoss(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_sparse_attn.attributes import evaluating, replaced_attribute
-from hf_sparse_attn.config import SparseAttentionConfig, text_config
+from hf_sparse_attn.config import SparseAttentionConfig, sparse_config, text_config
 from hf_sparse_attn.data import IGNORED_LABEL
 from hf_sparse_attn.errors import ArgumentError, check_integer
 from hf_sparse_attn.logits import Taught, causal_model_of, hidden_states_and_head, loss_is_chunked
@@ -147,7 +147,7 @@ class Teacher:
         Yields:
             What was found; None if every row of the batch that has a target reads everything anyway.
         """
-        dense_below = SparseAttentionConfig.from_dict(getattr(self._config, "sparse_attention", None)).dense_below
+        dense_below = sparse_config(self._config).dense_below
         rows = sampled_rows(inputs["labels"], inputs.get("position_ids"), dense_below, self._settings.rows)
         if len(rows) == 0:
             yield None

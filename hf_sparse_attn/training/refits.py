@@ -21,7 +21,7 @@ from hf_sparse_attn.attributes import evaluating
 from hf_sparse_attn.calibration.budget_allocation import first_row
 from hf_sparse_attn.calibration.calibrate import minimum_tokens
 from hf_sparse_attn.calibration.refit import refit
-from hf_sparse_attn.config import SparseAttentionConfig, text_config
+from hf_sparse_attn.config import SparseAttentionConfig, sparse_config, text_config
 from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.evaluation.recall import measure_recall
 from hf_sparse_attn.logits import causal_model_of
@@ -61,7 +61,7 @@ def hash_recall(model: nn.Module, documents: Sequence[Tensor], *others: SparseAt
         One number for each configuration; None where no row there is sparse.
     """
     causal_model = causal_model_of(model)
-    configs = {str(i): config for i, config in enumerate((_own(causal_model), *others))}
+    configs = {str(i): config for i, config in enumerate((sparse_config(causal_model.config), *others))}
     read = [document[:_MOST_TOKENS] for document in documents[:1]]
     if not read or len(read[0]) < max(map(first_row, configs.values())) + _LEAST_ROWS:
         return None
@@ -97,7 +97,7 @@ class Refits(TrainerCallback):
         if self._every is None or state.global_step % self._every or model is None:
             return
         causal_model = causal_model_of(model)
-        old = _own(causal_model)
+        old = sparse_config(causal_model.config)
         with _calm(model):
             new, moved = refit(causal_model, self._documents, old)
         before, after = hash_recall(model, self._documents, new) or (None, None)
@@ -108,11 +108,6 @@ class Refits(TrainerCallback):
         entry: dict[str, Any] = {"refit_recall": {"before": before, "after": after}, "refit_is_taken": is_better}
         entry |= {"refit_predicted_loss": {"before": moved.old.loss, "after": moved.new.loss}}
         state.log_history.append(entry | {"step": state.global_step})
-
-
-def _own(model: nn.Module) -> SparseAttentionConfig:
-    config: Any = model.config
-    return SparseAttentionConfig.from_dict(getattr(text_config(config), "sparse_attention", None))
 
 
 def _calm(model: nn.Module) -> ExitStack:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hf_sparse_attn.config import SparseAttentionConfig, text_config
+from hf_sparse_attn.config import sparse_config
 from hf_sparse_attn.errors import ArgumentError, RunError, add_note, one_line
 from hf_sparse_attn.evaluation.perplexity import loss_by_position
 from hf_sparse_attn.logits import Taught, loss_in_chunks
@@ -145,16 +145,14 @@ class FinetuneTrainer(Trainer):
         super().__init__(model=model, **kwargs)
         self._teacher: Teacher | None = None
         if distillation is not None:
-            fields = getattr(text_config(self._config), "sparse_attention", None)
-            check_distillation(self.args, SparseAttentionConfig.from_dict(fields), sys.maxsize)
+            check_distillation(self.args, sparse_config(self._config), sys.maxsize)
             self._distillation, self._teacher = distillation, Teacher(model, distillation)
         every = getattr(self.args, "refit_every", None)
         if every is not None and self.is_sharded:
             raise ArgumentError("refit_every", "needs whole weights in each process, not FSDP or DeepSpeed")
         self._documents = [] if self.is_sharded else some_documents(kwargs.get("train_dataset") or ())
         if every is not None:
-            fields = getattr(text_config(self._config), "sparse_attention", None)
-            check_refits(SparseAttentionConfig.from_dict(fields), min(map(len, self._documents)))
+            check_refits(sparse_config(self._config), min(map(len, self._documents)))
         self.add_callback(Refits(self._documents, every))
 
     def hash_recall(self) -> float | None:

@@ -4,25 +4,18 @@ import pytest
 import torch
 from helpers.batches import tokens
 from helpers.families import NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, move_queries_and_keys, tiny_model
+from helpers.small_choices import CONFIG, LENGTH, choose_from_few
 
-from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.calibration import budget_allocation as allocation
 from hf_sparse_attn.calibration.budget_allocation import allocation_of
-from hf_sparse_attn.calibration.calibrate import calibrate, minimum_tokens, num_steps
+from hf_sparse_attn.calibration.calibrate import calibrate, num_steps
 from hf_sparse_attn.calibration.refit import MovedLayer, compare
-from hf_sparse_attn.hashing import product_quantizer
 
-CONFIG = SparseAttentionConfig(window_size=16, num_global_tokens=2, page_size=16, dense_below=60)
-LENGTH = minimum_tokens(CONFIG) + 22
 KEY_BUDGET = 1000
 
 
 @pytest.fixture(autouse=True)
 def small_choices(monkeypatch):
-    """Budgets that mean something at 200 tokens, and as many buckets as are worth fitting to them."""
-    monkeypatch.setattr(allocation, "BUDGETS", (0, 4, 8, 12, 16, 24, 32, 40))
-    monkeypatch.setattr(allocation, "MIN_WEIGHTS", (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
-    monkeypatch.setattr(product_quantizer, "CODEBOOK_SIZE", 4)
+    choose_from_few(monkeypatch)
 
 
 def documents():

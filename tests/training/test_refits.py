@@ -8,26 +8,19 @@ import pytest
 import torch
 from helpers.batches import tokens
 from helpers.families import move_queries_and_keys, tiny_model
+from helpers.small_choices import CONFIG, LENGTH, choose_from_few
 
 from hf_sparse_attn import SparseAttentionConfig, SparseCache
-from hf_sparse_attn.calibration import budget_allocation
 from hf_sparse_attn.calibration.calibrate import calibrate, minimum_tokens
 from hf_sparse_attn.errors import ArgumentError
-from hf_sparse_attn.hashing import product_quantizer
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.training import FinetuneArguments, FinetuneTrainer, make_trainer, refits, train
 from hf_sparse_attn.training.refits import check_refits, hash_recall
 
-CONFIG = SparseAttentionConfig(window_size=16, num_global_tokens=2, page_size=16, dense_below=60)
-LENGTH = minimum_tokens(CONFIG) + 22
-
 
 @pytest.fixture(autouse=True)
 def small_choices(monkeypatch):
-    """Budgets that mean something at 200 tokens, and as many buckets as are worth fitting to them."""
-    monkeypatch.setattr(budget_allocation, "BUDGETS", (0, 4, 8, 12, 16, 24, 32, 40))
-    monkeypatch.setattr(budget_allocation, "MIN_WEIGHTS", (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
-    monkeypatch.setattr(product_quantizer, "CODEBOOK_SIZE", 4)
+    choose_from_few(monkeypatch)
 
 
 def converted():
