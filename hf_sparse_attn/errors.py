@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ _MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", 
 
 class RunError(RuntimeError):
     """Something went wrong although the arguments were right; it is told in one line, too."""
+
+
+class OtherProcessError(RunError):
+    """Another process of the same run failed, too, and tells it."""
 
 
 class ArgumentError(ValueError):
@@ -48,6 +53,11 @@ class ArgumentError(ValueError):
         for other in self.others:
             problem = problem.replace(f"{{{other}}}", spell(other))
         return f"{spell(self.name)}{' ' if self.value else ''}{self.value}: {problem}"
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process on this machine of those that a launcher started; true without one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextmanager

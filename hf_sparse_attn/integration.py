@@ -223,10 +223,13 @@ def check_model(model: nn.Module) -> None:
     """Make sure that sparse attention really runs in a model, by a forward of eight tokens.
 
     Some families (Mamba, for one) take any attn_implementation and never call it: everything measured would be dense.
+    Weights that DeepSpeed has shared out among processes while they were loaded (ZeRO-3) cannot be tried like this.
 
     Raises:
         ValueError: if the model does not call it, or asks for something that it does not support.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return
     tokens = torch.zeros(1, 8, dtype=torch.int64, device=input_device(model))
     with record_density(model) as density:
         model(input_ids=tokens, use_cache=False)

@@ -54,6 +54,7 @@ class Head:
         forward: Callable[..., Any] | None = None,
     ) -> None:
         self._base, self._output, self._forward = model.base_model, output, forward or model.forward
+        self._last = model.get_output_embeddings()
         self.chunk_size = rows_of_chunk(vocab_size)
 
     @property
@@ -73,7 +74,7 @@ class Head:
         def finished(*args: Any, **kwargs: Any) -> ModelOutput:
             return output
 
-        with replaced_attribute(self._base, "forward", finished):
+        with replaced_attribute(self._base, "forward", finished), _without_group_hooks(self._last):
             return self._forward(input_ids=ids, use_cache=False).logits[0]
 
 
@@ -200,6 +201,21 @@ def _divergence(head: Head, hidden: Tensor, expected: Tensor) -> Tensor:
     with torch.no_grad():
         target = head(expected).float().log_softmax(-1)
     return F.kl_div(head(hidden).float().log_softmax(-1), target, reduction="sum", log_target=True)
+
+
+@contextmanager
+def _without_group_hooks(module: nn.Module | None) -> Iterator[None]:
+    """Call a module more often than the others of its FSDP group, whose weights the model's own call has gathered.
+
+    accelerate shards the last norm and the head as one group. Its hooks expect both to be called in turn: another call
+    of one alone would end in gathering too late and in freeing weights that are still in use.
+    """
+    state = getattr(module, "_get_fsdp_state", lambda: None)()
+    if module is None or len(getattr(state, "_modules", ())) < 2:
+        yield
+        return
+    with replaced_attribute(module, "_forward_pre_hooks", {}), replaced_attribute(module, "_forward_hooks", {}):
+        yield
 
 
 def causal_model_of(model: nn.Module) -> PreTrainedModel:

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import set_zero3_state
 
 from hf_sparse_attn.config import SparseAttentionConfig, layer_shape, sliding_windows, text_config
 from hf_sparse_attn.logits import rows_of_chunk
@@ -59,7 +60,7 @@ class ModelSize:
 
     def skeleton(self) -> PreTrainedModel:
         """The model without numbers, on the device meta."""
-        with torch.device("meta"):
+        with torch.device("meta"), set_zero3_state():  # or DeepSpeed, where ZeRO-3 is on, would share it out
             model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=self.dtype)
         return model
 

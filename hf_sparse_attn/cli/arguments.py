@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hf_sparse_attn.cli.argument_types import integer, number
-from hf_sparse_attn.errors import ArgumentError, RunError, add_note, fault_of_the_machine, one_line, reason
+from hf_sparse_attn.errors import (
+    ArgumentError,
+    OtherProcessError,
+    RunError,
+    add_note,
+    fault_of_the_machine,
+    is_first_process,
+    one_line,
+    reason,
+)
 from hf_sparse_attn.output_files import is_device, write_elsewhere, write_json
 
 FAILURE_STATUS = 1
@@ -95,10 +104,12 @@ def _status(main: Callable[[], None]) -> int:
         return _tell(f"error: {error}", error, USER_ERROR_STATUS)
     except ArgumentError as error:
         return _tell(f"error: {error.as_option()}", error, USER_ERROR_STATUS)
+    except OtherProcessError:
+        return FAILURE_STATUS
     except RunError as error:
         return _tell(f"error: {error}", error, FAILURE_STATUS)
     except KeyboardInterrupt as error:
-        return _tell("interrupted", error, INTERRUPTED_STATUS)
+        return _tell("interrupted", error, INTERRUPTED_STATUS) if is_first_process() else INTERRUPTED_STATUS
     except Exception as error:
         nameless = isinstance(error, OSError) and error.filename is None  # as errors of print are
         fault = _broken_stdout("\n" if nameless else "") or fault_of_the_machine(error)
@@ -119,8 +130,9 @@ def _tell(line: str, error: BaseException, status: int) -> int:
 
 
 def warn(message: str) -> None:
-    """Tell something in one line on stderr."""
-    print(f"{_script()}: warning: {message}", file=sys.stderr)
+    """Tell something in one line on stderr, once of several processes."""
+    if is_first_process():
+        print(f"{_script()}: warning: {message}", file=sys.stderr)
 
 
 class _Warnings(logging.Handler):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from hf_sparse_attn.cli.argument_types import json_object
 from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, argument, print_table, warn
@@ -25,13 +26,14 @@ from hf_sparse_attn.cli.options import DATASETS_HELP, FIELDS_HELP, MODEL_HELP, d
 from hf_sparse_attn.cli.training_rows import SourceOfRows
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.data import parse_mixture
-from hf_sparse_attn.errors import one_line
+from hf_sparse_attn.errors import OtherProcessError, is_first_process, one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
 from hf_sparse_attn.memory import ModelSize
 from hf_sparse_attn.output_files import check_output_directory, check_space
 from hf_sparse_attn.training import (
     Distillation,
     FinetuneArguments,
+    FinetuneTrainer,
     check_first_loss,
     check_packages,
     check_resumable,
@@ -44,6 +46,7 @@ from hf_sparse_attn.training import (
 )
 from hf_sparse_attn.training.allocator import return_freed_memory
 from hf_sparse_attn.training.distillation import check_distillation
+from hf_sparse_attn.training.processes import agreed, made_once
 from hf_sparse_attn.training.refits import check_refits
 
 _METAVARS = {
@@ -215,8 +218,8 @@ def last_checkpoint(output: Path) -> Path:
     )
 
 
-def main() -> None:
-    script, training = parse_arguments()
+def prepare(script: ScriptArguments, training: FinetuneArguments) -> tuple[FinetuneTrainer, int, list[str]]:
+    """What is to be trained, the number of held-out rows, and a line on each dataset."""
     distilled = distillation(script)
     resolve_checkpoint(training)
     with argument("--sparse-attention"):
@@ -226,7 +229,6 @@ def main() -> None:
     source = SourceOfRows(script.context_length, script.rows, script.eos, script.streaming)
     with argument("--dataset"):
         datasets, shares = parse_mixture(script.dataset)
-    source.read("--dataset", datasets)
     path, config, tokenizer, fields = read_checkpoint(script.model, overrides)
     sparse = SparseAttentionConfig.from_dict(fields)
     if distilled is not None:
@@ -246,9 +248,21 @@ def main() -> None:
         with argument("--resume_from_checkpoint"):
             check_resumable(Path(training.resume_from_checkpoint), size.skeleton(), training)
 
-    train_rows, facts = source.train_rows(datasets, shares, tokenizer, training)
-    eval_rows = source.eval_rows(script.eval_dataset, script.eval_rows, tokenizer) if script.eval_dataset else None
-    tell_memory(size, script.context_length, training, print)
+    facts: list[str] = []
+
+    def make_train_rows() -> Any:
+        source.read("--dataset", datasets)
+        rows, lines = source.train_rows(datasets, shares, tokenizer, training)
+        facts.extend(lines)
+        return rows
+
+    train_rows = make_train_rows() if script.streaming else made_once(make_train_rows)
+    if shares and not script.streaming:
+        training.train_sampling_strategy = "sequential"  # where another process has made the rows, too
+    eval_rows = None
+    if script.eval_dataset:
+        eval_rows = made_once(lambda: source.eval_rows(str(script.eval_dataset), script.eval_rows, tokenizer))
+    tell_memory(size, script.context_length, training, print if is_first_process() else lambda *_: None)
     if training.device.type == "cpu":
         return_freed_memory()
     model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype, config=extended)
@@ -266,11 +280,24 @@ def main() -> None:
             warn(problem)
     if script.eos and tokenizer.eos_token_id is None:
         warn("the tokenizer has no EOS token: documents end without one")
-    print(*facts, sep="\n", flush=True)
+    return trainer, 0 if eval_rows is None else len(eval_rows), facts
+
+
+def main() -> None:
+    try:
+        script, training = parse_arguments()
+    except UserError as error:
+        if is_first_process():
+            raise
+        raise OtherProcessError("the same error") from error
+    if not is_first_process():
+        disable_progress_bar()
+    trainer, num_eval_rows, facts = agreed(lambda: prepare(script, training))
+    if is_first_process():
+        print(*facts, sep="\n", flush=True)
     results = train(trainer)
-    print_table(
-        f"Saved to {training.output_dir}", ["", ""], result_rows(results, 0 if eval_rows is None else len(eval_rows))
-    )
+    if trainer.is_world_process_zero():
+        print_table(f"Saved to {training.output_dir}", ["", ""], result_rows(results, num_eval_rows))
 
 
 def result_rows(results: dict[str, Any], num_eval_rows: int) -> list[list[str]]:

@@ -82,7 +82,7 @@ def other_loss(arguments: TrainingArguments) -> str | None:
         "label_smoothing_factor": arguments.label_smoothing_factor,
         "torch_compile": arguments.torch_compile,
         "use_liger_kernel": arguments.use_liger_kernel,
-        "parallelism_config": arguments.parallelism_config,
+        "parallelism_config": arguments.parallelism_config and not arguments.parallelism_config.sp_enabled,
         "torch.nn.DataParallel (several GPUs in one process)": arguments.n_gpu > 1,
     }
     return next((name for name, value in given.items() if value), None)

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_sparse_attn.config import sparse_config
-from hf_sparse_attn.errors import ArgumentError, RunError, add_note, one_line
+from hf_sparse_attn.errors import ArgumentError, RunError, add_note, is_first_process, one_line
 from hf_sparse_attn.evaluation.perplexity import loss_by_position
 from hf_sparse_attn.logits import Taught, loss_in_chunks
 from hf_sparse_attn.output_files import finite, write_json
@@ -23,6 +23,7 @@ from hf_sparse_attn.training.arguments import FinetuneArguments, check_packages
 from hf_sparse_attn.training.checkpoints import checkpoints
 from hf_sparse_attn.training.distillation import Distillation, Teacher, check_distillation, other_loss
 from hf_sparse_attn.training.lora import add_lora, autocast_dtype, merge_lora
+from hf_sparse_attn.training.processes import TrainerOfProcesses, any_process
 from hf_sparse_attn.training.refits import Refits, check_refits, hash_recall, some_documents
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
     results: dict[str, Any] = {}
     recall = trainer.hash_recall()
     if trainer.eval_dataset is not None:
-        results |= trainer.held_out_losses("before")
+        trainer.at_beginning(lambda: results.update(trainer.held_out_losses("before")))
     watch = _Watch()
     trainer.add_callback(watch)
     try:
@@ -136,7 +137,7 @@ def train(trainer: FinetuneTrainer) -> dict[str, Any]:
     return results
 
 
-class FinetuneTrainer(Trainer):
+class FinetuneTrainer(TrainerOfProcesses):
     """A Trainer that stops at a loss which is not finite, before the weights and the checkpoints are lost to it."""
 
     def __init__(self, model: PreTrainedModel, *, distillation: Distillation | None = None, **kwargs: Any) -> None:
@@ -145,6 +146,8 @@ class FinetuneTrainer(Trainer):
         super().__init__(model=model, **kwargs)
         self._teacher: Teacher | None = None
         if distillation is not None:
+            if self.by_sequence:
+                raise ArgumentError("distill", "rows must not be divided among processes (Ulysses)")
             check_distillation(self.args, sparse_config(self._config), sys.maxsize)
             self._distillation, self._teacher = distillation, Teacher(model, distillation)
         every = getattr(self.args, "refit_every", None)
@@ -174,11 +177,6 @@ class FinetuneTrainer(Trainer):
             model, rows = cast(PreTrainedModel, self.model), cast(Any, self.eval_dataset)
             losses[f"eval_by_position_{when}"] = loss_by_position(model.eval(), rows)
         return losses
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether no process has all of the model, whose forward then is the Trainer's alone to call."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def restore_use_cache(self) -> None:
         """Undo that Trainer switches the cache off for training; the model is for generation as well."""
@@ -260,7 +258,8 @@ class _Watch(TrainerCallback):
     def _interrupt(self, *_: object) -> None:
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+        if is_first_process():
+            print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
 
     def raise_if_interrupted(self, trainer: Trainer) -> None:
         if self.interrupted:
@@ -275,6 +274,7 @@ class _Watch(TrainerCallback):
         self.begun = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.interrupted = any_process(self.interrupted, args.device)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -304,7 +304,7 @@ def _save_results(trainer: Trainer, results: dict[str, Any]) -> None:
 
 def _save_elsewhere(trainer: FinetuneTrainer, error: Exception) -> None:
     """Save what was trained so far among the temporary files, and note it with an error."""
-    if trainer.state.global_step > 0:
+    if trainer.state.global_step > 0 and trainer.can_save_alone:
         with suppress(Exception):
             directory = tempfile.mkdtemp(prefix="hf_sparse_attn-")
             trainer.restore_use_cache()
