@@ -35,7 +35,9 @@ from hf_sparse_attn.training import (
     FinetuneArguments,
     FinetuneTrainer,
     check_first_loss,
+    check_hub,
     check_packages,
+    check_parts_of_rows,
     check_resumable,
     checkpoints,
     damage,
@@ -226,6 +228,7 @@ def prepare(script: ScriptArguments, training: FinetuneArguments) -> tuple[Finet
         overrides = json_object(script.sparse_attention)
     dtype = parse_dtype(script.dtype)
     check_packages(training)
+    check_hub(training)
     source = SourceOfRows(script.context_length, script.rows, script.eos, script.streaming)
     with argument("--dataset"):
         datasets, shares = parse_mixture(script.dataset)
@@ -243,15 +246,18 @@ def prepare(script: ScriptArguments, training: FinetuneArguments) -> tuple[Finet
                 "the calibrated hash was fitted to keys under the rotary embeddings of before: with scaled ones it "
                 "finds less; --refit-every fits it anew while the model trains, convert --refit afterwards"
             )
+    check_parts_of_rows(training, config, script.context_length)
     size = ModelSize.of(extended or config, dtype)
     if training.resume_from_checkpoint is not None:
         with argument("--resume_from_checkpoint"):
             check_resumable(Path(training.resume_from_checkpoint), size.skeleton(), training)
 
+    if is_first_process():  # which makes the rows
+        source.read("--dataset", datasets, "train")
+        source.read("--eval-dataset", [script.eval_dataset] if script.eval_dataset else [], "validation")
     facts: list[str] = []
 
     def make_train_rows() -> Any:
-        source.read("--dataset", datasets)
         rows, lines = source.train_rows(datasets, shares, tokenizer, training)
         facts.extend(lines)
         return rows

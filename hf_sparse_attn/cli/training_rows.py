@@ -24,17 +24,17 @@ class SourceOfRows:
     kind: str
     eos: bool
     streaming: bool
-    _documents: dict[str, Dataset] = field(default_factory=dict)
+    _documents: dict[tuple[str, str], Dataset] = field(default_factory=dict)
 
-    def read(self, option: str, datasets: list[str]) -> None:
-        """Read the documents of datasets, unless they are streamed; what is wrong with one is told before the model.
+    def read(self, option: str, datasets: list[str], split: str) -> None:
+        """Read the documents of datasets, unless they are streamed; what is wrong with one is told before long work.
 
         Raises:
             UserError: naming the option.
         """
         for dataset in [] if self.streaming else datasets:
             with argument(option):
-                self._documents[dataset] = load_documents(dataset, "train")
+                self._documents[dataset, split] = load_documents(dataset, split)
 
     def train_rows(
         self, datasets: list[str], shares: list[float] | None, tokenizer: Any, training: FinetuneArguments
@@ -57,7 +57,7 @@ class SourceOfRows:
         parts, lines = [], []
         for dataset in datasets:
             with _naming("--dataset", dataset, datasets):
-                tokens = tokenize(self._documents.pop(dataset), tokenizer, self._eos(tokenizer))
+                tokens = tokenize(self._documents.pop((dataset, "train")), tokenizer, self._eos(tokenizer))
                 parts.append(self._rows(tokens, tokenizer))
             lines.append(f"{dataset}: {self._filled(lengths(tokens), len(parts[-1]))}")
         seed = training.seed if training.data_seed is None else training.data_seed
@@ -84,7 +84,7 @@ class SourceOfRows:
             if self.streaming:
                 stream = self._stream([dataset], None, tokenizer, "validation")
                 return dataset_of_rows(stream.first_rows(dataset, number))
-            tokens = tokenize(load_documents(dataset, "validation"), tokenizer, self._eos(tokenizer))
+            tokens = tokenize(self._documents.pop((dataset, "validation")), tokenizer, self._eos(tokenizer))
             rows = self._rows(tokens, tokenizer)
             # Spread over the documents: the first rows are all of the first one.
             return rows.select(range(0, len(rows), -(-len(rows) // number)))

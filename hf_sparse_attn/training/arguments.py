@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_sparse_attn.errors import argument
+from hf_sparse_attn.errors import ArgumentError, argument, one_line
 from hf_sparse_attn.training.lora import import_peft
 
 _LEAST = {
@@ -135,3 +135,19 @@ def check_packages(arguments: TrainingArguments) -> None:
     if getattr(arguments, "lora_rank", None) is not None:
         with argument("lora_rank"):
             import_peft()
+
+
+def check_hub(arguments: TrainingArguments) -> None:
+    """Make sure that the Hub, if the model is to be pushed there, can be reached and knows who asks.
+
+    Raises:
+        ArgumentError: for "push_to_hub".
+    """
+    if not arguments.push_to_hub:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami(token=arguments.hub_token)
+    except Exception as error:  # of several libraries, by what is wrong
+        raise ArgumentError("push_to_hub", f"the Hub does not tell who you are: {one_line(error)}") from error

@@ -28,6 +28,7 @@ from hf_sparse_attn.errors import ArgumentError, check_integer
 from hf_sparse_attn.logits import Taught, causal_model_of, hidden_states_and_head, loss_is_chunked
 from hf_sparse_attn.side_channels import PATTERN
 from hf_sparse_attn.tracing import input_device
+from hf_sparse_attn.training.processes import parts_of_rows
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,13 @@ def check_distillation(arguments: TrainingArguments, config: SparseAttentionConf
     """Make sure that a training can be distilled; quick, for before a model is loaded.
 
     Raises:
-        ArgumentError: for "distill": something else than the model's own forward is to compute the loss, or every row
-            of `context_length` tokens reads everything.
+        ArgumentError: for "distill": something else than the model's own forward is to compute the loss, rows are
+            divided among processes, or every row of `context_length` tokens reads everything.
     """
     if own := other_loss(arguments):
         raise ArgumentError("distill", f"needs the loss of the model's own forward, which {own} replaces")
+    if parts_of_rows(arguments) > 1:
+        raise ArgumentError("distill", "rows must not be divided among processes (Ulysses)")
     if context_length <= config.dense_below:
         told = f"nothing is sparse in rows of {context_length} tokens: rows under dense_below={config.dense_below} read"
         raise ArgumentError("distill", f"{told} everything")

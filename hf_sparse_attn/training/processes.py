@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_sparse_attn.errors import OtherProcessError
+from hf_sparse_attn.config import layer_shape, sliding_windows
+from hf_sparse_attn.errors import ArgumentError, OtherProcessError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,6 +85,33 @@ def _exchange(value: Any, failure: Exception | None = None) -> list[Any]:
         raise error from failure
     failure._agreed = True  # type: ignore[attr-defined]
     return []
+
+
+def parts_of_rows(arguments: TrainingArguments) -> int:
+    """The number of processes among which Ulysses is to divide each row's tokens, by the arguments or the launcher."""
+    config = arguments.parallelism_config
+    if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        config = ParallelismConfig()
+    return 1 if config is None else config.sp_size
+
+
+def check_parts_of_rows(arguments: TrainingArguments, config: Any, context_length: int) -> None:
+    """Make sure that Ulysses can divide the heads and rows of a model; quick, for before a model is loaded.
+
+    Args:
+        config: the model's.
+
+    Raises:
+        ArgumentError: for "parallelism_config".
+    """
+    size = parts_of_rows(arguments)
+    counts = {"tokens of a row": context_length}
+    for layer in sliding_windows(config):
+        if (shape := layer_shape(config, layer)) is not None:
+            counts[f"KV heads of layer {layer}"] = shape[1]
+    for what, count in counts.items():
+        if count % size:
+            raise ArgumentError("parallelism_config", f"sp_size={size} does not divide the {count} {what}")
 
 
 class _AtBeginning(TrainerCallback):

@@ -146,8 +146,6 @@ class FinetuneTrainer(TrainerOfProcesses):
         super().__init__(model=model, **kwargs)
         self._teacher: Teacher | None = None
         if distillation is not None:
-            if self.by_sequence:
-                raise ArgumentError("distill", "rows must not be divided among processes (Ulysses)")
             check_distillation(self.args, sparse_config(self._config), sys.maxsize)
             self._distillation, self._teacher = distillation, Teacher(model, distillation)
         every = getattr(self.args, "refit_every", None)

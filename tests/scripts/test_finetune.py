@@ -229,6 +229,44 @@ def test_bad_arguments_are_refused(run_script, assert_refused, arguments, change
     assert not arguments["--output"].exists()
 
 
+@pytest.fixture
+def no_model(monkeypatch):
+    def load_model(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("hf_sparse_attn.cli.finetune.load_model", load_model)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "words"),
+    [
+        (3, {}, "--parallelism-config: sp_size=3 does not divide the 2 KV heads of layer 0"),
+        (2, {"--context-length": 47}, "--parallelism-config: sp_size=2 does not divide the 47 tokens of a row"),
+        (2, {"--distill": "true"}, "--distill: rows must not be divided among processes (Ulysses)"),
+    ],
+    ids=["KV heads", "tokens", "distill"],
+)
+def test_parts_of_rows_that_cannot_be(
+    run_script, assert_refused, arguments, no_model, monkeypatch, size, changes, words
+):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")  # as `accelerate launch` tells it
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", str(size))
+    assert_refused(run_script(SCRIPT, *flat(arguments | changes)), words)
+
+
+def test_hub_that_nobody_knows_the_user_of(run_script, assert_refused, arguments, no_model):
+    options = arguments | {"--push-to-hub": "true", "--hub-token": "hf_none"}
+    assert_refused(run_script(SCRIPT, *flat(options)), "--push-to-hub: the Hub does not tell who you are: ")
+
+
+def test_datasets_are_read_before_anything_is_tokenised(run_script, assert_refused, arguments, monkeypatch):
+    def tokenize(*args, **kwargs):
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr("hf_sparse_attn.cli.training_rows.tokenize", tokenize)
+    assert_refused(run_script(SCRIPT, *flat(arguments | {"--eval-dataset": "missing.txt"})), "--eval-dataset")
+
+
 @pytest.mark.parametrize(
     ("specs", "options", "words"),
     [
