@@ -28,6 +28,8 @@ POLL_SECONDS = 0.1
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "sparse": ({}, "float32"),
     "sparse-checkpointing": ({"gradient_checkpointing": True}, "float32"),
+    "sparse-distilled": ({}, "float32"),
+    "sparse-distilled-checkpointing": ({"gradient_checkpointing": True}, "float32"),
     "sparse-lora": ({"lora_rank": 8}, "float32"),
     "sparse-lora-checkpointing": ({"lora_rank": 8, "gradient_checkpointing": True}, "float32"),
     "sparse-bf16": ({"bf16": True}, "float32"),
@@ -138,7 +140,7 @@ def measure(name: str, is_random: bool, case: str, length: int) -> dict[str, Any
     from hf_sparse_attn.benchmarking.random_models import random_sparse_model
     from hf_sparse_attn.loading import load_sparse_model, resolve_model
     from hf_sparse_attn.memory import ModelSize
-    from hf_sparse_attn.training import FinetuneArguments, make_trainer, training_memory
+    from hf_sparse_attn.training import Distillation, FinetuneArguments, make_trainer, training_memory
     from hf_sparse_attn.training.allocator import return_freed_memory
 
     options, dtype = CASES[case]
@@ -179,12 +181,13 @@ def measure(name: str, is_random: bool, case: str, length: int) -> dict[str, Any
             logging_first_step=False,
             **options,
         )
-        estimated = training_memory(ModelSize.of(model.config, torch_dtype), length, arguments)
+        distillation = Distillation(layer_weight=0.5) if "distilled" in case else None
+        estimated = training_memory(ModelSize.of(model.config, torch_dtype), length, arguments, distillation)
         if case.startswith("sdpa"):
             model.set_attn_implementation("sdpa")
             trainer = Trainer(model, arguments, default_data_collator, rows)
         else:
-            trainer = make_trainer(model, None, rows, arguments)
+            trainer = make_trainer(model, None, rows, arguments, distillation=distillation)
         trainer.add_callback(Watch())
         trainer.train()
     return {

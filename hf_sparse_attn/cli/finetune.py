@@ -268,7 +268,8 @@ def prepare(script: ScriptArguments, training: FinetuneArguments) -> tuple[Finet
     eval_rows = None
     if script.eval_dataset:
         eval_rows = made_once(lambda: source.eval_rows(str(script.eval_dataset), script.eval_rows, tokenizer))
-    tell_memory(size, script.context_length, training, print if is_first_process() else lambda *_: None)
+    tell = print if is_first_process() else lambda *_: None
+    tell_memory(size, script.context_length, training, tell, distilled)
     if training.device.type == "cpu":
         return_freed_memory()
     model = load_model(script.model, path, overrides, num_tokens=script.context_length, dtype=dtype, config=extended)

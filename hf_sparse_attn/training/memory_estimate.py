@@ -19,6 +19,7 @@ that of a hidden state between layers (the weights' dtype). Bytes:
     backward      N max(3 c I, 16 (H + K) d): the gradients in a layer
     logits        4 chunks of R V numbers in float32, with R rows as in `logits.rows_of_chunk`; and the gradient of the
                   head where that is trained, which comes first
+    distillation  3 more chunks of logits, and for each compared row D w, and 2 L D w where layers are compared, too
     attention     N K (8 d + 512) for each thread of a CPU
     libraries     of Python, as in `hf_sparse_attn.memory`, and those that read data
 
@@ -42,6 +43,7 @@ from hf_sparse_attn.training.lora import add_lora
 
 if TYPE_CHECKING:
     from hf_sparse_attn.training.arguments import FinetuneArguments
+    from hf_sparse_attn.training.distillation import Distillation
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ class TrainingMemory:
         always = sum(
             self.parts[name] for name in ("weights", "optimizer", "copies", "attention", "backward", "libraries")
         )
-        gradients, loss = self.parts["gradients"], self.parts["activations"] + self.parts["logits"]
+        gradients = self.parts["gradients"]
+        loss = sum(self.parts[name] for name in ("activations", "logits", "distillation"))
         return always + max(gradients + self.layer, loss + (gradients if self.accumulates else 0))
 
     def __str__(self) -> str:
@@ -82,13 +85,16 @@ class TrainingMemory:
         return f"{self.peak / 1e9:.1f} GB ({told}{apart}){offloaded}"
 
 
-def training_memory(size: ModelSize, num_tokens: int, arguments: FinetuneArguments) -> TrainingMemory:
+def training_memory(
+    size: ModelSize, num_tokens: int, arguments: FinetuneArguments, distillation: Distillation | None = None
+) -> TrainingMemory:
     """What a training takes.
 
     Args:
         size: of the model.
         num_tokens: of a row.
         arguments: of the training.
+        distillation: how it learns from its dense self, if it does.
     """
     model: Any = size.skeleton()
     norms = sum(
@@ -120,6 +126,7 @@ def training_memory(size: ModelSize, num_tokens: int, arguments: FinetuneArgumen
         "activations": hidden_states - offloaded + kept if arguments.gradient_checkpointing else size.num_layers * kept,
         "backward": tokens * max(3 * computed * inner, 16 * (heads + kv_heads) * head_dim),
         "logits": size.logits() + _trained_head(model),
+        "distillation": _taught(size, tokens, distillation) if distillation is not None else 0,
         "attention": torch.get_num_threads() * size.layer_in_float32(tokens) if on_cpu else 0,
         "libraries": LIBRARIES + _DATA_LIBRARIES,
     }
@@ -127,15 +134,19 @@ def training_memory(size: ModelSize, num_tokens: int, arguments: FinetuneArgumen
 
 
 def tell_memory(
-    size: ModelSize, num_tokens: int, arguments: FinetuneArguments, tell: Callable[[str], None]
+    size: ModelSize,
+    num_tokens: int,
+    arguments: FinetuneArguments,
+    tell: Callable[[str], None],
+    distillation: Distillation | None = None,
 ) -> TrainingMemory:
     """Tell how much memory a training takes, and log a warning if that is more than there is.
 
     Args:
-        size, num_tokens, arguments: see `training_memory`.
+        size, num_tokens, arguments, distillation: see `training_memory`.
         tell: called with the line.
     """
-    needs, free = training_memory(size, num_tokens, arguments), available_memory(arguments.device)
+    needs, free = training_memory(size, num_tokens, arguments, distillation), available_memory(arguments.device)
     there = "" if free is None else f"; {free / 1e9:.1f} GB are free"
     tell(f"estimated peak memory: {needs}{there}")
     if free is not None and needs.peak > free:
@@ -186,6 +197,12 @@ def optimizer_bytes(model: nn.Module, name: str) -> int:
             each = 0.5
         total += states * each * weight.numel()
     return int(total)
+
+
+def _taught(size: ModelSize, tokens: int, distillation: Distillation) -> int:
+    hidden, _, _ = size.widths()
+    layers = 2 * size.num_layers if distillation.layer_weight else 0
+    return size.logits() * 3 // 4 + min(distillation.rows, tokens) * (1 + layers) * hidden * size.dtype.itemsize
 
 
 def _trained_head(model: Any) -> int:

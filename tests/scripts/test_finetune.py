@@ -72,6 +72,9 @@ def test_memory_is_told_before_the_model_is_loaded(run_script, arguments, monkey
     warning, error = finished.stderr.splitlines()
     assert "warning: the estimate is more than the memory that is free on cpu: try, in this order, --grad" in warning
     assert error.endswith("there is too little memory: loading")
+    taught = {"--distill": "true", "--sparse-attention": '{"dense_below": 8}'}
+    finished = run_script(SCRIPT, *flat(arguments | taught))
+    assert "distillation 0.2" in finished.stdout
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from transformers import MixtralConfig
 from hf_sparse_attn import memory
 from hf_sparse_attn.benchmarking.random_models import shape_config
 from hf_sparse_attn.memory import ModelSize
-from hf_sparse_attn.training import FinetuneArguments, tell_memory, training_memory
+from hf_sparse_attn.training import Distillation, FinetuneArguments, tell_memory, training_memory
 from hf_sparse_attn.training.lora import add_lora
 from hf_sparse_attn.training.memory_estimate import optimizer_bytes
 
@@ -134,6 +134,20 @@ def test_offloaded_hidden_states_are_the_cpus(arguments):
     assert after.offloaded == 16 * TOKENS * 2048 * 2
     assert before.parts["activations"] - after.parts["activations"] == after.offloaded
     assert "GB of the CPU's" in str(after)
+
+
+def test_distillation_is_a_part(arguments):
+    size = ModelSize.of(shape_config("llama-3.2-1b"), torch.bfloat16)
+    plain, logits, layers, few = (
+        training_memory(size, TOKENS, arguments(), settings)
+        for settings in (None, Distillation(), Distillation(layer_weight=0.5), Distillation(rows=8, layer_weight=0.5))
+    )
+    assert plain.parts["distillation"] == 0
+    assert logits.parts["distillation"] == 3 * size.logits() // 4 + TOKENS * 2048 * 2
+    assert layers.parts["distillation"] - logits.parts["distillation"] == 2 * 16 * TOKENS * 2048 * 2
+    assert few.parts["distillation"] < layers.parts["distillation"]
+    long = [training_memory(size, 32768, arguments(), settings) for settings in (None, Distillation())]
+    assert long[1].peak - long[0].peak == long[1].parts["distillation"]
 
 
 def test_told_with_what_to_change(arguments, monkeypatch, caplog):
