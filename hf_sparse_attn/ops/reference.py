@@ -13,7 +13,12 @@ from hf_sparse_attn.patterns import LayerPattern, row_patterns, static_patterns
 
 
 def scored_keys(
-    query: Tensor, key: Tensor, pattern: LayerPattern, query_offset: int, key_offset: int = 0
+    query: Tensor,
+    key: Tensor,
+    pattern: LayerPattern,
+    query_offset: int,
+    key_offset: int = 0,
+    candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The keys that every row of one document scores, written out rule by rule.
 
@@ -23,6 +28,7 @@ def scored_keys(
         pattern: the layer's pattern.
         query_offset: position of the first query.
         key_offset: position of the first key.
+        candidates: as of `AttentionCall`.
 
     Returns:
         [num_heads, Q, N] bool twice: all scored keys, and those of them that were found through the buckets alone,
@@ -53,9 +59,13 @@ def scored_keys(
                     fixed = fixed | own.admits(p, position)
                 fixed = fixed & admissible
                 routable = admissible & ~static & (position <= p - config.window_size)
-                routed = _routed(
-                    group_query[i], key[kv_head], bucket[kv_head], position, static, routable, p, kv_head, pattern
-                )
+                if candidates is None:
+                    routed = _routed(
+                        group_query[i], key[kv_head], bucket[kv_head], position, static, routable, p, kv_head, pattern
+                    )
+                else:
+                    given = candidates[kv_head, i] + key_offset
+                    routed = torch.isin(position, given[given >= key_offset])
             all_scored.append(fixed | routed)
             all_routed.append(routed & ~fixed)
     shape = num_heads, num_queries, -1
@@ -72,9 +82,10 @@ def attended_keys(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """S(row) for every row of one document: [num_heads, Q, N], bool. Arguments as of `AttentionCall`."""
-    scored, routed = scored_keys(query, key, pattern, query_offset, key_offset)
+    scored, routed = scored_keys(query, key, pattern, query_offset, key_offset, candidates)
     logits = _logits(query, key, scaling, softcap).masked_fill(~scored, -torch.inf)
     weights = _softmax(logits, sinks)
     min_weights = torch.tensor(pattern.min_weights, dtype=weights.dtype, device=weights.device)[:, None, None]
@@ -123,18 +134,29 @@ def _pair(attended: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 def document_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
     """See `backend.AttendDocument`."""
     pattern, query_offset, key_offset, recorder = call.pattern, call.query_offset, call.key_offset, call.recorder
-    scaling, softcap, sinks = call.scaling, call.softcap, call.sinks
+    scaling, softcap, sinks, candidates = call.scaling, call.softcap, call.sinks, call.candidates
     attended = attended_keys(
-        query, key, pattern, query_offset, key_offset, scaling=scaling, softcap=softcap, sinks=sinks
+        query,
+        key,
+        pattern,
+        query_offset,
+        key_offset,
+        scaling=scaling,
+        softcap=softcap,
+        sinks=sinks,
+        candidates=candidates,
     )
+    keys = (torch.arange(key.shape[1], device=key.device) + key_offset).expand_as(attended[0])
+    rows = torch.arange(query.shape[1], device=key.device) + query_offset
     if recorder is not None:
-        scored, _ = scored_keys(query, key, pattern, query_offset, key_offset)
-        keys = (torch.arange(key.shape[1], device=key.device) + key_offset).expand_as(attended[0])
-        rows = torch.arange(query.shape[1], device=key.device) + query_offset
+        scored, _ = scored_keys(query, key, pattern, query_offset, key_offset, candidates)
         for head in range(query.shape[0]):
             num_attended, num_scored = int(attended[head].sum()), int(scored[head].sum())
             recorder.add(pattern, head, rows, num_attended, num_scored, partial(_pair, attended[head], keys))
     weights = _softmax(_logits(query, key, scaling, softcap).masked_fill(~attended, -torch.inf), sinks)
+    if call.dropout is not None:
+        heads = torch.arange(query.shape[0], device=key.device)[:, None, None]
+        weights = weights * call.dropout.factors(heads, rows[:, None], keys).to(weights)
     return weights.to(value.dtype) @ value.repeat_interleave(query.shape[0] // key.shape[0], 0)
 
 
@@ -151,4 +173,4 @@ def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
     return beside.softmax(-1)[..., : logits.shape[-1]]
 
 
-BACKEND = Backend(document_attention)
+BACKEND = Backend(document_attention, plain=True)

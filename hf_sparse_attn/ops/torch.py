@@ -10,7 +10,7 @@ weights (dot products with gathered rows). The backward computes each chunk agai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,26 +31,62 @@ _BLOCK = 64  # rows per banded matrix product
 
 def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     """See `ops.find_keys`."""
-    call = Call(_sparse_pieces, pattern)
-    start, end = call.dense_end(key.shape[1]), key.shape[1]
+    summed = query.unflatten(0, (len(key), -1)).sum(1)
+
+    def find(kv_head: int, index: BucketIndex, start: int, stop: int) -> None:
+        index.rows(start, stop).select_slots(summed[kv_head, start:stop], pattern.budgets[kv_head])
+
+    _each_chunk(find, key, AttentionCall(pattern), key.shape[1])
+
+
+def candidates(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
+    """The keys that the buckets give each row of one document: see `AttentionCall.candidates`.
+
+    Args:
+        query: [num_heads, Q, head_dim].
+        key: [num_key_value_heads, N, head_dim].
+        call: its pattern and positions.
+
+    Returns:
+        [num_key_value_heads, Q, largest budget or N], int32 on the device of `key`.
+    """
+    pattern, offset = call.pattern, call.query_offset
+    summed = query.unflatten(0, (len(key), -1)).sum(1)
+    dense = pattern.dense_rows() is None
+    width = 0 if dense else max(Call.of(call, _sparse_pieces).budget(head, key.shape[1]) for head in range(len(key)))
+    found = torch.full((len(key), query.shape[1], width), -1, dtype=torch.int32, device=key.device)
+
+    def find(kv_head: int, index: BucketIndex, start: int, stop: int) -> None:
+        rows = slice(start - offset, stop - offset)
+        keys, count = index.rows(start, stop).select(summed[kv_head, rows], pattern.budgets[kv_head])
+        unused = torch.arange(keys.shape[1], device=key.device) >= count[:, None]
+        found[kv_head, rows, : keys.shape[1]] = keys.masked_fill_(unused, -1)
+
+    _each_chunk(find, key, call, offset + query.shape[1])
+    return found
+
+
+def _each_chunk(
+    find: Callable[[int, BucketIndex, int, int], None], key: Tensor, given: AttentionCall, end: int
+) -> None:
+    """Calls `find(kv_head, its keys by bucket, start, stop)` for the sparse rows before `end`, a chunk at a time."""
+    pattern, call = given.pattern, Call.of(given, _sparse_pieces)
+    start = call.dense_end(end)
+    if end == start:
+        return
     static = static_positions(pattern.config, end, key.device)
     bucket = pattern.bucket_hash.assign(key)
-    summed = query.unflatten(0, (len(key), -1)).sum(1)
 
     def chunks() -> Iterator[tuple[int, BucketIndex, int, int]]:
         for kv_head in range(len(key)):
             if call.budget(kv_head, key.shape[1]):
-                index = BucketIndex(key[kv_head], bucket[kv_head], static, start, 0, pattern)
+                index = BucketIndex(key[kv_head], bucket[kv_head], static, start, call.key_offset, pattern)
                 for first, stop in row_chunks(pattern, start, end):
                     yield kv_head, index, first, stop
 
-    def find(chunk: tuple[int, BucketIndex, int, int]) -> None:
-        kv_head, index, first, stop = chunk
-        index.rows(first, stop).select_slots(summed[kv_head, first:stop], pattern.budgets[kv_head])
-
-    if end > start:
-        for _ in in_order(find, chunks(), torch.get_num_threads() if key.device.type == "cpu" else 1):
-            pass
+    num_workers = torch.get_num_threads() if key.device.type == "cpu" else 1
+    for _ in in_order(lambda chunk: find(*chunk), chunks(), num_workers):
+        pass
 
 
 @dataclass(frozen=True)
@@ -71,7 +107,7 @@ def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: i
     for kv_head in range(key.shape[0]):
         heads = range(kv_head * group, (kv_head + 1) * group)
         index = None
-        if call.budget(kv_head, key.shape[1]):
+        if call.candidates is None and call.budget(kv_head, key.shape[1]):
             index = BucketIndex(key[kv_head], bucket[kv_head], static, start, key_offset, pattern)
         order = torch.arange(key.shape[1], device=key.device) if index is None else index.order.long()
         table = _Table(order, key[kv_head].index_select(0, order), value[kv_head].index_select(0, order))
@@ -128,7 +164,10 @@ def _sparse(
     gathered: Tensor | None = None
     unused: Tensor | None = None  # entries of `gathered` that do not count
     with torch.no_grad():
-        if index is not None:
+        if call.candidates is not None:
+            given = call.candidates[kv_head, start - call.query_offset : stop - call.query_offset]
+            gathered, unused = given.clamp(min=0), given < 0
+        elif index is not None:
             gathered, count = index.rows(start, stop).select_slots(query.sum(0), pattern.budgets[kv_head])
             if bool((count < gathered.shape[1]).any()):
                 unused = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
@@ -137,6 +176,12 @@ def _sparse(
             gathered, unused = _with_row_keys(
                 gathered, unused, position, static, window, key_offset, pattern, table.order
             )
+
+    def keys() -> Tensor:
+        """The position of the key in each column of the table."""
+        parts = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
+        return torch.cat(parts if gathered is None else [*parts, table.order[gathered] + key_offset], -1)
+
     outputs = []
     for i, rows in enumerate(query):
         head = kv_head * len(query) + i
@@ -154,22 +199,23 @@ def _sparse(
         if num_routed and pattern.min_weights[head]:
             routed = slice(sum(widths[:2]), sum(widths[:2]) + num_routed)
             side_by_side = _drop_light(side_by_side, routed, pattern.min_weights[head])
-        weights = side_by_side.softmax(-1)[:, : sum(widths)].split(widths, -1)
+        softmax = side_by_side.softmax(-1)[:, : sum(widths)]
+        if call.dropout is not None:
+            softmax = softmax * call.dropout.factors(position.new_tensor(head), position[:, None], keys()).to(softmax)
+        weights = softmax.split(widths, -1)
         output = weights[0] @ static_value + _window_values(weights[1], band_value)
         if gathered is not None:
             output = output + _GatherSum.apply(weights[2], value, table.value, gathered, table.order)
         outputs.append(output)
         if recorder is not None:
             attended = side_by_side[:, : sum(widths)] > -torch.inf
-            parts = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
-            parts += [table.order[gathered] + key_offset] if gathered is not None else []
-            read = partial(_read, attended, parts)
+            read = partial(_read, attended, keys)
             call.record(head, position, int(attended.sum()), num_scored, read)
     return torch.stack(outputs)
 
 
-def _read(attended: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return attended, torch.cat(keys, -1)
+def _read(attended: Tensor, keys: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    return attended, keys()
 
 
 def _drop_light(scores: Tensor, routed: slice, min_weight: float) -> Tensor:
@@ -325,7 +371,8 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, call: Attentio
     for high in [*_not_finite(key, value, start, call.key_offset), end]:
         rows, keys = slice(low - start, high - start), slice(0, high - call.key_offset)
         parts = query[:, rows], key[:, keys], value[:, keys]
-        outputs.append(attend_in_pieces(_sparse_pieces, *parts, replace(call, query_offset=low)))
+        given = None if call.candidates is None else call.candidates[:, rows]
+        outputs.append(attend_in_pieces(_sparse_pieces, *parts, replace(call, query_offset=low, candidates=given)))
         low = high
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
@@ -341,4 +388,4 @@ def _not_finite(key: Tensor, value: Tensor, start: int, key_offset: int) -> list
     return (torch.nonzero(begins).flatten() + start + 1).tolist()
 
 
-BACKEND = Backend(document_attention, find_keys=find_keys)
+BACKEND = Backend(document_attention, find_keys=find_keys, plain=True)

@@ -10,6 +10,14 @@ from torch import Tensor
 from hf_sparse_attn.config import SparseAttentionConfig
 
 
+def mix(x: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3, of the lowest 32 bits of each number: int64 in, int64 under 2**32 out."""
+    x = x & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 @dataclass(frozen=True)
 class SeededRandom:
     """`num_random_keys`, `seed`: so many draws from 0 .. p for the row at position p.
@@ -27,12 +35,8 @@ class SeededRandom:
 
     def keys(self, position: Tensor) -> Tensor:
         draw = torch.arange(self.num_keys, device=position.device)
-        mask = 0xFFFFFFFF
-        seed = self.seed * 0xC2B2AE3D & mask
-        x = (position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + seed) & mask
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            x = ((x ^ (x >> shift)) * factor) & mask
-        x = x ^ (x >> 16)
+        seed = self.seed * 0xC2B2AE3D & 0xFFFFFFFF
+        x = mix(position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + seed)
         return x % (position[:, None] + 1)
 
     def admits(self, row: int, position: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
 
@@ -25,6 +26,10 @@ class AttentionCall:
         recorder: is told which keys each row read; None records nothing.
         index: that of the cached keys, which the new ones are appended to, or None; no gradients flow where there is
             one, and only a backend with an index is given one.
+        dropout: of the weights, after the softmax, or None; only a backend with `plain` is given one.
+        candidates: [num_key_value_heads, Q, K] int32, indices of keys that stand in place of those which the buckets
+            would give each row, negative for none; None: those of the buckets. Only a backend with `plain` is given
+            them.
     """
 
     pattern: LayerPattern
@@ -35,3 +40,5 @@ class AttentionCall:
     sinks: Tensor | None = None
     recorder: Recorder | None = None
     index: Any = None  # a `backend.Index`, of the implementation that is called
+    dropout: Dropout | None = None
+    candidates: Tensor | None = None

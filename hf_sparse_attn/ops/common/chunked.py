@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse_attn.ops.common.call import AttentionCall
+from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
@@ -90,6 +91,8 @@ class Call:
     scaling: float = 1.0
     softcap: float | None = None
     no_sinks: bool = True
+    dropout: Dropout | None = None
+    candidates: Tensor | None = None
     recorder: Recorder | None = None
     in_threads: bool = True
     backward: bool = False
@@ -100,12 +103,12 @@ class Call:
     def of(cls, call: AttentionCall, sparse_pieces: SparsePieces, **others: Any) -> Call:
         """The pieces' view of a call."""
         shared = (call.pattern, call.query_offset, call.key_offset, call.scaling, call.softcap)
-        return cls(sparse_pieces, *shared, call.sinks is None, call.recorder, **others)
+        return cls(sparse_pieces, *shared, call.sinks is None, call.dropout, call.candidates, call.recorder, **others)
 
     @property
     def plain(self) -> bool:
         """Whether SDPA can compute the dense rows."""
-        return self.softcap is None and self.no_sinks
+        return self.softcap is None and self.no_sinks and self.dropout is None
 
     def budget(self, kv_head: int, num_keys: int) -> int:
         """Keys that rows find of this KV head, which has so many, through buckets."""
@@ -312,6 +315,9 @@ def _dense(call: Call, start: int, query: Tensor, key: Tensor, value: Tensor, si
     scores = hide(cap(grouped @ key.unsqueeze(1).transpose(-1, -2), call.softcap), ~mask)
     sinks = None if sinks is None else sinks.view(grouped.shape[:2])
     weights = with_sinks(scores, sinks).softmax(-1)[..., : key.shape[1]]
+    if call.dropout is not None:
+        head = torch.arange(query.shape[0], device=key.device).view(*grouped.shape[:2], 1, 1)
+        weights = weights * call.dropout.factors(head, row, column).to(weights)
     return (weights @ value.unsqueeze(1)).flatten(0, 1).to(dtype)
 
 

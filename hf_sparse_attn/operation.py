@@ -1,0 +1,320 @@
+"""The attention as an operation on queries, keys and values, for programs without a Transformers model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn import ops
+from hf_sparse_attn.attention import Inputs, attention
+from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.custom_op import compiled_attention
+from hf_sparse_attn.errors import ArgumentError, check_integer
+from hf_sparse_attn.masks.documents import Document
+from hf_sparse_attn.masks.mask_function import signed_positions
+from hf_sparse_attn.masks.read import read_documents
+from hf_sparse_attn.ops.common.dropout import Dropout
+from hf_sparse_attn.patterns import LayerPattern, layer_pattern
+from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.tensor_parallel import HeadSplit
+from hf_sparse_attn.tracing import is_traced, refuse_transforms
+
+MODES = ("routed", "all", "local", "strided")
+
+
+@dataclass(frozen=True)
+class SparseIndex:
+    """The keys that `build_index` has chosen, to be applied many times.
+
+    Of each row, the keys that the buckets gave it are listed; its window and the other patterns follow from `config`.
+
+    Args:
+        config: what it was built by.
+        layer_idx: the layer, likewise.
+        shape: batch, KV heads, Q and N of the queries and keys that it fits.
+        documents: which tokens belong together, by the masks that it was built with.
+        candidates: for each document [num_key_value_heads, Q, K] int32, indices of keys in the document, negative for
+            none.
+    """
+
+    config: SparseAttentionConfig
+    layer_idx: int
+    shape: tuple[int, int, int, int]
+    documents: list[Document]
+    candidates: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory: 4 for each row and key."""
+        return sum(rows.nbytes for rows in self.candidates)
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: SparseAttentionConfig,
+    layer_idx: int = 0,
+    mode: str = "routed",
+    key_padding_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Causal sparse attention: softmax(scaling * query . key over S(row)) . value.
+
+    S(row) is defined in `SparseAttentionConfig`. The last query belongs to the last key, so Q < N continues a document
+    whose first N - Q keys are cached.
+
+    Args:
+        query: [batch, num_heads, Q, head_dim]; any float dtype, computed in float32 or float64.
+        key, value: [batch, num_key_value_heads, N, head_dim]; num_heads is a multiple of num_key_value_heads.
+        config: which keys each row reads, and `config.implementation`.
+        layer_idx: layer whose budget and hash apply.
+        mode: see `in_mode`.
+        key_padding_mask: [batch, N], bool, True for tokens and False for padding, on either side or between; a query
+            that is padding gives zeros. (`torch.nn.MultiheadAttention` has it the other way round.)
+        attention_mask: [Q, N], [batch, Q, N] or [batch, 1, Q, N], bool, True where the row may read the key. It must
+            describe causal attention inside documents, whatever the padding and packing; positions count from the
+            first token of the row's own document.
+        dropout: probability with which each weight is dropped, after the softmax; the others are divided by
+            1 - dropout. At least 0 and under 1; "numba" and "triton" refuse it.
+        dropout_seed: what is dropped is a hash of this number (at least 0, under 2**63), the batch row, the head and
+            the positions of row and key: the same in a recompute. Needed for dropout > 0.
+        scaling: factor on query . key; head_dim ** -0.5 if None.
+        softcap: scores become softcap * tanh(score / softcap) before the softmax (Gemma 2, arXiv 2408.00118).
+        sinks: [num_heads], logits that take part in each softmax but carry no value (gpt-oss, arXiv 2508.10925).
+        recorder: is told which keys each row read, such as `AttentionStatistics`.
+
+    Returns:
+        [batch, num_heads, Q, head_dim of value], in query's dtype.
+
+    Raises:
+        ValueError: for shapes that do not fit together, masks of another kind, impossible numbers, and under
+            torch.jit.trace or torch.func.
+    """
+    refuse_transforms()
+    _check_shapes(query, key, value)
+    drop = _dropout(dropout, dropout_seed)
+    inputs = _inputs(query, key, value, key_padding_mask, attention_mask, sinks)
+    config = in_mode(config, mode)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if is_traced(query):
+        for name, given in (("dropout", drop), ("recorder", recorder), ("attention_mask", attention_mask)):
+            if given is not None:
+                raise ArgumentError(name, "torch.compile and torch.export do not support it in sparse_attention")
+        output = compiled_attention(inputs, config.to_dict(), layer_idx, HeadSplit(), None, scaling, softcap)
+    else:
+        pattern = _pattern(config, layer_idx, query, key)
+        output = attention(inputs, pattern, scaling, softcap, recorder, dropout=drop)
+    return output.transpose(1, 2)
+
+
+def build_index(
+    query: Tensor,
+    key: Tensor,
+    *,
+    config: SparseAttentionConfig,
+    layer_idx: int = 0,
+    mode: str = "routed",
+    key_padding_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> SparseIndex:
+    """Choose the keys of every row once, for `apply_index`. No gradient flows through the choice.
+
+    Args:
+        query, key, config, layer_idx, mode, key_padding_mask, attention_mask: as of `sparse_attention`.
+
+    Returns:
+        An index of at most Q x key_budget numbers for each KV head.
+
+    Raises:
+        ValueError: as `sparse_attention`; for an implementation other than "auto", "torch" and "reference"; and inside
+            torch.compile and torch.export.
+    """
+    refuse_transforms()
+    _refuse_tracing(query)
+    _check_shapes(query, key, key)
+    inputs = _inputs(query, key, key, key_padding_mask, attention_mask, None)
+    config = in_mode(config, mode)
+    pattern = _pattern(config, layer_idx, query, key)
+    documents, _ = read_documents(inputs, key.shape[2], None)
+    candidates = [
+        ops.find_candidates(
+            query[document.batch][:, document.queries],
+            key[document.batch][:, document.keys],
+            pattern=pattern,
+            query_offset=document.query_offset,
+            key_offset=document.key_offset,
+        )
+        for document in documents
+    ]
+    return SparseIndex(config, layer_idx, _shape(query, key), documents, candidates)
+
+
+def apply_index(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: SparseIndex,
+    *,
+    dropout: float = 0.0,
+    dropout_seed: int | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """Sparse attention over keys that were chosen before, from these tensors or others, such as another layer's.
+
+    Built from the same query and key, it is `sparse_attention`. Rows score the candidates of the index in place of
+    those that their own buckets would give, and read those of weight at least `min_weight`, as ever.
+
+    Args:
+        query, key, value: as of `sparse_attention`, with the batch, KV heads, Q and N of the index.
+        index: what `build_index` returned, its masks included.
+        dropout, dropout_seed, scaling, softcap, sinks, recorder: as of `sparse_attention`.
+
+    Returns:
+        [batch, num_heads, Q, head_dim of value], in query's dtype; gradients flow to query, key, value and sinks.
+
+    Raises:
+        ValueError: as `build_index`, and where the index is one of other shapes.
+    """
+    refuse_transforms()
+    _refuse_tracing(query)
+    _check_shapes(query, key, value)
+    if not isinstance(index, SparseIndex) or index.shape != _shape(query, key):
+        given = index.shape if isinstance(index, SparseIndex) else type(index).__name__
+        raise ArgumentError(
+            "index", f"must be one of batch, KV heads, queries and keys {_shape(query, key)}, got {given}"
+        )
+    drop = _dropout(dropout, dropout_seed)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    pattern = _pattern(index.config, index.layer_idx, query, key)
+    inputs = Inputs(query, key, value, sinks=sinks)
+    return attention(inputs, pattern, scaling, softcap, recorder, dropout=drop, index=index).transpose(1, 2)
+
+
+def in_mode(config: SparseAttentionConfig, mode: str) -> SparseAttentionConfig:
+    """A config that reads less, or everything, by one word.
+
+    Args:
+        config: the config.
+        mode: "routed" is the config as it is. "all" reads every key. "local" reads the window and the global keys
+            (`num_global_tokens`, `global_token_indices`). "strided" reads these and every `stride`-th key; where the
+            config has no stride, it is `window_size` (Sparse Transformer, arXiv 1904.10509). In "local" and "strided"
+            `dense_below` is 0.
+
+    Raises:
+        ArgumentError: for another mode.
+    """
+    if mode not in MODES:
+        raise ArgumentError("mode", f"must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "routed":
+        return config
+    if mode == "all":
+        return config.replace(dense_below=sys.maxsize)
+    stride = (config.stride or config.window_size) if mode == "strided" else 0
+    return config.replace(key_budget=0, num_random_keys=0, stride=stride, dense_below=0)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if query.ndim != 4 or key.ndim != 4 or key.shape[:3] != value.shape[:3] or query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            "query, key and value must be [batch, heads, tokens, head_dim] with one head_dim; got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if len(query) != len(key) or query.shape[1] % key.shape[1] or query.shape[2] > key.shape[2]:
+        raise ValueError(
+            "query must have key's batch, a multiple of its heads and at most its tokens; got "
+            f"query {tuple(query.shape)} and key {tuple(key.shape)}"
+        )
+
+
+def _shape(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
+    return len(key), key.shape[1], query.shape[2], key.shape[2]
+
+
+def _refuse_tracing(query: Tensor) -> None:
+    if is_traced(query):
+        raise ValueError("torch.compile and torch.export do not support build_index and apply_index")
+
+
+def check_dropout(p: Any) -> None:
+    """Make sure that a value is a probability that leaves something.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+        raise ArgumentError("dropout", f"must be a number of at least 0 and under 1, got {p!r}")
+
+
+def _dropout(p: float, seed: int | None) -> Dropout | None:
+    check_dropout(p)
+    if p == 0:
+        return None
+    if seed is None:
+        raise ArgumentError("dropout_seed", f"dropout={p} needs an integer that says what is dropped, got None")
+    check_integer("dropout_seed", seed, 0)
+    return Dropout(p, seed)
+
+
+def _inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attention_mask: Tensor | None,
+    sinks: Tensor | None,
+) -> Inputs:
+    """The tensors of a call, and its masks as one that `masks.read` reads."""
+    batch_size, num_queries, num_keys = len(query), query.shape[2], key.shape[2]
+    if key_padding_mask is not None:
+        _check_mask("key_padding_mask", key_padding_mask, [(batch_size, num_keys)], "for tokens and False for padding")
+    if attention_mask is not None:
+        pairs = num_queries, num_keys
+        shapes = [pairs, (batch_size, *pairs), (batch_size, 1, *pairs)]
+        _check_mask("attention_mask", attention_mask, shapes, "where the row may read the key")
+        while attention_mask.ndim < 4:
+            attention_mask = attention_mask.unsqueeze(-3)
+        if key_padding_mask is not None:
+            attention_mask = attention_mask & key_padding_mask[:, None, None]
+        attention_mask = attention_mask.expand(batch_size, 1, -1, -1)
+    elif key_padding_mask is not None:
+        attention_mask = signed_positions(
+            *(batch_size, num_queries, num_keys, num_keys - num_queries),
+            attention_mask=key_padding_mask,
+            device=query.device,
+        )
+    return Inputs(query, key, value, attention_mask, sinks=sinks)
+
+
+def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]], meaning: str) -> None:
+    if mask.dtype != torch.bool:
+        raise ArgumentError(name, f"must be bool, True {meaning}; got {mask.dtype}")
+    if tuple(mask.shape) not in shapes:
+        allowed = " or ".join(map(str, shapes))
+        raise ArgumentError(name, f"must be of shape {allowed}, got {tuple(mask.shape)}")
+
+
+def _pattern(config: SparseAttentionConfig, layer_idx: int, query: Tensor, key: Tensor) -> LayerPattern:
+    heads = query.shape[1], key.shape[1], query.shape[-1]
+    return _cached_pattern(config, layer_idx, *heads, query.device, ops.compute_dtype(query, key))
+
+
+@lru_cache(maxsize=64)
+def _cached_pattern(config: SparseAttentionConfig, layer_idx: int, *layer: Any) -> LayerPattern:
+    with torch.inference_mode(False):  # what is kept serves calls with gradients, too
+        return layer_pattern(config, layer_idx, *layer)
