@@ -80,10 +80,9 @@ class SparseAttention(nn.Module):
             config = SparseAttentionConfig.from_dict({**(config or SparseAttentionConfig()).to_dict(), **fields})
             config.key_budgets(layer_idx, num_key_value_heads)
             config.min_weights(layer_idx, num_heads)
-        in_mode(config, mode)
         self.hidden_size, self.num_heads, self.num_key_value_heads = hidden_size, num_heads, num_key_value_heads
         self.head_dim, self.dropout, self.is_causal = head_dim, dropout, is_causal
-        self.config, self.layer_idx, self.mode = config, layer_idx, mode
+        self.config, self.layer_idx = in_mode(config, mode), layer_idx
         like: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, **like)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, **like)
@@ -137,7 +136,7 @@ class SparseAttention(nn.Module):
             proj(context).unflatten(-1, (self.num_key_value_heads, self.head_dim)).transpose(1, 2)
             for proj in (self.k_proj, self.v_proj)
         )
-        chosen: dict[str, Any] = {"config": self.config, "layer_idx": self.layer_idx, "mode": self.mode}
+        chosen: dict[str, Any] = {"config": self.config, "layer_idx": self.layer_idx}
         masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "attention_mask": attention_mask}
         statistics = AttentionStatistics() if need_statistics else None
         others: dict[str, Any] = {"recorder": statistics}
@@ -155,7 +154,7 @@ class SparseAttention(nn.Module):
         return (output, *extras) if extras else output
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, is_causal={self.is_causal}, mode={self.mode!r}, dropout={self.dropout}"
+        return f"num_heads={self.num_heads}, is_causal={self.is_causal}, dropout={self.dropout}"
 
 
 def _drawn_seed() -> int:

@@ -107,15 +107,16 @@ def sparse_attention(
     _check_shapes(query, key, value)
     drop = _dropout(dropout, dropout_seed)
     inputs = _inputs(query, key, value, key_padding_mask, attention_mask, sinks)
-    config = in_mode(config, mode)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_traced(query):
+        if mode != "routed":
+            raise ArgumentError("mode", "torch.compile and torch.export need a config that `in_mode` made before")
         for name, given in (("dropout", drop), ("recorder", recorder), ("attention_mask", attention_mask)):
             if given is not None:
                 raise ArgumentError(name, "torch.compile and torch.export do not support it in sparse_attention")
-        output = compiled_attention(inputs, config.to_dict(), layer_idx, HeadSplit(), None, scaling, softcap)
+        output = compiled_attention(inputs, config.text, layer_idx, HeadSplit(), None, scaling, softcap)
     else:
-        pattern = _pattern(config, layer_idx, query, key)
+        pattern = _pattern(in_mode(config, mode), layer_idx, query, key)
         output = attention(inputs, pattern, scaling, softcap, recorder, dropout=drop)
     return output.transpose(1, 2)
 

@@ -58,11 +58,12 @@ class AttentionStatistics:
     def begin(self, query: Tensor, key: Tensor, call: AttentionCall) -> None:
         """Compute the sampled rows' dense weights, before a document's rows are told; see `AttentionCall`."""
         num_queries, dtype = query.shape[1], torch.promote_types(query.dtype, torch.float32)
-        step = max(-(-num_queries // self.num_rows), 1) if self.num_rows else num_queries + 1
-        first = call.query_offset + (num_queries - 1) % step
-        self._rows = range(first, call.query_offset + num_queries, step)
+        step, stop = -(-num_queries // max(self.num_rows, 1)), call.query_offset + num_queries
+        self._rows = range(call.query_offset + (num_queries - 1) % step, stop, step) if self.num_rows else range(0)
         self._key_offset = call.key_offset
-        rows = torch.arange(self._rows.start, self._rows.stop, step, device=key.device)
+        if not self._rows:
+            return
+        rows = torch.arange(self._rows.start, stop, step, device=key.device)
         position = torch.arange(key.shape[1], device=key.device) + call.key_offset
         visible = position <= rows[:, None]
         if call.pattern.sliding_window is not None:
