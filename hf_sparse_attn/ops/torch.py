@@ -164,7 +164,7 @@ def _sparse(
     gathered: Tensor | None = None
     unused: Tensor | None = None  # entries of `gathered` that do not count
     with torch.no_grad():
-        if call.candidates is not None:
+        if call.candidates is not None and call.candidates.shape[2]:
             given = call.candidates[kv_head, start - call.query_offset : stop - call.query_offset]
             gathered, unused = given.clamp(min=0), given < 0
         elif index is not None:
