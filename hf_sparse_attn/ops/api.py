@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 
 import torch
@@ -28,8 +29,9 @@ def sparse_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     recorder: Recorder | None = None,
+    is_causal: bool = True,
 ) -> Tensor:
-    """Causal sparse attention over whole documents: softmax(scaling * query . key over S(row)) . value.
+    """Sparse attention over whole documents: softmax(scaling * query . key over S(row)) . value.
 
     S(row) is defined in `SparseAttentionConfig`. The last query belongs to the last key, so Q < N continues a document
     whose first N - Q keys are cached.
@@ -43,6 +45,7 @@ def sparse_attention(
         softcap: scores become softcap * tanh(score / softcap) before the softmax (Gemma 2, arXiv 2408.00118).
         sinks: [num_heads], logits that take part in each softmax but carry no value (gpt-oss, arXiv 2508.10925).
         recorder: is told which keys each row read.
+        is_causal: False: rows read keys on both sides; of `config.implementation`, "reference" and "torch" can.
 
     Returns:
         [batch, num_heads, Q, head_dim of value], in query's dtype.
@@ -61,9 +64,9 @@ def sparse_attention(
             "query must have key's batch, a multiple of its heads and at most its tokens; got "
             f"query {tuple(query.shape)} and key {tuple(key.shape)}"
         )
-    pattern = layer_pattern(
-        config, layer_idx, query.shape[1], key.shape[1], query.shape[-1], query.device, compute_dtype(query, key)
-    )
+    heads = query.shape[1], key.shape[1], query.shape[-1]
+    dtype = compute_dtype(query, key)
+    pattern = layer_pattern(config, layer_idx, *heads, query.device, dtype, is_causal=is_causal)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     offset = key.shape[2] - query.shape[2]
     outputs = [
@@ -117,9 +120,11 @@ def document_attention(
     check_document(query, key, value, pattern, query_offset, key_offset, sinks)
     if not query.shape[1]:
         return query.new_empty(len(query), 0, value.shape[-1])
+    if not pattern.is_causal:
+        pattern = dataclasses.replace(pattern, num_tokens=key.shape[1])
     implementation, dense_rows = pattern.config.implementation, pattern.dense_rows()
-    backend = find_backend(implementation, query.device)
-    if implementation == "auto" and dense_rows is not None and query_offset + query.shape[1] > dense_rows:
+    backend = find_backend(implementation, query.device, pattern.is_causal)
+    if implementation == "auto" and pattern.is_causal and dense_rows is not None and query_offset + query.shape[1] > dense_rows:
         warn_if_slow(query.device)
     dtype, precise = backend.dtype(query, key), compute_dtype(query, key)
     sinks = None if sinks is None else sinks.to(precise)

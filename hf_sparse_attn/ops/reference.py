@@ -193,4 +193,4 @@ def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
     return beside.softmax(-1)[..., : logits.shape[-1]]
 
 
-BACKEND = Backend(document_attention)
+BACKEND = Backend(document_attention, both_sides=True)

@@ -39,14 +39,14 @@ def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     bucket = pattern.bucket_hash.assign(key)
     summed = query.unflatten(0, (len(key), -1)).sum(1)
 
-    def chunks() -> Iterator[tuple[int, BucketIndex, int, int]]:
+    def chunks() -> Iterator[tuple[int, BucketIndex | BothSidesIndex, int, int]]:
         for kv_head in range(len(key)):
             if call.budget(kv_head, key.shape[1]):
-                index = BucketIndex(key[kv_head], bucket[kv_head], static, start, 0, pattern)
+                index = _index(key[kv_head], bucket[kv_head], static, start, call)
                 for first, stop in row_chunks(pattern, start, end):
                     yield kv_head, index, first, stop
 
-    def find(chunk: tuple[int, BucketIndex, int, int]) -> None:
+    def find(chunk: tuple[int, BucketIndex | BothSidesIndex, int, int]) -> None:
         kv_head, index, first, stop = chunk
         index.rows(first, stop).select_slots(summed[kv_head, first:stop], pattern.budgets[kv_head])
 
@@ -91,8 +91,9 @@ def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: i
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
     """Sorted numbers as runs of consecutive ones: (first, one after the last)."""
-    starts = [number for number in numbers if number - 1 not in numbers]
-    ends = [number + 1 for number in numbers if number + 1 not in numbers]
+    known = set(numbers)
+    starts = [number for number in numbers if number - 1 not in known]
+    ends = [number + 1 for number in numbers if number + 1 not in known]
     return list(zip(starts, ends, strict=True))
 
 
@@ -238,6 +239,8 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, call: Attentio
     Rows before a key or value that is not finite are computed without it: in the products of a block of rows, 0 times
     NaN would reach them.
     """
+    if not call.pattern.is_causal:
+        return attend_in_pieces(_sparse_pieces, query, key, value, call)
     start, end, outputs, low = call.query_offset, call.query_offset + query.shape[1], [], call.query_offset
     for high in [*_not_finite(key, value, start, call.key_offset), end]:
         rows, keys = slice(low - start, high - start), slice(0, high - call.key_offset)
@@ -258,4 +261,4 @@ def _not_finite(key: Tensor, value: Tensor, start: int, key_offset: int) -> list
     return (torch.nonzero(begins).flatten() + start + 1).tolist()
 
 
-BACKEND = Backend(document_attention, find_keys=find_keys)
+BACKEND = Backend(document_attention, find_keys=find_keys, both_sides=True)
