@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,6 @@ from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.side_channels import INDEXES, KEPT
 from hf_sparse_attn.statistics import AttentionStatistics
-
-if TYPE_CHECKING:
-    from hf_sparse_attn.operation import SparseIndex
 
 
 class Inputs(NamedTuple):
@@ -56,7 +53,8 @@ def attention(
     recorder: Recorder | None = None,
     *,
     dropout: Dropout | None = None,
-    index: SparseIndex | None = None,
+    documents: list[Document] | None = None,
+    candidates: list[Tensor] | None = None,
 ) -> Tensor:
     """Sparse attention of a batch with any padding and packing.
 
@@ -65,7 +63,8 @@ def attention(
         pattern: the layer's pattern.
         scaling, softcap, recorder: as for `operation.sparse_attention`.
         dropout: of the weights, or None.
-        index: documents, and the keys that were chosen for their rows, in place of those that would be; or None.
+        documents: the documents of the batch; None: as the masks say.
+        candidates: of each of these `documents`, in place of what the buckets would give; see `AttentionCall`.
 
     Returns:
         [batch, Q, num_heads, head_dim], in query's dtype; zeros for padding.
@@ -77,7 +76,7 @@ def attention(
     batch_size, num_heads, q_length, _ = query.shape
     kept: KeptKeys | None = getattr(key, KEPT, None)
     kv_length = key.shape[2] if kept is None else kept.num_slots
-    by_document = dropout is not None or index is not None or isinstance(recorder, AttentionStatistics)
+    by_document = dropout is not None or documents is not None or isinstance(recorder, AttentionStatistics)
     if kept is None and softcap is None and not by_document and _is_dense(inputs, pattern):
         check_scores(scaling, softcap)
         output = F.scaled_dot_product_attention(
@@ -87,10 +86,9 @@ def attention(
             recorder.add_dense(pattern, range(batch_size * num_heads), kv_length - q_length, kv_length)
         return output.transpose(1, 2).contiguous()
 
-    if index is None:
+    every, window = documents, pattern.sliding_window
+    if every is None:
         every, window = read_documents(inputs, kv_length, pattern.sliding_window)
-    else:
-        every, window = index.documents, pattern.sliding_window
     if window != pattern.sliding_window:
         pattern = dataclasses.replace(pattern, sliding_window=window)
     indexes: KeyIndexes | None = getattr(key, INDEXES, None)
@@ -131,12 +129,12 @@ def attention(
             )
         return heads_first.transpose(0, 1).to(query.dtype)
 
-    chosen = [None] * len(every) if index is None else index.candidates
+    chosen = [None] * len(every) if candidates is None else candidates
     if batch_size == 1 and len(every) == 1 and every[0].queries == slice(0, q_length):
         return attend(every[0], chosen[0]).unsqueeze(0)
     output = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])
-    for document, candidates in zip(every, chosen, strict=True):
-        output[document.batch, document.queries] = attend(document, candidates)
+    for document, keys_of_rows in zip(every, chosen, strict=True):
+        output[document.batch, document.queries] = attend(document, keys_of_rows)
     return output
 
 

@@ -30,7 +30,8 @@ class SparseAttention(nn.Module):
             everything.
         bias: of all four projections.
         dropout: probability with which each attention weight is dropped while training; at least 0 and under 1.
-        is_causal: whether rows see no later keys.
+        is_causal: whether rows see no later keys. False: they read on both sides, and keys of a `context` are those of
+            another document, of any length (cross-attention).
         layer_idx: layer whose budget and hash apply; layers of different numbers hash differently.
         mode: "routed" (the config as it is), "all", "local" or "strided"; see `operation.in_mode`.
         device, dtype: of the weights.
@@ -106,7 +107,7 @@ class SparseAttention(nn.Module):
         Args:
             x: [batch, Q, hidden_size].
             context: [batch, N, hidden_size], what keys and values are made of; None: x. Under `is_causal` it is a
-                document whose last Q tokens are those of x.
+                document whose last Q tokens are those of x, else another document.
             key_padding_mask, attention_mask: [batch, N] and [batch, Q, N], bool; see `sparse_attention`.
             dropout_seed: says which weights are dropped while training. None: a number from PyTorch's own generator,
                 which `torch.manual_seed` sets and `torch.utils.checkpoint` restores for a recompute; with
@@ -123,6 +124,7 @@ class SparseAttention(nn.Module):
             ArgumentError: for tensors of other shapes and masks of another kind.
             ValueError: as `sparse_attention`.
         """
+        is_cross = context is not None and not self.is_causal
         context = x if context is None else context
         for name, tensor in (("x", x), ("context", context)):
             if tensor.ndim != 3 or tensor.shape[-1] != self.hidden_size:
@@ -137,6 +139,7 @@ class SparseAttention(nn.Module):
             for proj in (self.k_proj, self.v_proj)
         )
         chosen: dict[str, Any] = {"config": self.config, "layer_idx": self.layer_idx}
+        chosen |= {"is_causal": self.is_causal, "cross_attention": is_cross}
         masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "attention_mask": attention_mask}
         statistics = AttentionStatistics() if need_statistics else None
         others: dict[str, Any] = {"recorder": statistics}

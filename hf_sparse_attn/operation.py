@@ -37,6 +37,7 @@ class SparseIndex:
         config: what it was built by.
         layer_idx: the layer, likewise.
         shape: batch, KV heads, Q and N of the queries and keys that it fits.
+        is_causal: whether rows see no later keys.
         documents: which tokens belong together, by the masks that it was built with.
         candidates: for each document [num_key_value_heads, Q, K] int32, indices of keys in the document, negative for
             none.
@@ -45,6 +46,7 @@ class SparseIndex:
     config: SparseAttentionConfig
     layer_idx: int
     shape: tuple[int, int, int, int]
+    is_causal: bool
     documents: list[Document]
     candidates: list[Tensor]
 
@@ -61,6 +63,8 @@ def sparse_attention(
     *,
     config: SparseAttentionConfig,
     layer_idx: int = 0,
+    is_causal: bool = True,
+    cross_attention: bool = False,
     mode: str = "routed",
     key_padding_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -71,22 +75,25 @@ def sparse_attention(
     sinks: Tensor | None = None,
     recorder: Recorder | None = None,
 ) -> Tensor:
-    """Causal sparse attention: softmax(scaling * query . key over S(row)) . value.
+    """Sparse attention: softmax(scaling * query . key over S(row)) . value.
 
     S(row) is defined in `SparseAttentionConfig`. The last query belongs to the last key, so Q < N continues a document
-    whose first N - Q keys are cached.
+    whose first N - Q keys are cached; in cross-attention, queries and keys are of different documents, of any lengths.
 
     Args:
         query: [batch, num_heads, Q, head_dim]; any float dtype, computed in float32 or float64.
         key, value: [batch, num_key_value_heads, N, head_dim]; num_heads is a multiple of num_key_value_heads.
         config: which keys each row reads, and `config.implementation`.
         layer_idx: layer whose budget and hash apply.
+        is_causal: False: rows read keys on both sides; of `config.implementation`, "reference" and "torch" can.
+        cross_attention: with is_causal=False, rows have no place among the keys, so there is no window: they read the
+            global and strided keys, their random ones, and those that the buckets give them out of all.
         mode: see `in_mode`.
         key_padding_mask: [batch, N], bool, True for tokens and False for padding, on either side or between; a query
             that is padding gives zeros. (`torch.nn.MultiheadAttention` has it the other way round.)
         attention_mask: [Q, N], [batch, Q, N] or [batch, 1, Q, N], bool, True where the row may read the key. It must
             describe causal attention inside documents, whatever the padding and packing; positions count from the
-            first token of the row's own document.
+            first token of the row's own document. Not for is_causal=False.
         dropout: probability with which each weight is dropped, after the softmax; the others are divided by
             1 - dropout. At least 0 and under 1; "numba" and "triton" refuse it.
         dropout_seed: what is dropped is a hash of this number (at least 0, under 2**63), the batch row, the head and
@@ -104,20 +111,22 @@ def sparse_attention(
             torch.jit.trace or torch.func.
     """
     refuse_transforms()
-    _check_shapes(query, key, value)
+    _check_shapes(query, key, value, is_causal, cross_attention)
     drop = _dropout(dropout, dropout_seed)
-    inputs = _inputs(query, key, value, key_padding_mask, attention_mask, sinks)
+    inputs = _inputs(query, key, value, is_causal, key_padding_mask, attention_mask, sinks)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_traced(query):
         if mode != "routed":
             raise ArgumentError("mode", "torch.compile and torch.export need a config that `in_mode` made before")
-        for name, given in (("dropout", drop), ("recorder", recorder), ("attention_mask", attention_mask)):
-            if given is not None:
+        refused = {"dropout": drop, "recorder": recorder, "attention_mask": attention_mask, "is_causal": is_causal}
+        for name, given in refused.items():
+            if given is not None and given is not True:
                 raise ArgumentError(name, "torch.compile and torch.export do not support it in sparse_attention")
         output = compiled_attention(inputs, config.text, layer_idx, HeadSplit(), None, scaling, softcap)
     else:
-        pattern = _pattern(in_mode(config, mode), layer_idx, query, key)
-        output = attention(inputs, pattern, scaling, softcap, recorder, dropout=drop)
+        pattern = _pattern(in_mode(config, mode), layer_idx, query, key, is_causal)
+        documents = None if is_causal else _documents(inputs, key_padding_mask, cross_attention, pattern)
+        output = attention(inputs, pattern, scaling, softcap, recorder, dropout=drop, documents=documents)
     return output.transpose(1, 2)
 
 
@@ -127,6 +136,8 @@ def build_index(
     *,
     config: SparseAttentionConfig,
     layer_idx: int = 0,
+    is_causal: bool = True,
+    cross_attention: bool = False,
     mode: str = "routed",
     key_padding_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -134,7 +145,8 @@ def build_index(
     """Choose the keys of every row once, for `apply_index`. No gradient flows through the choice.
 
     Args:
-        query, key, config, layer_idx, mode, key_padding_mask, attention_mask: as of `sparse_attention`.
+        query, key, config, layer_idx, is_causal, cross_attention, mode, key_padding_mask, attention_mask: as of
+            `sparse_attention`.
 
     Returns:
         An index of at most Q x key_budget numbers for each KV head.
@@ -145,11 +157,11 @@ def build_index(
     """
     refuse_transforms()
     _refuse_tracing(query)
-    _check_shapes(query, key, key)
-    inputs = _inputs(query, key, key, key_padding_mask, attention_mask, None)
+    _check_shapes(query, key, key, is_causal, cross_attention)
+    inputs = _inputs(query, key, key, is_causal, key_padding_mask, attention_mask, None)
     config = in_mode(config, mode)
-    pattern = _pattern(config, layer_idx, query, key)
-    documents, _ = read_documents(inputs, key.shape[2], None)
+    pattern = _pattern(config, layer_idx, query, key, is_causal)
+    documents = _documents(inputs, key_padding_mask, cross_attention, pattern)
     candidates = [
         ops.find_candidates(
             query[document.batch][:, document.queries],
@@ -160,7 +172,7 @@ def build_index(
         )
         for document in documents
     ]
-    return SparseIndex(config, layer_idx, _shape(query, key), documents, candidates)
+    return SparseIndex(config, layer_idx, _shape(query, key), is_causal, documents, candidates)
 
 
 def apply_index(
@@ -194,17 +206,19 @@ def apply_index(
     """
     refuse_transforms()
     _refuse_tracing(query)
-    _check_shapes(query, key, value)
-    if not isinstance(index, SparseIndex) or index.shape != _shape(query, key):
-        given = index.shape if isinstance(index, SparseIndex) else type(index).__name__
+    if not isinstance(index, SparseIndex):
+        raise ArgumentError("index", f"must be what build_index returned, got {type(index).__name__}")
+    _check_shapes(query, key, value, index.is_causal, not index.is_causal)
+    if index.shape != _shape(query, key):
         raise ArgumentError(
-            "index", f"must be one of batch, KV heads, queries and keys {_shape(query, key)}, got {given}"
+            "index", f"must be one of batch, KV heads, queries and keys {_shape(query, key)}, got {index.shape}"
         )
     drop = _dropout(dropout, dropout_seed)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    pattern = _pattern(index.config, index.layer_idx, query, key)
+    pattern = _pattern(index.config, index.layer_idx, query, key, index.is_causal)
+    chosen: dict[str, Any] = {"documents": index.documents, "candidates": index.candidates}
     inputs = Inputs(query, key, value, sinks=sinks)
-    return attention(inputs, pattern, scaling, softcap, recorder, dropout=drop, index=index).transpose(1, 2)
+    return attention(inputs, pattern, scaling, softcap, recorder, dropout=drop, **chosen).transpose(1, 2)
 
 
 def in_mode(config: SparseAttentionConfig, mode: str) -> SparseAttentionConfig:
@@ -230,13 +244,16 @@ def in_mode(config: SparseAttentionConfig, mode: str) -> SparseAttentionConfig:
     return config.replace(key_budget=0, num_random_keys=0, stride=stride, dense_below=0)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, cross_attention: bool) -> None:
+    if is_causal and cross_attention:
+        raise ArgumentError("cross_attention", "is never causal; give is_causal=False as well")
     if query.ndim != 4 or key.ndim != 4 or key.shape[:3] != value.shape[:3] or query.shape[-1] != key.shape[-1]:
         raise ValueError(
             "query, key and value must be [batch, heads, tokens, head_dim] with one head_dim; got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    if len(query) != len(key) or query.shape[1] % key.shape[1] or query.shape[2] > key.shape[2]:
+    too_many = query.shape[2] > key.shape[2] and not cross_attention
+    if len(query) != len(key) or query.shape[1] % key.shape[1] or too_many:
         raise ValueError(
             "query must have key's batch, a multiple of its heads and at most its tokens; got "
             f"query {tuple(query.shape)} and key {tuple(key.shape)}"
@@ -276,6 +293,7 @@ def _inputs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    is_causal: bool,
     key_padding_mask: Tensor | None,
     attention_mask: Tensor | None,
     sinks: Tensor | None,
@@ -284,6 +302,8 @@ def _inputs(
     batch_size, num_queries, num_keys = len(query), query.shape[2], key.shape[2]
     if key_padding_mask is not None:
         _check_mask("key_padding_mask", key_padding_mask, [(batch_size, num_keys)], "for tokens and False for padding")
+    if attention_mask is not None and not is_causal:
+        raise ArgumentError("attention_mask", "is for causal attention; give a key_padding_mask")
     if attention_mask is not None:
         pairs = num_queries, num_keys
         shapes = [pairs, (batch_size, *pairs), (batch_size, 1, *pairs)]
@@ -293,13 +313,31 @@ def _inputs(
         if key_padding_mask is not None:
             attention_mask = attention_mask & key_padding_mask[:, None, None]
         attention_mask = attention_mask.expand(batch_size, 1, -1, -1)
-    elif key_padding_mask is not None:
+    elif key_padding_mask is not None and num_queries <= num_keys:
         attention_mask = signed_positions(
             *(batch_size, num_queries, num_keys, num_keys - num_queries),
             attention_mask=key_padding_mask,
             device=query.device,
         )
     return Inputs(query, key, value, attention_mask, sinks=sinks)
+
+
+def _documents(
+    inputs: Inputs, key_padding_mask: Tensor | None, cross_attention: bool, pattern: LayerPattern
+) -> list[Document]:
+    """The documents of a batch; of cross-attention, queries and the keys of another one that are no padding."""
+    num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
+    if not cross_attention:
+        return read_documents(inputs, num_keys, None)[0]
+    documents = []
+    for batch in range(len(inputs.query)):
+        keys: slice | Tensor = slice(0, num_keys)
+        if key_padding_mask is not None and not bool(key_padding_mask[batch].all()):
+            keys = torch.nonzero(key_padding_mask[batch]).flatten()
+        count = num_keys if isinstance(keys, slice) else len(keys)
+        if count:  # else the rows give zeros
+            documents.append(Document(batch, slice(0, num_queries), keys, count + pattern.config.window_size, 0))
+    return documents
 
 
 def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]], meaning: str) -> None:
@@ -310,12 +348,14 @@ def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]], meaning:
         raise ArgumentError(name, f"must be of shape {allowed}, got {tuple(mask.shape)}")
 
 
-def _pattern(config: SparseAttentionConfig, layer_idx: int, query: Tensor, key: Tensor) -> LayerPattern:
+def _pattern(
+    config: SparseAttentionConfig, layer_idx: int, query: Tensor, key: Tensor, is_causal: bool
+) -> LayerPattern:
     heads = query.shape[1], key.shape[1], query.shape[-1]
-    return _cached_pattern(config, layer_idx, *heads, query.device, ops.compute_dtype(query, key))
+    return _cached_pattern(config, layer_idx, is_causal, *heads, query.device, ops.compute_dtype(query, key))
 
 
 @lru_cache(maxsize=64)
-def _cached_pattern(config: SparseAttentionConfig, layer_idx: int, *layer: Any) -> LayerPattern:
+def _cached_pattern(config: SparseAttentionConfig, layer_idx: int, is_causal: bool, *layer: Any) -> LayerPattern:
     with torch.inference_mode(False):  # what is kept serves calls with gradients, too
-        return layer_pattern(config, layer_idx, *layer)
+        return layer_pattern(config, layer_idx, *layer, is_causal=is_causal)

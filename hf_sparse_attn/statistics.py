@@ -65,9 +65,10 @@ class AttentionStatistics:
             return
         rows = torch.arange(self._rows.start, stop, step, device=key.device)
         position = torch.arange(key.shape[1], device=key.device) + call.key_offset
-        visible = position <= rows[:, None]
+        older = rows[:, None] - position
+        visible = older >= 0 if call.pattern.is_causal else torch.ones_like(older, dtype=torch.bool)
         if call.pattern.sliding_window is not None:
-            visible &= position > rows[:, None] - call.pattern.sliding_window
+            visible &= older.abs() < call.pattern.sliding_window
         grouped = query[:, rows - call.query_offset].to(dtype).unflatten(0, (len(key), -1)) * call.scaling
         scores = (grouped @ key.to(dtype).unsqueeze(1).transpose(-1, -2)).flatten(0, 1)
         if call.softcap is not None:
@@ -104,7 +105,7 @@ class AttentionStatistics:
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
         """See `recording.Recorder`."""
         position = torch.arange(start, stop)
-        pairs = admissible_pairs(position, pattern.sliding_window)
+        pairs = admissible_pairs(position, pattern.sliding_window, pattern.num_tokens)
         self._count(pattern, heads, position, pairs)
         self._mass[heads.start : heads.stop] += sum(row in self._rows for row in range(start, stop))
 
@@ -113,6 +114,6 @@ class AttentionStatistics:
         num_heads = len(pattern.min_weights)
         if not len(self._reads):
             self._reads, self._mass = self._reads.new_zeros(num_heads, 2), self._mass.new_zeros(num_heads, 2)
-        admissible = admissible_pairs(position, pattern.sliding_window)
+        admissible = admissible_pairs(position, pattern.sliding_window, pattern.num_tokens)
         self._pairs += len(heads) * torch.tensor([num_attended, admissible])
         self._reads[heads.start : heads.stop] += torch.tensor([num_attended, len(position)])

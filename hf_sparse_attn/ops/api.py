@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 
 import torch
@@ -53,11 +54,14 @@ def document_attention(
     check_document(query, key, value, pattern, query_offset, key_offset, sinks)
     if not query.shape[1]:
         return query.new_empty(len(query), 0, value.shape[-1])
+    if not pattern.is_causal:
+        pattern = dataclasses.replace(pattern, num_tokens=key.shape[1])
     implementation, dense_rows = pattern.config.implementation, pattern.dense_rows()
-    backend = find_backend(implementation, query.device)
+    backend = find_backend(implementation, query.device, pattern.is_causal)
     if not backend.plain and (dropout is not None or candidates is not None):
         backend = _plain_backend(implementation, query.device)
-    if implementation == "auto" and dense_rows is not None and query_offset + query.shape[1] > dense_rows:
+    grows = pattern.is_causal and dense_rows is not None and query_offset + query.shape[1] > dense_rows
+    if implementation == "auto" and grows:
         warn_if_slow(query.device)
     dtype, precise = backend.dtype(query, key), compute_dtype(query, key)
     sinks = None if sinks is None else sinks.to(precise)
@@ -104,9 +108,11 @@ def find_candidates(query: Tensor, key: Tensor, *, pattern: LayerPattern, query_
         ValueError: as `document_attention`.
     """
     implementation = pattern.config.implementation
-    if not find_backend(implementation, query.device).plain:
+    if not find_backend(implementation, query.device, pattern.is_causal).plain:
         _plain_backend(implementation, query.device)
     check_document(query, key, key, pattern, query_offset, key_offset, None)
+    if not pattern.is_causal:
+        pattern = dataclasses.replace(pattern, num_tokens=key.shape[1])
     from hf_sparse_attn.ops.torch import candidates
 
     dtype = compute_dtype(query, key)

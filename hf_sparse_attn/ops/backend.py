@@ -71,6 +71,7 @@ class Backend:
         keeps_half: inputs of half precision are not converted to float32.
         cached_dtypes: half-precision dtypes in which the keys and values of a cache are read as they are.
         plain: it drops weights out and takes candidates that are given.
+        both_sides: has non-causal attention.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Backend:
         keeps_half: bool = False,
         cached_dtypes: frozenset[torch.dtype] = frozenset(),
         plain: bool = False,
+        both_sides: bool = False,
     ) -> None:
         self.document_attention = document_attention
         self.find_keys = find_keys
@@ -89,6 +91,7 @@ class Backend:
         self.keeps_half = keeps_half
         self.cached_dtypes = cached_dtypes
         self.plain = plain
+        self.both_sides = both_sides
 
     def dtype(self, query: Tensor, key: Tensor) -> torch.dtype:
         """The gradients of the tensors that it is given."""

@@ -14,12 +14,16 @@ from hf_sparse_attn.recording import Recorder
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Causal sparse attention of one document, without padding; the last key belongs to the last query.
+    """Sparse attention of one document, without padding; the last key belongs to the last query.
+
+    Where attention is not causal, rows may also be those of another document (cross-attention): their positions then
+    count on after the keys, further than a window reaches.
 
     Args:
         pattern: the layer's pattern.
         query_offset: position of the first query in its document.
-        key_offset: position of the first key (greater than 0 where a sliding cache has dropped the first ones).
+        key_offset: position of the first key (greater than 0 where a sliding cache has dropped the first ones; always
+            0 where attention is not causal).
         scaling: factor on query . key, greater than 0.
         softcap: scores become softcap * tanh(score / softcap); None: they stay.
         sinks: [num_heads], logits that take part in each softmax but carry no value, or None.
