@@ -10,7 +10,8 @@ from hf_sparse_attn.cache import SparseCache
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.integration import check_model, configure, record_density, register
 from hf_sparse_attn.moved import install as _install_moved_modules
-from hf_sparse_attn.ops import sparse_attention
+from hf_sparse_attn.operation import SparseIndex, apply_index, build_index, sparse_attention
+from hf_sparse_attn.statistics import AttentionStatistics
 from hf_sparse_attn.tensor_parallel import split_heads
 
 if TYPE_CHECKING:
@@ -24,20 +25,26 @@ if TYPE_CHECKING:
         UniformBudget,
     )
     from hf_sparse_attn.commands import convert, evaluate_perplexity, load_model, plot_pattern
+    from hf_sparse_attn.module import SparseAttention
     from hf_sparse_attn.training import FinetuneArguments, finetune
 
 __version__ = "0.1.0"
 __all__ = [
     "AdaptiveBudget",
+    "AttentionStatistics",
     "FinetuneArguments",
     "HeavyHitters",
     "KeyNorm",
     "Recency",
     "Recent",
     "Sinks",
+    "SparseAttention",
     "SparseAttentionConfig",
     "SparseCache",
+    "SparseIndex",
     "UniformBudget",
+    "apply_index",
+    "build_index",
     "check_model",
     "configure",
     "convert",
@@ -53,6 +60,7 @@ __all__ = [
 # Loaded when they are first asked for, so that importing stays fast.
 _MODULES = {
     "commands": ("convert", "evaluate_perplexity", "load_model", "plot_pattern"),
+    "module": ("SparseAttention",),
     "training": ("FinetuneArguments", "finetune"),
     "cache.policies": ("AdaptiveBudget", "HeavyHitters", "KeyNorm", "Recency", "Recent", "Sinks", "UniformBudget"),
 }

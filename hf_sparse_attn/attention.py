@@ -15,9 +15,11 @@ from hf_sparse_attn.cache.evicting import KeptKeys
 from hf_sparse_attn.masks.documents import Document
 from hf_sparse_attn.masks.read import read_documents
 from hf_sparse_attn.ops.checks import check_scores
+from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.side_channels import INDEXES, KEPT
+from hf_sparse_attn.statistics import AttentionStatistics
 
 
 class Inputs(NamedTuple):
@@ -44,14 +46,25 @@ class Inputs(NamedTuple):
 
 
 def attention(
-    inputs: Inputs, pattern: LayerPattern, scaling: float, softcap: float | None, recorder: Recorder | None = None
+    inputs: Inputs,
+    pattern: LayerPattern,
+    scaling: float,
+    softcap: float | None,
+    recorder: Recorder | None = None,
+    *,
+    dropout: Dropout | None = None,
+    documents: list[Document] | None = None,
+    candidates: list[Tensor] | None = None,
 ) -> Tensor:
     """Sparse attention of a batch with any padding and packing.
 
     Args:
         inputs: the tensors.
         pattern: the layer's pattern.
-        scaling, softcap, recorder: as for `ops.sparse_attention`.
+        scaling, softcap, recorder: as for `operation.sparse_attention`.
+        dropout: of the weights, or None.
+        documents: the documents of the batch; None: as the masks say.
+        candidates: of each of these `documents`, in place of what the buckets would give; see `AttentionCall`.
 
     Returns:
         [batch, Q, num_heads, head_dim], in query's dtype; zeros for padding.
@@ -63,7 +76,8 @@ def attention(
     batch_size, num_heads, q_length, _ = query.shape
     kept: KeptKeys | None = getattr(key, KEPT, None)
     kv_length = key.shape[2] if kept is None else kept.num_slots
-    if kept is None and _is_dense(inputs, pattern) and softcap is None:
+    by_document = dropout is not None or documents is not None or isinstance(recorder, AttentionStatistics)
+    if kept is None and softcap is None and not by_document and _is_dense(inputs, pattern):
         check_scores(scaling, softcap)
         output = F.scaled_dot_product_attention(
             query, key, value, is_causal=q_length > 1, scale=scaling, enable_gqa=True
@@ -72,7 +86,9 @@ def attention(
             recorder.add_dense(pattern, range(batch_size * num_heads), kv_length - q_length, kv_length)
         return output.transpose(1, 2).contiguous()
 
-    every, window = read_documents(inputs, kv_length, pattern.sliding_window)
+    every, window = documents, pattern.sliding_window
+    if every is None:
+        every, window = read_documents(inputs, kv_length, pattern.sliding_window)
     if window != pattern.sliding_window:
         pattern = dataclasses.replace(pattern, sliding_window=window)
     indexes: KeyIndexes | None = getattr(key, INDEXES, None)
@@ -93,7 +109,7 @@ def attention(
         "recorder": recorder,
     }
 
-    def attend(document: Document) -> Tensor:
+    def attend(document: Document, candidates: Tensor | None) -> Tensor:
         slots = document.keys if kept is None else document.queries
         rows = query[document.batch][:, document.queries]
         keys, values = key[document.batch][:, slots], value[document.batch][:, slots]
@@ -107,15 +123,18 @@ def attention(
                 query_offset=document.query_offset,
                 key_offset=document.key_offset,
                 index=None if indexes is None else indexes.of(document, pattern, keys),
+                dropout=None if dropout is None else dataclasses.replace(dropout, batch=document.batch),
+                candidates=candidates,
                 **given,
             )
         return heads_first.transpose(0, 1).to(query.dtype)
 
+    chosen = [None] * len(every) if candidates is None else candidates
     if batch_size == 1 and len(every) == 1 and every[0].queries == slice(0, q_length):
-        return attend(every[0]).unsqueeze(0)
+        return attend(every[0], chosen[0]).unsqueeze(0)
     output = query.new_zeros(batch_size, q_length, num_heads, value.shape[-1])
-    for document in every:
-        output[document.batch, document.queries] = attend(document)
+    for document, keys_of_rows in zip(every, chosen, strict=True):
+        output[document.batch, document.queries] = attend(document, keys_of_rows)
     return output
 
 

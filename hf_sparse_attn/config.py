@@ -96,6 +96,12 @@ class SparseAttentionConfig:
                 'hash is "calibrated" but calibrated_hash is missing; convert the checkpoint with scripts/convert.py '
                 'or set hash to "random"'
             )
+        object.__setattr__(self, "_text", repr(self.to_dict()))
+
+    @property
+    def text(self) -> str:
+        """`to_dict` as Python spells it, for graphs: Dynamo makes a variable of a number that another graph had not."""
+        return str(self.__dict__["_text"])
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any] | None) -> SparseAttentionConfig:

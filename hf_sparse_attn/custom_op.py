@@ -25,7 +25,7 @@ _NUM_TENSORS = len(Inputs._fields)
 
 def compiled_attention(
     inputs: Inputs,
-    fields: dict[str, Any] | None,
+    fields: str,
     layer_idx: int,
     split: HeadSplit,
     sliding_window: int | None,
@@ -36,14 +36,14 @@ def compiled_attention(
 
     Args:
         inputs: the tensors.
-        fields: the model's `config.sparse_attention`.
+        fields: `repr` of the model's `config.sparse_attention`, a dict or None.
         layer_idx, split, sliding_window, scaling, softcap: as for `routing.layer_pattern` and `attention.attention`.
 
     Returns:
         [batch, Q, num_heads, head_dim], in query's dtype.
     """
     parts = [split.rank, split.size]
-    return _attention(*inputs, repr(fields), layer_idx, parts, sliding_window, scaling, softcap)
+    return _attention(*inputs, fields, layer_idx, parts, sliding_window, scaling, softcap)
 
 
 @torch.library.custom_op("hf_sparse_attn::attention", mutates_args=())

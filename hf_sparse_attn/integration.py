@@ -115,7 +115,7 @@ def sparse_attention_forward(
     if is_traced(query):
         fields = getattr(module.config, "sparse_attention", None)
         layer_idx = _traced_layer_idx(module, key, fields)
-        return compiled_attention(inputs, fields, layer_idx, split, sliding_window, scaling, softcap), None
+        return compiled_attention(inputs, repr(fields), layer_idx, split, sliding_window, scaling, softcap), None
     refuse_transforms()
     pattern = _module_pattern(module, query, key, sliding_window, split)
     notice_positions(module.config, inputs, pattern)

@@ -96,10 +96,11 @@ class DensityRecorder:
     ) -> None:
         self.attended += num_attended
         self.scored += num_scored
-        self.admissible += admissible_pairs(position, pattern.sliding_window)
+        self.admissible += admissible_pairs(position, pattern.sliding_window, pattern.num_tokens)
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
-        pairs = len(heads) * admissible_pairs(torch.arange(start, stop), pattern.sliding_window)
+        position = torch.arange(start, stop)
+        pairs = len(heads) * admissible_pairs(position, pattern.sliding_window, pattern.num_tokens)
         if pattern.is_local:
             self.local += pairs
             return
@@ -108,7 +109,14 @@ class DensityRecorder:
         self.admissible += pairs
 
 
-def admissible_pairs(position: Tensor, sliding_window: int | None) -> int:
-    """(row, key) pairs of one head's rows at the given positions [R] that the model itself admits."""
+def admissible_pairs(position: Tensor, sliding_window: int | None, num_tokens: int | None = None) -> int:
+    """(row, key) pairs of one head's rows at the given positions [R] that the model itself admits.
+
+    Args:
+        num_tokens: of the document, where attention is not causal; None: rows read nothing after them.
+    """
     pairs = position + 1 if sliding_window is None else (position + 1).clamp(max=sliding_window)
-    return int(pairs.sum())
+    total = int(pairs.sum())
+    if num_tokens is not None:
+        total += admissible_pairs(num_tokens - 1 - position, sliding_window) - len(position)
+    return total

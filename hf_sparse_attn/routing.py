@@ -1,7 +1,8 @@
 """The candidates of each row: the index of keys by bucket, the scores of buckets, the selection.
 
-Everything here is causal: what a row is given depends on its own query and on keys at or before it. Positions count
-from the first token of the document. Nothing here carries a gradient.
+Everything here is causal: what a row is given depends on its own query and on keys at or before it. (For attention
+that is not, see `routing_both_sides`.) Positions count from the first token of the document. Nothing here carries a
+gradient.
 """
 
 from __future__ import annotations
@@ -128,21 +129,32 @@ class BucketIndex:
 
     def _row_counts(self, start: int, stop: int, lag: int) -> Tensor:
         """Keys of each bucket at least `lag` older than each row at start .. stop - 1: [rows, num_buckets], int32."""
-        num_rows = -(-(stop - start) // _COUNTED_ROWS) * _COUNTED_ROWS
         first = start - lag - self.key_offset  # index of the key that enters with the first row
-        low, high = max(0, min(first, len(self.key))), max(0, min(first + num_rows, len(self.key)))
-        row = torch.arange(low - first, high - first, device=self.key.device)
-        dynamic = self.bucket[low:high] < self.num_buckets
-        steps = self.key.new_zeros(num_rows, self.num_buckets)
-        steps[row[dynamic], self.bucket[low:high][dynamic]] = 1
-        base = torch.bincount(self.bucket[:low], minlength=self.num_buckets + 1)[:-1].to(steps)
-        # A running sum down the rows, as a product with a triangle of ones inside each block of rows.
-        steps = steps.unflatten(0, (-1, _COUNTED_ROWS))
-        triangle = torch.ones(_COUNTED_ROWS, _COUNTED_ROWS, device=steps.device, dtype=steps.dtype).tril()
-        within = torch.matmul(triangle, steps)
-        total = within[:, -1]
-        carried = total.cumsum(0) - total + base
-        return within.add_(carried.unsqueeze(1)).flatten(0, 1)[: stop - start].int()
+        return row_counts(self.bucket, self.num_buckets, first, stop - start, self.key.dtype)
+
+
+def row_counts(bucket: Tensor, num_buckets: int, first: int, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """How many of the keys up to index first + r are in each bucket, for rows r: [num_rows, num_buckets], int32.
+
+    Args:
+        bucket: [N]; keys in bucket `num_buckets` are not counted.
+        first: an index that may be before the first or after the last key.
+        dtype: a float dtype to count in.
+    """
+    wanted, num_rows = num_rows, -(-num_rows // _COUNTED_ROWS) * _COUNTED_ROWS
+    low, high = max(0, min(first, len(bucket))), max(0, min(first + num_rows, len(bucket)))
+    row = torch.arange(low - first, high - first, device=bucket.device)
+    dynamic = bucket[low:high] < num_buckets
+    steps = torch.zeros(num_rows, num_buckets, dtype=dtype, device=bucket.device)
+    steps[row[dynamic], bucket[low:high][dynamic]] = 1
+    base = torch.bincount(bucket[:low], minlength=num_buckets + 1)[:-1].to(steps)
+    # A running sum down the rows, as a product with a triangle of ones inside each block of rows.
+    steps = steps.unflatten(0, (-1, _COUNTED_ROWS))
+    triangle = torch.ones(_COUNTED_ROWS, _COUNTED_ROWS, device=steps.device, dtype=steps.dtype).tril()
+    within = torch.matmul(triangle, steps)
+    total = within[:, -1]
+    carried = total.cumsum(0) - total + base
+    return within.add_(carried.unsqueeze(1)).flatten(0, 1)[:wanted].int()
 
 
 @dataclass
@@ -175,7 +187,7 @@ class RowChunk:
         """As `select`, but with places in `index.order`, where each bucket's keys stand side by side."""
         index = self.index
         budget = min(budget, len(index.order))
-        ranked = _rank(self._scores(query), index.num_buckets)
+        ranked = rank(self._scores(query), index.num_buckets)
         while True:
             columns = min(index._columns, index.num_buckets)
             available, end = self._candidates(ranked, columns)
@@ -203,7 +215,7 @@ class RowChunk:
             torch.mm(query[rows], self.means[page].T, out=scores[rows])
             unroutable[rows] |= ~self.routable[page]
             low = high
-        # Finite, as `_rank` writes into the last bits of each score, and apart from those of unroutable buckets.
+        # Finite, as `rank` writes into the last bits of each score, and apart from those of unroutable buckets.
         largest = torch.finfo(scores.dtype).max / 2
         return scores.clamp_(-largest, largest).masked_fill_(unroutable, -2 * largest)
 
@@ -221,7 +233,7 @@ def _integer(dtype: torch.dtype) -> torch.dtype:
     return torch.int64 if dtype == torch.float64 else torch.int32
 
 
-def _rank(scores: Tensor, num_buckets: int) -> Tensor:
+def rank(scores: Tensor, num_buckets: int) -> Tensor:
     """Sort each row of `scores` in place, ascending, with the bucket number in the lowest bits of each score.
 
     The bits make room at 2**-13 of the score in float32 and 2**-42 in float64. Sorting bare numbers lets NumPy use

@@ -1,6 +1,6 @@
 """The operation and its implementations, which never import each other."""
 
-from hf_sparse_attn.ops.api import document_attention, find_keys, new_index, sparse_attention
+from hf_sparse_attn.ops.api import document_attention, find_candidates, find_keys, new_index
 from hf_sparse_attn.ops.backend import Index, compute_dtype
 from hf_sparse_attn.ops.dispatch import check_implementation
 
@@ -9,7 +9,7 @@ __all__ = [
     "check_implementation",
     "compute_dtype",
     "document_attention",
+    "find_candidates",
     "find_keys",
     "new_index",
-    "sparse_attention",
 ]

@@ -2,87 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.ops.backend import Index, compute_dtype
+from hf_sparse_attn.ops.backend import Backend, Index, compute_dtype
 from hf_sparse_attn.ops.checks import check_document, check_scores
 from hf_sparse_attn.ops.common.call import AttentionCall
+from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.ops.dispatch import find_backend, warn_if_slow
-from hf_sparse_attn.patterns import LayerPattern, layer_pattern
+from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
-from hf_sparse_attn.tracing import refuse_transforms
-
-
-def sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    config: SparseAttentionConfig,
-    layer_idx: int = 0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    recorder: Recorder | None = None,
-) -> Tensor:
-    """Causal sparse attention over whole documents: softmax(scaling * query . key over S(row)) . value.
-
-    S(row) is defined in `SparseAttentionConfig`. The last query belongs to the last key, so Q < N continues a document
-    whose first N - Q keys are cached.
-
-    Args:
-        query: [batch, num_heads, Q, head_dim]; any float dtype, computed in float32 or float64.
-        key, value: [batch, num_key_value_heads, N, head_dim].
-        config: which keys each row reads, and `config.implementation`.
-        layer_idx: layer whose budget and hash apply.
-        scaling: factor on query . key; head_dim ** -0.5 if None.
-        softcap: scores become softcap * tanh(score / softcap) before the softmax (Gemma 2, arXiv 2408.00118).
-        sinks: [num_heads], logits that take part in each softmax but carry no value (gpt-oss, arXiv 2508.10925).
-        recorder: is told which keys each row read.
-
-    Returns:
-        [batch, num_heads, Q, head_dim of value], in query's dtype.
-
-    Raises:
-        ValueError: for shapes that do not fit together, impossible numbers, and under torch.jit.trace or torch.func.
-    """
-    refuse_transforms()
-    if query.ndim != 4 or key.ndim != 4 or key.shape[:3] != value.shape[:3] or query.shape[-1] != key.shape[-1]:
-        raise ValueError(
-            "query, key and value must be [batch, heads, tokens, head_dim] with one head_dim; got "
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    if len(query) != len(key) or query.shape[1] % key.shape[1] or query.shape[2] > key.shape[2]:
-        raise ValueError(
-            "query must have key's batch, a multiple of its heads and at most its tokens; got "
-            f"query {tuple(query.shape)} and key {tuple(key.shape)}"
-        )
-    pattern = layer_pattern(
-        config, layer_idx, query.shape[1], key.shape[1], query.shape[-1], query.device, compute_dtype(query, key)
-    )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    offset = key.shape[2] - query.shape[2]
-    outputs = [
-        document_attention(
-            q,
-            k,
-            v,
-            pattern=pattern,
-            query_offset=offset,
-            key_offset=0,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=sinks,
-            recorder=recorder,
-        )
-        for q, k, v in zip(query, key, value, strict=True)
-    ]
-    output = outputs[0].unsqueeze(0) if len(outputs) == 1 else torch.stack(outputs)
-    return output.to(query.dtype)
+from hf_sparse_attn.statistics import AttentionStatistics
 
 
 def document_attention(
@@ -98,32 +31,45 @@ def document_attention(
     sinks: Tensor | None = None,
     recorder: Recorder | None = None,
     index: Index | None = None,
+    dropout: Dropout | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """Attention of one document through the implementation that the config names.
 
     Args:
         query: [num_heads, Q, head_dim]; any float dtypes are taken.
         key, value: [num_key_value_heads, N, head_dim].
-        pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index: see `AttentionCall`.
+        pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index, dropout, candidates: see
+            `AttentionCall`.
 
     Returns:
         [num_heads, Q, head_dim], in the dtype that was computed in: at least float32, except that "triton" keeps to the
         dtype of query and key.
 
     Raises:
-        ValueError: for tensors, positions or numbers that do not fit together.
+        ValueError: for tensors, positions or numbers that do not fit together, and for dropout or candidates where the
+            config names an implementation without them.
     """
     check_scores(scaling, softcap)
     check_document(query, key, value, pattern, query_offset, key_offset, sinks)
     if not query.shape[1]:
         return query.new_empty(len(query), 0, value.shape[-1])
+    if not pattern.is_causal:
+        pattern = dataclasses.replace(pattern, num_tokens=key.shape[1])
     implementation, dense_rows = pattern.config.implementation, pattern.dense_rows()
-    backend = find_backend(implementation, query.device)
-    if implementation == "auto" and dense_rows is not None and query_offset + query.shape[1] > dense_rows:
+    backend = find_backend(implementation, query.device, pattern.is_causal)
+    if not backend.plain and (dropout is not None or candidates is not None):
+        backend = _plain_backend(implementation, query.device)
+    grows = pattern.is_causal and dense_rows is not None and query_offset + query.shape[1] > dense_rows
+    if implementation == "auto" and grows:
         warn_if_slow(query.device)
     dtype, precise = backend.dtype(query, key), compute_dtype(query, key)
     sinks = None if sinks is None else sinks.to(precise)
-    call = AttentionCall(pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index)
+    call = AttentionCall(
+        pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index, dropout, candidates
+    )
+    if isinstance(recorder, AttentionStatistics):
+        recorder.begin(query, key, call)
     as_stored = index is not None and dtype == torch.float32 and {key.dtype} == {value.dtype} <= backend.cached_dtypes
     autocast = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
@@ -134,6 +80,44 @@ def document_attention(
             call,
         )
     return output
+
+
+def _plain_backend(implementation: str, device: torch.device) -> Backend:
+    """That of PyTorch's operations, if the config's `implementation` leaves the choice."""
+    if implementation != "auto":
+        raise ValueError(
+            f'implementation="{implementation}" knows neither attention dropout nor an index of chosen keys; choose '
+            '"auto", "torch" or "reference"'
+        )
+    return find_backend("torch", device)
+
+
+@torch.no_grad()
+def find_candidates(query: Tensor, key: Tensor, *, pattern: LayerPattern, query_offset: int, key_offset: int) -> Tensor:
+    """The keys that the buckets give each row of one document, found by PyTorch's operations.
+
+    Args:
+        query: [num_heads, Q, head_dim].
+        key: [num_key_value_heads, N, head_dim].
+        pattern, query_offset, key_offset: see `AttentionCall`.
+
+    Returns:
+        [num_key_value_heads, Q, K] int32: see `AttentionCall.candidates`; K is the largest budget of the KV heads.
+
+    Raises:
+        ValueError: as `document_attention`.
+    """
+    implementation = pattern.config.implementation
+    if not find_backend(implementation, query.device, pattern.is_causal).plain:
+        _plain_backend(implementation, query.device)
+    check_document(query, key, key, pattern, query_offset, key_offset, None)
+    if not pattern.is_causal:
+        pattern = dataclasses.replace(pattern, num_tokens=key.shape[1])
+    from hf_sparse_attn.ops.torch import candidates
+
+    dtype = compute_dtype(query, key)
+    with torch.autocast(query.device.type, enabled=False):
+        return candidates(query.to(dtype), key.to(dtype), AttentionCall(pattern, query_offset, key_offset))
 
 
 def new_index(pattern: LayerPattern, key: Tensor, key_offset: int) -> Index | None:

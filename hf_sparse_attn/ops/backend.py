@@ -70,6 +70,8 @@ class Backend:
         index: makes the index of a cached document's keys; None where a step groups them anew.
         keeps_half: inputs of half precision are not converted to float32.
         cached_dtypes: half-precision dtypes in which the keys and values of a cache are read as they are.
+        plain: it drops weights out and takes candidates that are given.
+        both_sides: has non-causal attention.
     """
 
     def __init__(
@@ -80,12 +82,16 @@ class Backend:
         index: StartIndex | None = None,
         keeps_half: bool = False,
         cached_dtypes: frozenset[torch.dtype] = frozenset(),
+        plain: bool = False,
+        both_sides: bool = False,
     ) -> None:
         self.document_attention = document_attention
         self.find_keys = find_keys
         self.index = index
         self.keeps_half = keeps_half
         self.cached_dtypes = cached_dtypes
+        self.plain = plain
+        self.both_sides = both_sides
 
     def dtype(self, query: Tensor, key: Tensor) -> torch.dtype:
         """The gradients of the tensors that it is given."""

@@ -59,10 +59,16 @@ def check_document(
             f"key has {num_kv_heads} heads of {head_dim}; the pattern's hash is one of {hash_shape[0]} heads of "
             f"{hash_shape[1]}"
         )
-    if not (query_offset >= key_offset >= 0 and query_offset + num_queries == key_offset + num_keys):
+    of_another_document = not pattern.is_causal and query_offset >= num_keys
+    last_is_last = query_offset + num_queries == key_offset + num_keys
+    if not (query_offset >= key_offset >= 0 and (last_is_last or of_another_document)):
         raise ValueError(
             f"{num_queries} queries from position {query_offset} on and {num_keys} keys from position {key_offset} on: "
             "positions start at 0 and the last key must belong to the last query"
+        )
+    if key_offset and not pattern.is_causal:
+        raise ValueError(
+            f"non-causal attention needs all keys of the document, got those from position {key_offset} on"
         )
     if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(f"sinks must be one number for each of {num_heads} heads, got shape {tuple(sinks.shape)}")

@@ -23,14 +23,14 @@ def check_implementation(name: str, device: torch.device) -> None:
     find_backend(name, device)
 
 
-def find_backend(name: str, device: torch.device) -> Backend:
+def find_backend(name: str, device: torch.device, is_causal: bool = True) -> Backend:
     """The implementation that a config names on a device.
 
     Raises:
-        ValueError, ImportError: as `check_implementation`.
+        ValueError, ImportError: as `check_implementation`, or if it has no attention that is not causal.
     """
     if name == "auto":
-        name = _best(device)
+        name = _best(device) if is_causal else "torch"
     if name == "numba" and device.type != "cpu":
         raise ValueError(f'implementation="numba" runs on a CPU only, not on {device}; choose "auto" or "torch"')
     if name == "numba" and not _installed("numba"):
@@ -48,6 +48,8 @@ def find_backend(name: str, device: torch.device) -> Backend:
             'choose "auto" or "torch"'
         ) from failure
     backend: Backend = import_module(f"hf_sparse_attn.ops.{name}").BACKEND
+    if not (is_causal or backend.both_sides):
+        raise ValueError(f'implementation="{name}" has no non-causal attention; choose "auto" or "torch"')
     return backend
 
 

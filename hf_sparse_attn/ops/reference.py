@@ -9,11 +9,16 @@ from torch import Tensor
 
 from hf_sparse_attn.ops.backend import Backend
 from hf_sparse_attn.ops.common.call import AttentionCall
-from hf_sparse_attn.patterns import LayerPattern, row_patterns, static_patterns
+from hf_sparse_attn.patterns import LayerPattern, global_patterns, row_patterns, static_patterns
 
 
 def scored_keys(
-    query: Tensor, key: Tensor, pattern: LayerPattern, query_offset: int, key_offset: int = 0
+    query: Tensor,
+    key: Tensor,
+    pattern: LayerPattern,
+    query_offset: int,
+    key_offset: int = 0,
+    candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The keys that every row of one document scores, written out rule by rule.
 
@@ -22,12 +27,15 @@ def scored_keys(
         key: [num_key_value_heads, N, head_dim], at positions key_offset .. key_offset + N - 1.
         pattern: the layer's pattern.
         query_offset: position of the first query.
-        key_offset: position of the first key.
+        key_offset: position of the first key; 0 where attention is not causal.
+        candidates: as of `AttentionCall`.
 
     Returns:
         [num_heads, Q, N] bool twice: all scored keys, and those of them that were found through the buckets alone,
         which the row does not read when their weight is small.
     """
+    if not pattern.is_causal:
+        return _scored_on_both_sides(query, key, pattern, query_offset, candidates)
     config = pattern.config
     num_heads, num_queries, _ = query.shape
     group = num_heads // key.shape[0]
@@ -53,9 +61,64 @@ def scored_keys(
                     fixed = fixed | own.admits(p, position)
                 fixed = fixed & admissible
                 routable = admissible & ~static & (position <= p - config.window_size)
-                routed = _routed(
-                    group_query[i], key[kv_head], bucket[kv_head], position, static, routable, p, kv_head, pattern
-                )
+                if candidates is None:
+                    page = p - p % config.page_size
+                    known = ~static & (position < page)
+                    if pattern.sliding_window is not None:
+                        known &= position > page + config.page_size - 1 - pattern.sliding_window
+                    nearest = torch.nonzero(routable).flatten().flip(0)
+                    routed = _routed(
+                        group_query[i], key[kv_head], bucket[kv_head], known, nearest, pattern.budgets[kv_head]
+                    )
+                else:
+                    routed = torch.isin(position - key_offset, candidates[kv_head, i])
+            all_scored.append(fixed | routed)
+            all_routed.append(routed & ~fixed)
+    shape = num_heads, num_queries, -1
+    return torch.stack(all_scored).view(shape), torch.stack(all_routed).view(shape)
+
+
+def _scored_on_both_sides(
+    query: Tensor, key: Tensor, pattern: LayerPattern, query_offset: int, candidates: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`scored_keys` where attention is not causal; `key` is the whole document."""
+    config, num_tokens = pattern.config, key.shape[1]
+    num_heads, num_queries, _ = query.shape
+    group = num_heads // key.shape[0]
+    bucket = pattern.bucket_hash.assign(key)
+    position = torch.arange(num_tokens, device=key.device)
+    is_static, is_global = torch.zeros(2, num_tokens, dtype=torch.bool, device=key.device)
+    for part in static_patterns(config):
+        is_static = is_static | part.admits(position)
+    for part in global_patterns(config):
+        is_global = is_global | part.admits(position)
+    all_dense = pattern.is_local or pattern.layer_idx in config.dense_layers or num_tokens <= config.dense_below
+    all_scored, all_routed = [], []
+    for head in range(num_heads):
+        kv_head = head // group
+        group_query = query[kv_head * group : (kv_head + 1) * group].sum(0)
+        for i in range(num_queries):
+            p = query_offset + i
+            distance = (position - p).abs()
+            admissible = torch.ones_like(is_static)
+            if pattern.sliding_window is not None:
+                admissible = distance < pattern.sliding_window
+            fixed, routed = admissible, torch.zeros_like(admissible)
+            reads_everything = all_dense or (p < num_tokens and bool(is_global[p]))
+            if not reads_everything:
+                fixed = is_static | (distance < config.window_size)
+                for own in row_patterns(config):
+                    fixed = fixed | own.admits(p, position, num_tokens)
+                fixed = fixed & admissible
+                routable = admissible & ~is_static & (distance >= config.window_size)
+                nearest = torch.sort(distance, stable=True).indices  # at equal distances the earlier one
+                nearest = nearest[routable[nearest]]
+                if candidates is None:
+                    routed = _routed(
+                        group_query[i], key[kv_head], bucket[kv_head], ~is_static, nearest, pattern.budgets[kv_head]
+                    )
+                else:
+                    routed = torch.isin(position, candidates[kv_head, i])
             all_scored.append(fixed | routed)
             all_routed.append(routed & ~fixed)
     shape = num_heads, num_queries, -1
@@ -72,43 +135,36 @@ def attended_keys(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """S(row) for every row of one document: [num_heads, Q, N], bool. Arguments as of `AttentionCall`."""
-    scored, routed = scored_keys(query, key, pattern, query_offset, key_offset)
+    scored, routed = scored_keys(query, key, pattern, query_offset, key_offset, candidates)
     logits = _logits(query, key, scaling, softcap).masked_fill(~scored, -torch.inf)
     weights = _softmax(logits, sinks)
     min_weights = torch.tensor(pattern.min_weights, dtype=weights.dtype, device=weights.device)[:, None, None]
     return scored & ~(routed & (weights < min_weights))
 
 
-def _routed(
-    query: Tensor,
-    key: Tensor,
-    bucket: Tensor,
-    position: Tensor,
-    static: Tensor,
-    routable: Tensor,
-    p: int,
-    kv_head: int,
-    pattern: LayerPattern,
-) -> Tensor:
-    """The keys found through the buckets: whole ones from the best down, the last one cut to its most recent keys.
+def _routed(query: Tensor, key: Tensor, bucket: Tensor, known: Tensor, nearest: Tensor, budget: int) -> Tensor:
+    """The keys found through the buckets: whole ones from the best down, the last one cut to its nearest keys.
 
-    `query` [head_dim] is the sum of the queries of the KV head's group at the row's token.
+    Args:
+        query: [head_dim], the sum of the queries of the KV head's group at the row's token.
+        key: [N, head_dim].
+        bucket: [N].
+        known: [N], the keys that buckets' means are taken of.
+        nearest: indices of the keys that may be taken, the nearest to the row first.
+        budget: how many are taken at most.
+
+    Returns:
+        [N], bool.
     """
-    config = pattern.config
-    page = p - p % config.page_size
-    known = ~static & (position < page)
-    if pattern.sliding_window is not None:
-        known &= position > page + config.page_size - 1 - pattern.sliding_window
     buckets = bucket[known].unique()
     scores = torch.stack([query @ key[known & (bucket == b)].mean(0) for b in buckets]) if len(buckets) else query[:0]
-    routed = torch.zeros_like(routable)
-    budget = pattern.budgets[kv_head]
+    routed = torch.zeros_like(known)
     # Equal scores, such as those of a query of zeros, go by the bucket's number.
     for _, best in sorted(zip(scores.tolist(), buckets.tolist(), strict=True), reverse=True):
-        members = torch.nonzero(routable & (bucket == best)).flatten()
-        members = members[max(0, len(members) - budget) :]
+        members = nearest[bucket[nearest] == best][:budget]
         routed[members] = True
         budget -= len(members)
         if budget == 0:
@@ -123,18 +179,29 @@ def _pair(attended: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 def document_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
     """See `backend.AttendDocument`."""
     pattern, query_offset, key_offset, recorder = call.pattern, call.query_offset, call.key_offset, call.recorder
-    scaling, softcap, sinks = call.scaling, call.softcap, call.sinks
+    scaling, softcap, sinks, candidates = call.scaling, call.softcap, call.sinks, call.candidates
     attended = attended_keys(
-        query, key, pattern, query_offset, key_offset, scaling=scaling, softcap=softcap, sinks=sinks
+        query,
+        key,
+        pattern,
+        query_offset,
+        key_offset,
+        scaling=scaling,
+        softcap=softcap,
+        sinks=sinks,
+        candidates=candidates,
     )
+    keys = (torch.arange(key.shape[1], device=key.device) + key_offset).expand_as(attended[0])
+    rows = torch.arange(query.shape[1], device=key.device) + query_offset
     if recorder is not None:
-        scored, _ = scored_keys(query, key, pattern, query_offset, key_offset)
-        keys = (torch.arange(key.shape[1], device=key.device) + key_offset).expand_as(attended[0])
-        rows = torch.arange(query.shape[1], device=key.device) + query_offset
+        scored, _ = scored_keys(query, key, pattern, query_offset, key_offset, candidates)
         for head in range(query.shape[0]):
             num_attended, num_scored = int(attended[head].sum()), int(scored[head].sum())
             recorder.add(pattern, head, rows, num_attended, num_scored, partial(_pair, attended[head], keys))
     weights = _softmax(_logits(query, key, scaling, softcap).masked_fill(~attended, -torch.inf), sinks)
+    if call.dropout is not None:
+        heads = torch.arange(query.shape[0], device=key.device)[:, None, None]
+        weights = weights * call.dropout.factors(heads, rows[:, None], keys).to(weights)
     return weights.to(value.dtype) @ value.repeat_interleave(query.shape[0] // key.shape[0], 0)
 
 
@@ -151,4 +218,4 @@ def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
     return beside.softmax(-1)[..., : logits.shape[-1]]
 
 
-BACKEND = Backend(document_attention)
+BACKEND = Backend(document_attention, plain=True, both_sides=True)

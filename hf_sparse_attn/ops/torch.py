@@ -2,55 +2,93 @@
 
 Rows are computed a chunk at a time. For each query head of a chunk the scores of its static keys, its window and its
 routed keys stand side by side in one [rows, keys] table, so one exact softmax serves them all. Window scores are
-banded matrix products. Routed keys are gathered inside two operations that PyTorch has for embeddings, so that nothing
-of size rows x keys x head_dim exists: `embedding_bag` (a weighted sum of gathered rows) and its gradient in the
-weights (dot products with gathered rows). The backward computes each chunk again.
+banded matrix products. Routed keys are gathered inside operations that PyTorch has for embeddings, so that nothing of
+size rows x keys x head_dim exists. The backward computes each chunk again.
+
+Where attention is not causal, windows reach to both sides, keys are routed by `routing_both_sides`, and the rows of
+global tokens are dense.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse_attn.ops.backend import Backend
+from hf_sparse_attn.ops.common.band import Band, window_scores, window_values
 from hf_sparse_attn.ops.common.call import AttentionCall
-from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces, cap, hide, with_sinks
+from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces, cap, dense_pieces, hide, with_sinks
+from hf_sparse_attn.ops.common.gather import GatherDot, GatherSum
 from hf_sparse_attn.ops.common.threads import in_order
-from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static_positions
+from hf_sparse_attn.patterns import LayerPattern, global_positions, num_row_keys, row_keys, static_positions
 from hf_sparse_attn.routing import BucketIndex, row_chunks
-
-_BLOCK = 64  # rows per banded matrix product
+from hf_sparse_attn.routing_both_sides import BothSidesIndex
 
 
 def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     """See `ops.find_keys`."""
-    call = Call(_sparse_pieces, pattern)
-    start, end = call.dense_end(key.shape[1]), key.shape[1]
-    static = static_positions(pattern.config, end, key.device)
-    bucket = pattern.bucket_hash.assign(key)
     summed = query.unflatten(0, (len(key), -1)).sum(1)
 
-    def chunks() -> Iterator[tuple[int, BucketIndex, int, int]]:
+    def find(kv_head: int, index: BucketIndex | BothSidesIndex, start: int, stop: int) -> None:
+        index.rows(start, stop).select_slots(summed[kv_head, start:stop], pattern.budgets[kv_head])
+
+    _each_chunk(find, key, AttentionCall(pattern), key.shape[1])
+
+
+def candidates(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
+    """The keys that the buckets give each row of one document: see `AttentionCall.candidates`.
+
+    Args:
+        query: [num_heads, Q, head_dim].
+        key: [num_key_value_heads, N, head_dim].
+        call: its pattern and positions.
+
+    Returns:
+        [num_key_value_heads, Q, largest budget or N], int32 on the device of `key`.
+    """
+    pattern, offset = call.pattern, call.query_offset
+    summed = query.unflatten(0, (len(key), -1)).sum(1)
+    dense = pattern.dense_rows() is None
+    width = 0 if dense else max(Call.of(call, _sparse_pieces).budget(head, key.shape[1]) for head in range(len(key)))
+    found = torch.full((len(key), query.shape[1], width), -1, dtype=torch.int32, device=key.device)
+
+    def find(kv_head: int, index: BucketIndex | BothSidesIndex, start: int, stop: int) -> None:
+        rows = slice(start - offset, stop - offset)
+        slots, count = index.rows(start, stop).select_slots(summed[kv_head, rows], pattern.budgets[kv_head])
+        unused = torch.arange(slots.shape[1], device=key.device) >= count[:, None]
+        found[kv_head, rows, : slots.shape[1]] = index.order[slots].masked_fill_(unused, -1)
+
+    _each_chunk(find, key, call, offset + query.shape[1])
+    return found
+
+
+def _each_chunk(
+    find: Callable[[int, BucketIndex | BothSidesIndex, int, int], None], key: Tensor, given: AttentionCall, end: int
+) -> None:
+    """Calls `find(kv_head, its keys by bucket, start, stop)` for the sparse rows before `end`, a chunk at a time."""
+    pattern, call = given.pattern, Call.of(given, _sparse_pieces)
+    start = call.dense_end(end)
+    if end == start:
+        return
+    static = static_positions(pattern.config, call.key_offset + key.shape[1], key.device)
+    bucket = pattern.bucket_hash.assign(key)
+
+    def chunks() -> Iterator[tuple[int, BucketIndex | BothSidesIndex, int, int]]:
         for kv_head in range(len(key)):
             if call.budget(kv_head, key.shape[1]):
-                index = BucketIndex(key[kv_head], bucket[kv_head], static, start, 0, pattern)
+                index = _index(key[kv_head], bucket[kv_head], static, start, call)
                 for first, stop in row_chunks(pattern, start, end):
                     yield kv_head, index, first, stop
 
-    def find(chunk: tuple[int, BucketIndex, int, int]) -> None:
-        kv_head, index, first, stop = chunk
-        index.rows(first, stop).select_slots(summed[kv_head, first:stop], pattern.budgets[kv_head])
-
-    if end > start:
-        for _ in in_order(find, chunks(), torch.get_num_threads() if key.device.type == "cpu" else 1):
-            pass
+    num_workers = torch.get_num_threads() if key.device.type == "cpu" else 1
+    for _ in in_order(lambda chunk: find(*chunk), chunks(), num_workers):
+        pass
 
 
 @dataclass(frozen=True)
@@ -65,26 +103,46 @@ class _Table:
 def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call) -> Iterator[Piece]:
     """Rows at positions start .. end - 1: each KV head's query heads, a chunk of rows at a time."""
     pattern, offset, key_offset = call.pattern, call.query_offset, call.key_offset
-    group = query.shape[0] // key.shape[0]
-    static = static_positions(pattern.config, end, key.device)
+    group, last_key = query.shape[0] // key.shape[0], key_offset + key.shape[1]
+    static = static_positions(pattern.config, last_key, key.device)
     bucket = pattern.bucket_hash.assign(key)
+    sparse_rows = [(start, end)]
+    if not pattern.is_causal:
+        dense = global_positions(pattern.config, min(end, last_key), torch.device("cpu"), start).tolist()
+        sparse_rows = [(low + 1, high) for low, high in pairwise([start - 1, *dense, end])]
+        for low, high in _runs(dense):
+            yield from dense_pieces(query, low, high, call)
     for kv_head in range(key.shape[0]):
         heads = range(kv_head * group, (kv_head + 1) * group)
         index = None
-        if call.budget(kv_head, key.shape[1]):
-            index = BucketIndex(key[kv_head], bucket[kv_head], static, start, key_offset, pattern)
+        if call.candidates is None and call.budget(kv_head, key.shape[1]):
+            index = _index(key[kv_head], bucket[kv_head], static, start, call)
         order = torch.arange(key.shape[1], device=key.device) if index is None else index.order.long()
         table = _Table(order, key[kv_head].index_select(0, order), value[kv_head].index_select(0, order))
-        for row, stop in row_chunks(pattern, start, end):
+        for row, stop in (chunk for rows in sparse_rows for chunk in row_chunks(pattern, *rows)):
             attend = partial(_sparse, call, kv_head, index, table, static, row)
             rows = slice(row - offset, stop - offset)
             yield Piece.by_autograd(slice(heads.start, heads.stop), rows, slice(kv_head, kv_head + 1), attend)
 
 
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as runs of consecutive ones: (first, one after the last)."""
+    known = set(numbers)
+    starts = [number for number in numbers if number - 1 not in known]
+    ends = [number + 1 for number in numbers if number + 1 not in known]
+    return list(zip(starts, ends, strict=True))
+
+
+def _index(key: Tensor, bucket: Tensor, static: Tensor, start: int, call: Call) -> BucketIndex | BothSidesIndex:
+    if call.pattern.is_causal:
+        return BucketIndex(key, bucket, static, start, call.key_offset, call.pattern)
+    return BothSidesIndex(key, bucket, static, call.pattern)
+
+
 def _sparse(
     call: Call,
     kv_head: int,
-    index: BucketIndex | None,
+    index: BucketIndex | BothSidesIndex | None,
     table: _Table,
     static: Tensor,
     start: int,
@@ -111,24 +169,31 @@ def _sparse(
     pattern, key_offset, softcap, recorder = call.pattern, call.key_offset, call.softcap, call.recorder
     key, value = key[0], value[0]
     stop = start + query.shape[1]
-    window = pattern.window(stop - key_offset)
+    is_causal = pattern.is_causal
+    window = pattern.window(stop - key_offset if is_causal else len(key))
     position = torch.arange(start, stop, device=key.device)
     query = query * call.scaling
 
-    # Static keys that are older than the window of at least one row, and not dropped by a sliding cache.
-    static = static[(static <= stop - 1 - window) & (static >= key_offset)]
+    if is_causal:  # keys that are older than the window of at least one row, and not dropped by a sliding cache
+        static = static[(static <= stop - 1 - window) & (static >= key_offset)]
     static_key, static_value = key[static - key_offset], value[static - key_offset]
-    hidden = static > position[:, None] - window
+    distance = position[:, None] - static
+    distance = distance if is_causal else distance.abs()
+    hidden = distance < window
     if pattern.sliding_window is not None:
-        hidden |= static <= position[:, None] - pattern.sliding_window
+        hidden |= distance >= pattern.sliding_window
     hidden_static = hidden if bool(hidden.any()) else None
-    band_key, band_value = (_band(x, start, stop, window, key_offset) for x in (key, value))
-    band_bias = _band_bias(band_key, start, window, key_offset)
+    band = Band(start, stop, window - 1, 0 if is_causal else window - 1, key_offset)
+    band_key, band_value = band.keys(key), band.keys(value)
+    band_bias = band.bias(band_key, len(key))
 
     gathered: Tensor | None = None
     unused: Tensor | None = None  # entries of `gathered` that do not count
     with torch.no_grad():
-        if index is not None:
+        if call.candidates is not None and call.candidates.shape[2]:
+            given = call.candidates[kv_head, start - call.query_offset : stop - call.query_offset]
+            gathered, unused = given.clamp(min=0), given < 0
+        elif index is not None:
             gathered, count = index.rows(start, stop).select_slots(query.sum(0), pattern.budgets[kv_head])
             if bool((count < gathered.shape[1]).any()):
                 unused = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
@@ -137,15 +202,21 @@ def _sparse(
             gathered, unused = _with_row_keys(
                 gathered, unused, position, static, window, key_offset, pattern, table.order
             )
+
+    def keys() -> Tensor:
+        """The position of the key in each column of the table."""
+        parts = [static.expand(len(position), -1), band.positions(key.device)]
+        return torch.cat(parts if gathered is None else [*parts, table.order[gathered] + key_offset], -1)
+
     outputs = []
     for i, rows in enumerate(query):
         head = kv_head * len(query) + i
         scores = [
             hide(cap(rows @ static_key.T, softcap), hidden_static),
-            _window_scores(rows, band_key, band_bias, softcap),
+            window_scores(rows, band_key, band_bias, softcap),
         ]
         if gathered is not None:
-            dots = _GatherDot.apply(rows, key, table.key, gathered, table.order)
+            dots = GatherDot.apply(rows, key, table.key, gathered, table.order)
             scores.append(hide(cap(dots, softcap), unused))
         widths = [part.shape[-1] for part in scores]
         side_by_side = with_sinks(torch.cat(scores, -1), None if sinks is None else sinks[i])
@@ -154,22 +225,23 @@ def _sparse(
         if num_routed and pattern.min_weights[head]:
             routed = slice(sum(widths[:2]), sum(widths[:2]) + num_routed)
             side_by_side = _drop_light(side_by_side, routed, pattern.min_weights[head])
-        weights = side_by_side.softmax(-1)[:, : sum(widths)].split(widths, -1)
-        output = weights[0] @ static_value + _window_values(weights[1], band_value)
+        softmax = side_by_side.softmax(-1)[:, : sum(widths)]
+        if call.dropout is not None:
+            softmax = softmax * call.dropout.factors(position.new_tensor(head), position[:, None], keys()).to(softmax)
+        weights = softmax.split(widths, -1)
+        output = weights[0] @ static_value + window_values(weights[1], band_value)
         if gathered is not None:
-            output = output + _GatherSum.apply(weights[2], value, table.value, gathered, table.order)
+            output = output + GatherSum.apply(weights[2], value, table.value, gathered, table.order)
         outputs.append(output)
         if recorder is not None:
             attended = side_by_side[:, : sum(widths)] > -torch.inf
-            parts = [static.expand(len(position), -1), _band_positions(start, stop, window, key.device)]
-            parts += [table.order[gathered] + key_offset] if gathered is not None else []
-            read = partial(_read, attended, parts)
+            read = partial(_read, attended, keys)
             call.record(head, position, int(attended.sum()), num_scored, read)
     return torch.stack(outputs)
 
 
-def _read(attended: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return attended, torch.cat(keys, -1)
+def _read(attended: Tensor, keys: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    return attended, keys()
 
 
 def _drop_light(scores: Tensor, routed: slice, min_weight: float) -> Tensor:
@@ -179,59 +251,6 @@ def _drop_light(scores: Tensor, routed: slice, min_weight: float) -> Tensor:
         least = scores.logsumexp(-1, keepdim=True) + math.log(min_weight)
         torch.lt(scores[:, routed], least, out=light[:, routed])
     return scores.masked_fill(light, -torch.inf)
-
-
-def _band(x: Tensor, start: int, stop: int, window: int, key_offset: int) -> Tensor:
-    """Keys that each block of _BLOCK rows can see in its window: [num_blocks, head_dim, _BLOCK + window - 1] view.
-
-    Zeros stand for positions before the first key and after the last row.
-    """
-    low, high = start - window + 1 - key_offset, stop - key_offset
-    tail = -(stop - start) % _BLOCK
-    padded = F.pad(x[max(low, 0) : high], (0, 0, max(-low, 0), tail))
-    return padded.unfold(0, _BLOCK + window - 1, _BLOCK)
-
-
-def _band_bias(band_key: Tensor, start: int, window: int, key_offset: int) -> Tensor:
-    """0 where a row of a block sees the key in a column, else -inf: [1 or num_blocks, _BLOCK, _BLOCK + window - 1].
-
-    Column c of block b is the key at position start + b * _BLOCK - window + 1 + c.
-    """
-    num_blocks, _, width = band_key.shape
-    row = torch.arange(_BLOCK, device=band_key.device)[:, None]
-    column = torch.arange(width, device=band_key.device)
-    outside = ((column < row) | (column > row + window - 1))[None]
-    if start - window + 1 < key_offset:  # the first blocks reach before the first key
-        first = start - window + 1 + _BLOCK * torch.arange(num_blocks, device=band_key.device)
-        outside = outside | (first[:, None, None] + column < key_offset)
-    return torch.zeros(outside.shape, dtype=band_key.dtype, device=band_key.device).masked_fill_(outside, -torch.inf)
-
-
-def _window_scores(rows: Tensor, band_key: Tensor, band_bias: Tensor, softcap: float | None) -> Tensor:
-    """[R, head_dim] queries -> [R, _BLOCK + window - 1]."""
-    blocks = _blocks(rows, len(band_key))
-    if softcap is None:
-        scores = torch.baddbmm(band_bias.expand(len(band_key), -1, -1), blocks, band_key)
-    else:
-        scores = cap(blocks @ band_key, softcap) + band_bias
-    return scores.flatten(0, 1)[: len(rows)]
-
-
-def _window_values(weights: Tensor, band_value: Tensor) -> Tensor:
-    """[R, _BLOCK + window - 1] weights -> [R, head_dim]."""
-    return (_blocks(weights, len(band_value)) @ band_value.transpose(1, 2)).flatten(0, 1)[: len(weights)]
-
-
-def _blocks(rows: Tensor, num_blocks: int) -> Tensor:
-    """[R, C] -> [num_blocks, _BLOCK, C], filled up with zeros."""
-    missing = num_blocks * _BLOCK - len(rows)
-    return (F.pad(rows, (0, 0, 0, missing)) if missing else rows).unflatten(0, (num_blocks, _BLOCK))
-
-
-def _band_positions(start: int, stop: int, window: int, device: torch.device) -> Tensor:
-    """Position of the key in every column of the window scores: [R, _BLOCK + window - 1]."""
-    block = torch.arange(stop - start, device=device) // _BLOCK * _BLOCK + start - window + 1
-    return block[:, None] + torch.arange(_BLOCK + window - 1, device=device)
 
 
 def _with_row_keys(
@@ -260,72 +279,20 @@ def _with_row_keys(
     return torch.cat([gathered, drawn.int()], -1), torch.cat([unused | again, seen], -1)
 
 
-class _GatherDot(torch.autograd.Function):
-    """scores[r, m] = rows[r] . table[index[r, m]]: [R, D], [N, D], [R, M] -> [R, M], where table is source[order]."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, source: Tensor, table: Tensor, index: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, table, index, order)
-        return _gather_dot(rows, table, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        rows, table, index, order = ctx.saved_tensors
-        (grad,) = grad_outputs
-        return _gather_sum(grad, table, index), _scatter_sum(grad, rows, index, order), None, None, None
-
-
-class _GatherSum(torch.autograd.Function):
-    """out[r] = sum of weights[r, m] * table[index[r, m]] over m: [R, M], [N, D], [R, M] -> [R, D]; as above."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, source: Tensor, table: Tensor, index: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, table, index, order)
-        return _gather_sum(weights, table, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        weights, table, index, order = ctx.saved_tensors
-        (grad,) = grad_outputs
-        grad = grad.contiguous()
-        return _gather_dot(grad, table, index), _scatter_sum(weights, grad, index, order), None, None, None
-
-
-def _gather_dot(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    num_rows, width = index.shape
-    offsets = torch.arange(0, num_rows * width, width, device=index.device, dtype=index.dtype)
-    bags = (
-        torch.arange(num_rows, device=index.device, dtype=index.dtype)[:, None].expand(-1, width).contiguous().view(-1)
-    )
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        rows.contiguous(), table.contiguous(), index.reshape(-1), offsets, bags, 0
-    ).view(num_rows, width)
-
-
-def _gather_sum(weights: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    return F.embedding_bag(index, table.contiguous(), per_sample_weights=weights.contiguous(), mode="sum")
-
-
-def _scatter_sum(weights: Tensor, rows: Tensor, index: Tensor, order: Tensor) -> Tensor:
-    """out[order[n]] = sum of weights[r, m] * rows[r] over all (r, m) with index[r, m] == n: the gather reversed."""
-    keys, pairs = torch.sort(index.reshape(-1), stable=True)
-    first = torch.searchsorted(keys, torch.arange(len(order), device=keys.device, dtype=keys.dtype))
-    row = torch.div(pairs, index.shape[1], rounding_mode="floor")
-    sums = F.embedding_bag(row, rows.contiguous(), first, per_sample_weights=weights.reshape(-1)[pairs], mode="sum")
-    return torch.empty_like(sums).index_copy_(0, order, sums)
-
-
 def document_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
     """See `backend.AttendDocument`.
 
     Rows before a key or value that is not finite are computed without it: in the products of a block of rows, 0 times
     NaN would reach them.
     """
+    if not call.pattern.is_causal:
+        return attend_in_pieces(_sparse_pieces, query, key, value, call)
     start, end, outputs, low = call.query_offset, call.query_offset + query.shape[1], [], call.query_offset
     for high in [*_not_finite(key, value, start, call.key_offset), end]:
         rows, keys = slice(low - start, high - start), slice(0, high - call.key_offset)
         parts = query[:, rows], key[:, keys], value[:, keys]
-        outputs.append(attend_in_pieces(_sparse_pieces, *parts, replace(call, query_offset=low)))
+        given = None if call.candidates is None else call.candidates[:, rows]
+        outputs.append(attend_in_pieces(_sparse_pieces, *parts, replace(call, query_offset=low, candidates=given)))
         low = high
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
@@ -341,4 +308,4 @@ def _not_finite(key: Tensor, value: Tensor, start: int, key_offset: int) -> list
     return (torch.nonzero(begins).flatten() + start + 1).tolist()
 
 
-BACKEND = Backend(document_attention, find_keys=find_keys)
+BACKEND = Backend(document_attention, find_keys=find_keys, plain=True, both_sides=True)

@@ -8,6 +8,8 @@ from hf_sparse_attn.patterns.base import RowPattern, StaticPattern
 from hf_sparse_attn.patterns.combine import (
     ROW_PATTERNS,
     STATIC_PATTERNS,
+    global_patterns,
+    global_positions,
     num_row_keys,
     row_keys,
     row_patterns,
@@ -22,6 +24,8 @@ __all__ = [
     "LayerPattern",
     "RowPattern",
     "StaticPattern",
+    "global_patterns",
+    "global_positions",
     "is_local",
     "layer_pattern",
     "num_row_keys",

@@ -11,7 +11,7 @@ from hf_sparse_attn.config import SparseAttentionConfig
 
 
 class StaticPattern(Protocol):
-    """Keys that every row at or after their position attends to."""
+    """Keys that every row at or after their position attends to; where attention is not causal, every row."""
 
     @classmethod
     def of(cls, config: SparseAttentionConfig) -> StaticPattern | None:
@@ -25,7 +25,8 @@ class StaticPattern(Protocol):
 
 
 class RowPattern(Protocol):
-    """Keys of a row's own, chosen by nothing but the row's position."""
+    """Keys of a row's own, chosen by nothing but the row's position and, where attention is not causal, the number of
+    the document's tokens, `num_tokens`; None: attention is causal."""
 
     @classmethod
     def of(cls, config: SparseAttentionConfig) -> RowPattern | None:
@@ -35,8 +36,8 @@ class RowPattern(Protocol):
     def num_keys(self) -> int:
         """The most keys that a row has."""
 
-    def keys(self, position: Tensor) -> Tensor:
+    def keys(self, position: Tensor, num_tokens: int | None = None) -> Tensor:
         """Positions [R, num_keys] (int64) of the keys of the rows at positions [R]; negative: none. May repeat."""
 
-    def admits(self, row: int, position: Tensor) -> Tensor:
+    def admits(self, row: int, position: Tensor, num_tokens: int | None = None) -> Tensor:
         """Whether the keys at these positions [N] are the row's: [N] bool. The specification reads this rule."""

@@ -14,6 +14,7 @@ from hf_sparse_attn.patterns.seeded_random import SeededRandom
 from hf_sparse_attn.patterns.strided import Strided
 
 STATIC_PATTERNS: tuple[type[StaticPattern], ...] = (Leading, Explicit, Strided)
+GLOBAL_PATTERNS = (Leading, Explicit)  # of these; where attention is not causal, rows of their tokens read everything
 ROW_PATTERNS: tuple[type[RowPattern], ...] = (SeededRandom,)
 
 
@@ -27,9 +28,23 @@ def row_patterns(config: SparseAttentionConfig) -> tuple[RowPattern, ...]:
     return tuple(pattern for kind in ROW_PATTERNS if (pattern := kind.of(config)) is not None)
 
 
+def global_patterns(config: SparseAttentionConfig) -> tuple[StaticPattern, ...]:
+    """The static patterns that `config` turns on whose tokens' own rows read everything in non-causal attention."""
+    return tuple(pattern for pattern in static_patterns(config) if isinstance(pattern, GLOBAL_PATTERNS))
+
+
 def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0) -> Tensor:
     """Sorted positions from `start` to `stop` - 1 that every later row attends to, int64."""
-    found = [pattern.positions(start, stop, device) for pattern in static_patterns(config)]
+    return _positions(static_patterns(config), start, stop, device)
+
+
+def global_positions(config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0) -> Tensor:
+    """Sorted positions from `start` to `stop` - 1 of rows that read everything in non-causal attention, int64."""
+    return _positions(global_patterns(config), start, stop, device)
+
+
+def _positions(patterns: tuple[StaticPattern, ...], start: int, stop: int, device: torch.device) -> Tensor:
+    found = [pattern.positions(start, stop, device) for pattern in patterns]
     found = [positions for positions in found if len(positions)]
     if len(found) < 2:
         return found[0] if found else torch.empty(0, dtype=torch.int64, device=device)
@@ -50,15 +65,17 @@ def row_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: in
         pattern: the layer's pattern.
         position: the rows' positions.
         static: positions of the static keys.
-        window: keys of the row's window.
+        window: keys of the row's window, or of its half on each side where attention is not causal.
         key_offset: position of the key with index 0.
     """
-    given = [rows.keys(position) for rows in row_patterns(pattern.config)]
+    given = [rows.keys(position, pattern.num_tokens) for rows in row_patterns(pattern.config)]
     if not given:
         return position.new_empty(len(position), 0)
     keys = torch.cat(given, 1).sort(-1).values
-    known = (keys > position[:, None] - window) | (keys < key_offset) | torch.isin(keys, static)
+    older = position[:, None] - keys
+    distance = older if pattern.is_causal else older.abs()
+    known = (distance < window) | (keys < key_offset) | torch.isin(keys, static)
     if pattern.sliding_window is not None:
-        known |= keys <= position[:, None] - pattern.sliding_window
+        known |= distance >= pattern.sliding_window
     known[:, 1:] |= keys[:, 1:] == keys[:, :-1]
     return (keys - key_offset).masked_fill_(known, -1)

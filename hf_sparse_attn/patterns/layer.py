@@ -22,6 +22,8 @@ class LayerPattern:
         min_weights: smallest softmax weight of a routed key that is read, for each query head of this process.
         bucket_hash: the hash of its KV heads.
         sliding_window: the model's own window (keys with `p - sliding_window < j`), or None.
+        is_causal: False: rows read on both sides, and windows reach as far after a row as before it.
+        num_tokens: of the document that rows read, where it is known; None where attention is causal.
     """
 
     config: SparseAttentionConfig
@@ -30,16 +32,24 @@ class LayerPattern:
     min_weights: list[float]
     bucket_hash: BucketHash
     sliding_window: int | None = None
+    is_causal: bool = True
+    num_tokens: int | None = None
 
     @property
     def is_local(self) -> bool:
         """Whether the model's own window leaves no row more than `dense_below` keys, so that nothing can be sparse."""
-        return is_local(self.config, self.sliding_window)
+        return is_local(self.config, self.sliding_window, self.is_causal)
 
     def dense_rows(self) -> int | None:
-        """Rows at positions under this number read everything; None: all of them."""
-        all_dense = self.is_local or self.layer_idx in self.config.dense_layers
-        return None if all_dense else self.config.dense_below
+        """Rows at positions under this number read everything; None: all of them.
+
+        Where attention is not causal, that is all rows of a document of at most `dense_below` tokens, or none.
+        """
+        if self.is_local or self.layer_idx in self.config.dense_layers:
+            return None
+        if self.num_tokens is None:
+            return self.config.dense_below
+        return None if self.num_tokens <= self.config.dense_below else 0
 
     def window(self, num_keys: int) -> int:
         """Keys of a row's window, of `num_keys` in all: the config's, inside the model's own."""
@@ -47,9 +57,11 @@ class LayerPattern:
         return window if self.sliding_window is None else min(window, self.sliding_window)
 
 
-def is_local(config: SparseAttentionConfig, sliding_window: int | None) -> bool:
+def is_local(config: SparseAttentionConfig, sliding_window: int | None, is_causal: bool = True) -> bool:
     """Whether rows of a layer with such a window of its own, or None, have at most `dense_below` keys each."""
-    return sliding_window is not None and sliding_window <= config.dense_below
+    if sliding_window is None:
+        return False
+    return (sliding_window if is_causal else 2 * sliding_window - 1) <= config.dense_below
 
 
 def layer_pattern(
@@ -62,6 +74,7 @@ def layer_pattern(
     dtype: torch.dtype,
     sliding_window: int | None = None,
     split: HeadSplit | None = None,
+    is_causal: bool = True,
 ) -> LayerPattern:
     """The pattern of one layer, its hash on `device` in `dtype`.
 
@@ -73,6 +86,7 @@ def layer_pattern(
         device, dtype: of the hash.
         sliding_window: the model's own window, or None.
         split: which part of the layer's heads this process holds; None: all of them.
+        is_causal: whether rows read nothing after them.
 
     Raises:
         ValueError: if the config's budgets, smallest weights or calibrated hash do not fit the layer, or the layer's
@@ -92,9 +106,10 @@ def layer_pattern(
     kv_heads = slice(split.rank * num_kv_heads, (split.rank + 1) * num_kv_heads)
     if layer_idx in config.dense_layers:  # it may have another shape than those that the config was fitted to
         no_hash = BucketHash.empty(num_kv_heads, head_dim)
-        return LayerPattern(config, layer_idx, [0] * num_kv_heads, [0.0] * num_heads, no_hash, sliding_window)
+        no_keys = [0] * num_kv_heads, [0.0] * num_heads
+        return LayerPattern(config, layer_idx, *no_keys, no_hash, sliding_window, is_causal)
     budgets = config.key_budgets(layer_idx, num_kv_heads * split.size)[kv_heads]
     min_weights = config.min_weights(layer_idx, num_heads * split.size)[heads]
     whole = layer_hash(config, layer_idx, num_kv_heads * split.size, head_dim)
     bucket_hash = BucketHash(whole.weight[kv_heads].to(device, dtype), whole.bias[kv_heads].to(device, dtype))
-    return LayerPattern(config, layer_idx, budgets, min_weights, bucket_hash, sliding_window)
+    return LayerPattern(config, layer_idx, budgets, min_weights, bucket_hash, sliding_window, is_causal)

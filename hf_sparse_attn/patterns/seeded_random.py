@@ -10,9 +10,18 @@ from torch import Tensor
 from hf_sparse_attn.config import SparseAttentionConfig
 
 
+def mix(x: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3, of the lowest 32 bits of each number: int64 in, int64 under 2**32 out."""
+    x = x & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 @dataclass(frozen=True)
 class SeededRandom:
-    """`num_random_keys`, `seed`: so many draws from 0 .. p for the row at position p.
+    """`num_random_keys`, `seed`: so many draws from 0 .. p for the row at position p; where attention is not causal,
+    from the whole document.
 
     Draw i of row p is a 32-bit integer hash (the finaliser of MurmurHash3) of seed, p and i, so it is the same on
     every device and however the rows are computed.
@@ -25,15 +34,11 @@ class SeededRandom:
     def of(cls, config: SparseAttentionConfig) -> SeededRandom | None:
         return cls(config.num_random_keys, config.seed) if config.num_random_keys else None
 
-    def keys(self, position: Tensor) -> Tensor:
+    def keys(self, position: Tensor, num_tokens: int | None = None) -> Tensor:
         draw = torch.arange(self.num_keys, device=position.device)
-        mask = 0xFFFFFFFF
-        seed = self.seed * 0xC2B2AE3D & mask
-        x = (position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + seed) & mask
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            x = ((x ^ (x >> shift)) * factor) & mask
-        x = x ^ (x >> 16)
-        return x % (position[:, None] + 1)
+        seed = self.seed * 0xC2B2AE3D & 0xFFFFFFFF
+        x = mix(position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + seed)
+        return x % (position[:, None] + 1 if num_tokens is None else num_tokens)
 
-    def admits(self, row: int, position: Tensor) -> Tensor:
-        return torch.isin(position, self.keys(torch.tensor([row], device=position.device)))
+    def admits(self, row: int, position: Tensor, num_tokens: int | None = None) -> Tensor:
+        return torch.isin(position, self.keys(torch.tensor([row], device=position.device), num_tokens))

@@ -49,9 +49,9 @@ FEATURES = {
 
 def pattern_of(fields, num_heads=4, num_kv_heads=KV_HEADS, dtype=torch.float64, dim=DIM, device="cpu"):
     fields = {"window_size": 11, "num_global_tokens": 3, "key_budget": 14, "num_hash_bits": 3, "page_size": 8} | fields
-    sliding_window = fields.pop("sliding_window", None)
+    others = {name: fields.pop(name) for name in ("sliding_window", "is_causal") if name in fields}
     config = SparseAttentionConfig(**{"dense_below": 0} | fields)
-    return make_pattern(config, num_heads, num_kv_heads, dim, sliding_window=sliding_window, dtype=dtype, device=device)
+    return make_pattern(config, num_heads, num_kv_heads, dim, dtype=dtype, device=device, **others)
 
 
 def inputs(num_queries=LENGTH, num_keys=LENGTH, num_heads=4, num_kv_heads=KV_HEADS, seed=0, dim=DIM, device="cpu"):

@@ -20,11 +20,18 @@ def calibrated_hash_text(num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, head_
 
 
 def make_pattern(
-    config, num_heads, num_kv_heads, head_dim, layer_idx=0, sliding_window=None, dtype=torch.float64, device="cpu"
+    config,
+    num_heads,
+    num_kv_heads,
+    head_dim,
+    layer_idx=0,
+    sliding_window=None,
+    dtype=torch.float64,
+    device="cpu",
+    is_causal=True,
 ):
-    return layer_pattern(
-        config, layer_idx, num_heads, num_kv_heads, head_dim, torch.device(device), dtype, sliding_window
-    )
+    heads = num_heads, num_kv_heads, head_dim
+    return layer_pattern(config, layer_idx, *heads, torch.device(device), dtype, sliding_window, is_causal=is_causal)
 
 
 class KeyMask:
@@ -47,9 +54,10 @@ class KeyMask:
     def add_dense(self, pattern, heads, start, stop):
         position = torch.arange(start, stop)[:, None]
         key = torch.arange(self.count.shape[-1]) + self.key_offset
-        admissible = key <= position
+        distance = position - key if pattern.is_causal else (position - key).abs()
+        admissible = distance >= 0
         if pattern.sliding_window is not None:
-            admissible &= key > position - pattern.sliding_window
+            admissible &= distance < pattern.sliding_window
         self.count[heads.start : heads.stop, start - self.query_offset : stop - self.query_offset] += admissible
 
     @property

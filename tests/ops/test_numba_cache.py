@@ -201,7 +201,7 @@ def test_processes_that_compile_at_the_same_time(sources):
 ATTEND = """
 import torch
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.ops import sparse_attention
+from hf_sparse_attn import sparse_attention
 
 def attend(implementation):
     config = SparseAttentionConfig(dense_below=0, window_size=8, key_budget=16, implementation=implementation)

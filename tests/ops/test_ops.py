@@ -278,7 +278,7 @@ spec = importlib.util.spec_from_file_location(name, path)
 sys.modules[name] = simd = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(simd)
 simd.LANES = 24 - simd.LANES
-from hf_sparse_attn.ops import sparse_attention
+from hf_sparse_attn import sparse_attention
 torch.manual_seed(0)
 *inputs, weights = (torch.randn(1, heads, 200, 24, dtype=torch.float64) for heads in (8, 2, 2, 8))
 results = []

@@ -7,24 +7,33 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Causal sparse attention of one document, without padding; the last key belongs to the last query.
+    """Sparse attention of one document, without padding; the last key belongs to the last query.
+
+    Where attention is not causal, rows may also be those of another document (cross-attention): their positions then
+    count on after the keys, further than a window reaches.
 
     Args:
         pattern: the layer's pattern.
         query_offset: position of the first query in its document.
-        key_offset: position of the first key (greater than 0 where a sliding cache has dropped the first ones).
+        key_offset: position of the first key (greater than 0 where a sliding cache has dropped the first ones; always
+            0 where attention is not causal).
         scaling: factor on query . key, greater than 0.
         softcap: scores become softcap * tanh(score / softcap); None: they stay.
         sinks: [num_heads], logits that take part in each softmax but carry no value, or None.
         recorder: is told which keys each row read; None records nothing.
         index: that of the cached keys, which the new ones are appended to, or None; no gradients flow where there is
             one, and only a backend with an index is given one.
+        dropout: of the weights, after the softmax, or None; only a backend with `plain` is given one.
+        candidates: [num_key_value_heads, Q, K] int32, indices of keys that stand in place of those which the buckets
+            would give each row, negative for none; None: those of the buckets. Only a backend with `plain` is given
+            them.
     """
 
     pattern: LayerPattern
@@ -35,3 +44,5 @@ class AttentionCall:
     sinks: Tensor | None = None
     recorder: Recorder | None = None
     index: Any = None  # a `backend.Index`, of the implementation that is called
+    dropout: Dropout | None = None
+    candidates: Tensor | None = None

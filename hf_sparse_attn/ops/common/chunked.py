@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse_attn.ops.common.call import AttentionCall
+from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
@@ -52,7 +53,7 @@ def attend_in_pieces(
     *,
     in_threads: bool = True,
 ) -> Tensor:
-    """Causal sparse attention of one document, without padding.
+    """Sparse attention of one document, without padding.
 
     Args:
         sparse_pieces: the implementation.
@@ -71,7 +72,7 @@ def attend_in_pieces(
         if call.recorder is not None:
             call.recorder.add_dense(call.pattern, range(query.shape[0]), start, end)
         keys = _dense_keys(start, end, own)
-        return _dense(own, start, query, key[:, keys], value[:, keys], sinks)
+        return _dense(own, start, own.key_offset + keys.start, query, key[:, keys], value[:, keys], sinks)
     return _Attention.apply(query, key, value, sinks, own)
 
 
@@ -90,6 +91,8 @@ class Call:
     scaling: float = 1.0
     softcap: float | None = None
     no_sinks: bool = True
+    dropout: Dropout | None = None
+    candidates: Tensor | None = None
     recorder: Recorder | None = None
     in_threads: bool = True
     backward: bool = False
@@ -100,12 +103,12 @@ class Call:
     def of(cls, call: AttentionCall, sparse_pieces: SparsePieces, **others: Any) -> Call:
         """The pieces' view of a call."""
         shared = (call.pattern, call.query_offset, call.key_offset, call.scaling, call.softcap)
-        return cls(sparse_pieces, *shared, call.sinks is None, call.recorder, **others)
+        return cls(sparse_pieces, *shared, call.sinks is None, call.dropout, call.candidates, call.recorder, **others)
 
     @property
     def plain(self) -> bool:
         """Whether SDPA can compute the dense rows."""
-        return self.softcap is None and self.no_sinks
+        return self.softcap is None and self.no_sinks and self.dropout is None
 
     def budget(self, kv_head: int, num_keys: int) -> int:
         """Keys that rows find of this KV head, which has so many, through buckets."""
@@ -250,30 +253,34 @@ def _each_piece(
     """`work` of every piece, in order: first the dense rows, then the sparse ones, on a CPU several at a time."""
     end = call.query_offset + query.shape[1]
     dense_end = call.dense_end(end)
-    yield from map(work, _dense_pieces(query, dense_end, call))
+    yield from map(work, dense_pieces(query, call.query_offset, dense_end, call))
     parallel = call.in_threads and query.device.type == "cpu" and end - dense_end >= _PARALLEL_ROWS
     num_workers = torch.get_num_threads() if parallel else 1
     if end > dense_end:
         yield from in_order(work, call.sparse_pieces(query, key, value, dense_end, end, call), num_workers)
 
 
-def _dense_pieces(query: Tensor, dense_end: int, call: Call) -> Iterator[Piece]:
-    for start, stop in _dense_blocks(call.query_offset, dense_end, query.shape[0], call):
+def dense_pieces(query: Tensor, start: int, end: int, call: Call) -> Iterator[Piece]:
+    """Rows at positions start .. end - 1, which read everything."""
+    for row, stop in _dense_blocks(start, end, query.shape[0], call):
         if call.recorder is not None:
-            call.recorder.add_dense(call.pattern, range(query.shape[0]), start, stop)
-        rows = slice(start - call.query_offset, stop - call.query_offset)
-        keys = _dense_keys(start, stop, call)
-        yield Piece.by_autograd(_EVERYTHING, rows, _EVERYTHING, partial(_dense, call, start), keys)
+            with _RECORDING:
+                call.recorder.add_dense(call.pattern, range(query.shape[0]), row, stop)
+        rows = slice(row - call.query_offset, stop - call.query_offset)
+        keys = _dense_keys(row, stop, call)
+        attend = partial(_dense, call, row, call.key_offset + keys.start)
+        yield Piece.by_autograd(_EVERYTHING, rows, _EVERYTHING, attend, keys)
 
 
 def _dense_blocks(start: int, stop: int, num_heads: int, call: Call) -> Iterator[tuple[int, int]]:
-    """Dense rows in one piece where SDPA's causal flag describes them, else in blocks whose tables stay small."""
-    num_keys, size = stop - call.key_offset, _DENSE_BLOCK
+    """Dense rows in one piece where SDPA needs no mask for them, else in blocks whose tables stay small."""
+    num_tokens, size = call.pattern.num_tokens, _DENSE_BLOCK
+    num_keys, sides = (stop - call.key_offset, 1) if num_tokens is None else (num_tokens, 2)
     window = call.pattern.sliding_window or num_keys
     if window < num_keys:  # in shorter blocks, as each row is compared with the keys of all rows of its block
         size = min(max(window // 4, _WINDOW_BLOCK), size)
-        num_keys = min(window + size, num_keys)
-    elif call.plain and start == call.key_offset:
+        num_keys = min(sides * window + size, num_keys)
+    elif call.plain and (start == call.key_offset or num_tokens is not None):
         size = max(stop - start, 1)
     if not call.plain:
         size = max(min(_DENSE_SCORES // (num_heads * max(num_keys, 1)), size), 1)
@@ -282,36 +289,43 @@ def _dense_blocks(start: int, stop: int, num_heads: int, call: Call) -> Iterator
 
 def _dense_keys(start: int, stop: int, call: Call) -> slice:
     """The keys that the dense rows at positions start .. stop - 1 read, together."""
-    sliding_window = call.pattern.sliding_window
+    sliding_window, num_tokens = call.pattern.sliding_window, call.pattern.num_tokens
     first = 0 if sliding_window is None else max(start - sliding_window + 1 - call.key_offset, 0)
-    return slice(first, stop - call.key_offset)
+    if num_tokens is None:
+        return slice(first, stop - call.key_offset)
+    return slice(first, num_tokens if sliding_window is None else min(stop + sliding_window - 1, num_tokens))
 
 
-def _dense(call: Call, start: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """Rows from position `start` on that read everything of their `_dense_keys`: [num_heads, R, head_dim]."""
-    stop, sliding_window = start + query.shape[1], call.pattern.sliding_window
-    first = stop - key.shape[1]
+def _dense(
+    call: Call, start: int, first: int, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
+) -> Tensor:
+    """Rows from position `start` on that read everything of their `_dense_keys`, which are at positions from `first`
+    on: [num_heads, R, head_dim]."""
+    sliding_window, is_causal = call.pattern.sliding_window, call.pattern.is_causal
+    row = torch.arange(start, start + query.shape[1], device=key.device)[:, None]
+    column = torch.arange(first, first + key.shape[1], device=key.device)
     mask = None
-    if start > first or not call.plain or (sliding_window is not None and key.shape[1] > sliding_window):
-        row = torch.arange(start, stop, device=key.device)[:, None]
-        column = torch.arange(first, stop, device=key.device)
-        mask = column <= row
+    if (is_causal and (start > first or not call.plain)) or (sliding_window or key.shape[1]) < key.shape[1]:
+        older = row - column
+        mask = older >= 0 if is_causal else torch.ones_like(older, dtype=torch.bool)
         if sliding_window is not None:
-            mask &= column > row - sliding_window
+            mask &= older.abs() < sliding_window
     if call.plain:
         if len(key) == 1:  # SDPA's backward takes 20 times as long if it repeats the one KV head itself
             key, value = (x.expand(len(query), -1, -1) for x in (key, value))
         query, key, value = (x.unsqueeze(0) for x in (query, key, value))
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=True
+            query, key, value, attn_mask=mask, is_causal=is_causal and mask is None, scale=call.scaling, enable_gqa=True
         )[0]
-    assert mask is not None
     dtype, precise = query.dtype, torch.promote_types(query.dtype, torch.float32)
     query, key, value = (x.to(precise) for x in (query, key, value))
     grouped = (query * call.scaling).unflatten(0, (len(key), -1))  # [num_key_value_heads, group, R, head_dim]
-    scores = hide(cap(grouped @ key.unsqueeze(1).transpose(-1, -2), call.softcap), ~mask)
+    scores = hide(cap(grouped @ key.unsqueeze(1).transpose(-1, -2), call.softcap), None if mask is None else ~mask)
     sinks = None if sinks is None else sinks.view(grouped.shape[:2])
     weights = with_sinks(scores, sinks).softmax(-1)[..., : key.shape[1]]
+    if call.dropout is not None:
+        head = torch.arange(query.shape[0], device=key.device).view(*grouped.shape[:2], 1, 1)
+        weights = weights * call.dropout.factors(head, row, column).to(weights)
     return (weights @ value.unsqueeze(1)).flatten(0, 1).to(dtype)
 
 
