@@ -12,10 +12,9 @@ from hf_sparse_attn.config import SparseAttentionConfig
 
 @dataclass(frozen=True)
 class SeededRandom:
-    """`num_random_keys`, `seed`: so many draws from 0 .. p for the row at position p.
+    """`num_random_keys`, `seed`: so many draws from 0 .. p for the row at position p: `seeded_draws` of p modulo p + 1.
 
-    Draw i of row p is a 32-bit integer hash (the finaliser of MurmurHash3) of seed, p and i, so it is the same on
-    every device and however the rows are computed.
+    They are the same on every device and however the rows are computed.
     """
 
     num_keys: int
@@ -26,14 +25,17 @@ class SeededRandom:
         return cls(config.num_random_keys, config.seed) if config.num_random_keys else None
 
     def keys(self, position: Tensor) -> Tensor:
-        draw = torch.arange(self.num_keys, device=position.device)
-        mask = 0xFFFFFFFF
-        seed = self.seed * 0xC2B2AE3D & mask
-        x = (position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + seed) & mask
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            x = ((x ^ (x >> shift)) * factor) & mask
-        x = x ^ (x >> 16)
-        return x % (position[:, None] + 1)
+        return seeded_draws(position, self.num_keys, self.seed) % (position[:, None] + 1)
 
     def admits(self, row: int, position: Tensor) -> Tensor:
         return torch.isin(position, self.keys(torch.tensor([row], device=position.device)))
+
+
+def seeded_draws(number: Tensor, num_draws: int, seed: int) -> Tensor:
+    """Hashes [R, num_draws], 32 bits each as int64, of seed, number [R] and draw, by the finaliser of MurmurHash3."""
+    draw = torch.arange(num_draws, device=number.device)
+    mask = 0xFFFFFFFF
+    x = (number[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + (seed * 0xC2B2AE3D & mask)) & mask
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & mask
+    return x ^ (x >> 16)
