@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from hf_sparse_attn.pattern_fields import MAX_ROW_KEYS, OVERRIDABLE, Overrides, check_patterns, plain, read_overrides
+
 HASHES = ("random", "calibrated")
 IMPLEMENTATIONS = ("auto", "reference", "torch", "numba", "triton")
 MAX_HASH_BITS = 12
@@ -24,8 +26,13 @@ class SparseAttentionConfig:
 
         every key                                         if at most dense_below are admissible, or in a dense layer
         window    p - window_size < j <= p                window_size keys, the row's own included
-        static    j < num_global_tokens, j in global_token_indices, or j % stride == 0 (stride > 0)
+        static    j < num_global_tokens, j in global_token_indices, or, with a stride,
+                  stride_offset <= j % stride < stride_offset + stride_width
         random    num_random_keys positions drawn from a fixed hash of (seed, p)
+        dilated   p - i * dilation for i = 1 .. dilated_window_size
+        slash     p - d for d in slash_distances
+        blocks    the row's own block of block_size keys up to p, num_neighbouring_blocks before it, and
+                  num_random_blocks of the earlier ones, drawn from a fixed hash of (seed, number of the row's block)
         routed    up to key_budget of the remaining keys j <= p - window_size, found through hash buckets
 
     Routed keys: every key falls into one bucket of its KV head's hash. The queries of the KV head's group at the row's
@@ -35,12 +42,26 @@ class SparseAttentionConfig:
     weight among all that it scored is at least `min_weight`. The bucket means are refreshed every `page_size`
     positions with all keys before that position, so nothing later than the row decides what it reads.
 
+    docs/patterns.md draws each pattern; `presets.py` names combinations of them that papers use.
+
     Args:
         window_size: keys of the local window, the row's own included; at least 1.
         num_global_tokens: leading keys of the document that every row reads; at least 0.
         global_token_indices: further positions that every later row reads.
         stride: every `stride`-th key is read by every later row; 0 turns it off.
+        stride_offset, stride_width: which keys of every `stride` these are: so many, from this one on; by default the
+            first one. Both lie inside the stride.
         num_random_keys: draws of the seeded random pattern per row, at most 4096; 0 turns it off.
+        dilated_window_size, dilation: so many keys, each so far before the last one; 0 keys turn it off.
+        slash_distances: distances to keys that every row reads.
+        block_size: keys of a block; a row reads its own block up to itself; 0 turns blocks off.
+        block_offset: position of the first block that is whole, under block_size; the keys before it are one, too.
+        num_neighbouring_blocks: blocks right before the row's own that it reads.
+        num_random_blocks: draws of blocks before the row's own, which may draw one twice.
+        by_layer: fields of patterns that differ by layer, as a list of dicts: layer i takes entry i modulo the list's
+            length. The fields are those from window_size to num_random_blocks, and by_kv_head.
+        by_kv_head: the same for parts of a layer's KV heads, which are given to the entries in order and evenly: of two
+            entries, the second is the second half's. Such a layer keeps no index of its cached keys.
         key_budget: keys found for a row through the buckets: one number, one per layer, or one per layer and KV head.
         min_weight: softmax weight under which a row does not read a key found through the buckets, at least 0 and under
             1; one number, one per layer, or one per layer and query head. 0 reads them all.
@@ -57,14 +78,27 @@ class SparseAttentionConfig:
         calibrated_hash: the fitted hash as text (`routing.encode_calibrated_hash`); needed by hash="calibrated".
 
     Raises:
-        ValueError: for a value outside its range, naming the field, what was given and what is allowed.
+        ValueError: for a value outside its range, naming the field, what was given and what is allowed; also for a
+            field that does nothing because another one turns its pattern off, and where a row would have more than
+            16384 keys of its own (random, dilated, slash, blocks).
     """
 
     window_size: int = 256
     num_global_tokens: int = 16
     global_token_indices: tuple[int, ...] = ()
     stride: int = 0
+    stride_offset: int = 0
+    stride_width: int = 1
     num_random_keys: int = 0
+    dilated_window_size: int = 0
+    dilation: int = 1
+    slash_distances: tuple[int, ...] = ()
+    block_size: int = 0
+    block_offset: int = 0
+    num_neighbouring_blocks: int = 0
+    num_random_blocks: int = 0
+    by_layer: Overrides = ()
+    by_kv_head: Overrides = ()
     key_budget: int | tuple[int | tuple[int, ...], ...] = 1024
     min_weight: float | tuple[float | tuple[float, ...], ...] = 2e-4
     hash: str = "random"
@@ -79,8 +113,11 @@ class SparseAttentionConfig:
     def __post_init__(self) -> None:
         for name, (minimum, maximum) in _RANGES.items():
             _require_int(name, getattr(self, name), minimum, maximum)
-        for name in ("global_token_indices", "dense_layers"):
+        for name in ("global_token_indices", "slash_distances", "dense_layers"):
             object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
+        check_patterns(self)
+        for name in OVERRIDABLE:
+            object.__setattr__(self, name, read_overrides(self, name))
         object.__setattr__(
             self, "key_budget", _by_head(self.key_budget, partial(_require_int, "key_budget", minimum=0))
         )
@@ -104,8 +141,19 @@ class SparseAttentionConfig:
         return str(self.__dict__["_text"])
 
     @classmethod
+    def preset(cls, name: str, **overrides: Any) -> SparseAttentionConfig:
+        """The pattern of a paper, by name; see `presets.py`.
+
+        Raises:
+            ValueError: for an unknown name, listing the names, or an impossible field.
+        """
+        return cls.from_dict({"preset": name, **overrides})
+
+    @classmethod
     def from_dict(cls, fields: dict[str, Any] | None) -> SparseAttentionConfig:
         """Build a config from `config.sparse_attention`; `None` gives the defaults.
+
+        `{"preset": name, ...}` gives a preset's fields, and the others in their place.
 
         Raises:
             ValueError: for an unknown field name or an impossible value.
@@ -114,6 +162,7 @@ class SparseAttentionConfig:
             return cls()
         if not isinstance(fields, dict):
             raise ValueError(f"sparse_attention must be a dict of config fields, got {type(fields).__name__}")
+        fields = expand_preset(fields)
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
@@ -128,7 +177,7 @@ class SparseAttentionConfig:
         Defaults are written out, so that a checkpoint reads the same after another release has changed them.
         """
         return {
-            field.name: _listed(getattr(self, field.name))
+            field.name: plain(field.name, getattr(self, field.name))
             for field in dataclasses.fields(self)
             if getattr(self, field.name) is not None
         }
@@ -136,6 +185,30 @@ class SparseAttentionConfig:
     def replace(self, **changes: Any) -> SparseAttentionConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+    def of_layer(self, layer_idx: int) -> SparseAttentionConfig:
+        """The config of one layer, without `by_layer`."""
+        if not self.by_layer:
+            return self
+        return self.replace(by_layer=(), **dict(self.by_layer[layer_idx % len(self.by_layer)]))
+
+    def of_entry(self, entry: int) -> SparseAttentionConfig:
+        """The config of the KV heads that take an entry of `by_kv_head`, without it."""
+        return self.replace(by_kv_head=(), **dict(self.by_kv_head[entry]))
+
+    def kv_head_entries(self, num_key_value_heads: int) -> list[int]:
+        """Which entry of `by_kv_head` each of a layer's KV heads takes; an empty list if there are none.
+
+        Raises:
+            ValueError: if there are more entries than KV heads.
+        """
+        num_entries = len(self.by_kv_head)
+        if num_entries > num_key_value_heads:
+            raise ValueError(
+                f"by_kv_head must list at most as many parts as the layer has KV heads, {num_key_value_heads}, "
+                f"got {num_entries}"
+            )
+        return [head * num_entries // num_key_value_heads for head in range(num_key_value_heads) if num_entries]
 
     def key_budgets(self, layer_idx: int, num_key_value_heads: int) -> list[int]:
         """Keys found through the buckets for a row, for each of a layer's KV heads.
@@ -158,12 +231,33 @@ _RANGES = {
     "window_size": (1, MAX_NUMBER),
     "num_global_tokens": (0, MAX_NUMBER),
     "stride": (0, MAX_NUMBER),
+    "stride_offset": (0, MAX_NUMBER),
+    "stride_width": (1, MAX_NUMBER),
     "num_random_keys": (0, 4096),
+    "dilated_window_size": (0, 4096),
+    "dilation": (1, MAX_NUMBER),
+    "block_size": (0, MAX_ROW_KEYS),
+    "block_offset": (0, MAX_ROW_KEYS),
+    "num_neighbouring_blocks": (0, MAX_ROW_KEYS),
+    "num_random_blocks": (0, MAX_ROW_KEYS),
     "num_hash_bits": (1, MAX_HASH_BITS),
     "seed": (0, 2**32 - 1),
     "page_size": (1, MAX_NUMBER),
     "dense_below": (0, 2**63 - 1),
 }
+
+
+def expand_preset(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a config, `preset` replaced by the fields that it stands for.
+
+    Raises:
+        ValueError: for an unknown preset, listing the names.
+    """
+    if "preset" not in fields:
+        return fields
+    from hf_sparse_attn.presets import preset_fields
+
+    return {**preset_fields(fields["preset"]), **{name: fields[name] for name in fields if name != "preset"}}
 
 
 def _require_int(name: str, value: Any, minimum: int, maximum: int = MAX_NUMBER) -> None:
@@ -211,10 +305,6 @@ def _of_layer(name: str, value: Any, layer_idx: int, num_heads: int, unit: str) 
     if len(layer) != num_heads:
         raise ValueError(f"{name} lists {len(layer)} {unit} in layer {layer_idx}, but the model has {num_heads}")
     return list(layer)
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 
 def text_config(config: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_sparse_attn import ops
 from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.attributes import replaced_attribute
-from hf_sparse_attn.config import SparseAttentionConfig, layer_config, layer_shape, text_config
+from hf_sparse_attn.config import SparseAttentionConfig, expand_preset, layer_config, layer_shape, text_config
 from hf_sparse_attn.custom_op import compiled_attention
 from hf_sparse_attn.masks.mask_function import asks_what_is_packed, signed_positions
 from hf_sparse_attn.masks.unsupported import unsupported
@@ -255,7 +255,7 @@ def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None)
     if fields is not None and not isinstance(fields, dict):
         raise ValueError(f"sparse_attention in its config.json must be an object, got {type(fields).__name__}")
     own = SparseAttentionConfig.from_dict(fields)
-    merged = SparseAttentionConfig.from_dict({**own.to_dict(), **(overrides or {})})
+    merged = SparseAttentionConfig.from_dict({**own.to_dict(), **expand_preset(overrides or {})})
     shapes = {layer: layer_shape(config, layer) for layer in range(num_layers) if layer not in merged.dense_layers}
     known = {layer: shape for layer, shape in shapes.items() if shape is not None}
     for layer, (num_heads, num_kv_heads, _) in known.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,20 @@ class Recorders:
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
         for recorder in self._recorders:
             recorder.add_dense(pattern, heads, start, stop)
+
+
+class HeadsFrom:
+    """Tells a recorder of some of a layer's heads, from `first` on, that count from 0 themselves."""
+
+    def __init__(self, recorder: Recorder, first: int) -> None:
+        self._recorder, self._first = recorder, first
+
+    def add(self, pattern: LayerPattern, head: int, *rows: Any) -> None:
+        self._recorder.add(pattern, self._first + head, *rows)
+
+    def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
+        own = range(self._first + heads.start, self._first + heads.stop)
+        self._recorder.add_dense(pattern, own, start, stop)
 
 
 class DensityRecorder:

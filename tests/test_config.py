@@ -11,7 +11,18 @@ NOT_DEFAULT = {
     "num_global_tokens": 3,
     "global_token_indices": (5, 90),
     "stride": 4,
+    "stride_offset": 1,
+    "stride_width": 2,
     "num_random_keys": 2,
+    "dilated_window_size": 5,
+    "dilation": 3,
+    "slash_distances": (9, 20),
+    "block_size": 8,
+    "block_offset": 3,
+    "num_neighbouring_blocks": 1,
+    "num_random_blocks": 2,
+    "by_layer": ((("by_kv_head", ((("stride", 7),),)), ("window_size", 2)), ()),
+    "by_kv_head": ((("slash_distances", (1, 2)),), (("block_offset", 0),)),
     "key_budget": ((1, 0), (2, 3)),
     "min_weight": ((0.25, 0.0), 0.5),
     "hash": "calibrated",
@@ -67,7 +78,28 @@ def test_frozen_and_hashable():
         ("window_size", None),
         ("num_global_tokens", -1),
         ("stride", -1),
+        ("stride_width", 0),
         ("num_random_keys", -1),
+        ("dilated_window_size", 4097),
+        ("dilation", 0),
+        ("slash_distances", [-1]),
+        ("slash_distances", 3),
+        ("block_size", -1),
+        ("stride_offset", 1),
+        ("stride_width", 2),
+        ("dilation", 2),
+        ("block_offset", 1),
+        ("num_neighbouring_blocks", 1),
+        ("num_random_blocks", 1),
+        ("by_layer", {"0": {}}),
+        ("by_layer", [3]),
+        ("by_layer", [[("stride", 3)]]),
+        ("by_layer", [{"key_budget": 3}]),
+        ("by_layer", [{"by_layer": []}]),
+        ("by_layer", [{"stride": -1}]),
+        ("by_layer", [{}, {"by_kv_head": [{"seed": 1}]}]),
+        ("by_kv_head", [{"by_kv_head": []}]),
+        ("by_kv_head", [{"block_offset": 4}]),
         ("num_hash_bits", 0),
         ("num_hash_bits", MAX_HASH_BITS + 1),
         ("seed", 2**32),
@@ -96,9 +128,31 @@ def test_frozen_and_hashable():
     ids=lambda value: repr(value),
 )
 def test_impossible_value(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} .*got ") as error:
+    with pytest.raises(ValueError, match=rf"^{name}[ ,].*got ") as error:
         SparseAttentionConfig.from_dict({name: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stride": 8, "stride_offset": 6, "stride_width": 3}, "stride_offset .* at most stride=8, got 6 . 3"),
+        ({"block_size": 8, "block_offset": 8}, "block_offset must be under block_size=8, got 8"),
+        ({"block_size": 4096, "num_neighbouring_blocks": 3, "num_random_keys": 1}, "at most 16384, got 16385"),
+        ({"block_size": 4096, "num_random_blocks": 3, "slash_distances": [7]}, "at most 16384, got 16385"),
+        ({"block_size": 8, "by_layer": [{}, {"block_offset": 9}]}, "by_layer, entry 1: block_offset must be under"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_fields_that_do_not_fit_together(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        SparseAttentionConfig(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_what_fits_exactly():
+    SparseAttentionConfig(stride=8, stride_offset=6, stride_width=2, block_size=4096, num_random_blocks=3)
+    SparseAttentionConfig(block_size=8, block_offset=7)
 
 
 def test_value_at_its_limit():
@@ -134,6 +188,23 @@ def test_replace_validates():
     assert config.replace(window_size=9) == SparseAttentionConfig(seed=3, window_size=9)
     with pytest.raises(ValueError, match=r"^window_size"):
         config.replace(window_size=0)
+
+
+def test_patterns_by_layer_repeat():
+    config = SparseAttentionConfig(window_size=9, by_layer=[{}, {"window_size": 3}, {"stride": 5}])
+    assert [config.of_layer(i).window_size for i in range(6)] == [9, 3, 9, 9, 3, 9]
+    assert config.of_layer(5) == SparseAttentionConfig(window_size=9, stride=5)
+    assert SparseAttentionConfig().of_layer(3) == SparseAttentionConfig()
+
+
+def test_patterns_by_head_are_dealt_evenly():
+    config = SparseAttentionConfig(block_size=8, by_kv_head=[{}, {"block_offset": 4}])
+    entries = [config.kv_head_entries(num_kv_heads) for num_kv_heads in (2, 3, 8)]
+    assert entries == [[0, 1], [0, 0, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
+    assert config.of_entry(1) == SparseAttentionConfig(block_size=8, block_offset=4)
+    assert SparseAttentionConfig().kv_head_entries(4) == []
+    with pytest.raises(ValueError, match="as many parts as the layer has KV heads, 1, got 2"):
+        config.kv_head_entries(1)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from helpers.operation import make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.patterns import (
     ROW_PATTERNS,
     STATIC_PATTERNS,
     num_row_keys,
+    row_keys,
     row_patterns,
     static_patterns,
     static_positions,
@@ -19,8 +21,25 @@ STATIC = [
     {"num_global_tokens": 0, "global_token_indices": (7, 40, 7, 500, 0)},
     {"num_global_tokens": 0, "stride": 1},
     {"num_global_tokens": 0, "stride": 9},
+    {"num_global_tokens": 0, "stride": 9, "stride_offset": 8},
+    {"num_global_tokens": 0, "stride": 9, "stride_offset": 3, "stride_width": 4},
+    {"num_global_tokens": 0, "stride": 9, "stride_offset": 0, "stride_width": 9},
     {"num_global_tokens": 3, "global_token_indices": (2, 11), "stride": 10},
     {"num_global_tokens": 0},
+]
+ROWS = [
+    {"num_random_keys": 4, "seed": 7},
+    {"dilated_window_size": 5},
+    {"dilated_window_size": 30, "dilation": 7},
+    {"slash_distances": (0, 3, 40, 3, 900)},
+    {"block_size": 1},
+    {"block_size": 16},
+    {"block_size": 16, "block_offset": 5},
+    {"block_size": 7, "num_neighbouring_blocks": 2, "block_offset": 6},
+    {"block_size": 600},
+    {"block_size": 16, "num_random_blocks": 3, "seed": 3},
+    {"block_size": 7, "num_random_blocks": 2, "block_offset": 4},
+    {"block_size": 1, "num_random_blocks": 5},
 ]
 
 
@@ -44,22 +63,85 @@ def test_positions_are_those_that_the_rule_admits(fields):
         assert torch.equal(static_positions(config, stop, CPU, start), position[admitted])
 
 
-def test_a_rows_own_keys_are_those_that_the_rule_admits():
-    config = SparseAttentionConfig(num_random_keys=4, seed=7)
+@pytest.mark.parametrize("fields", ROWS, ids=str)
+def test_a_rows_own_keys_are_those_that_the_rule_admits(fields):
+    config, position = SparseAttentionConfig(**fields), torch.arange(400)
     for pattern in row_patterns(config):
-        for row in (0, 1, 17, 300):
-            keys = pattern.keys(torch.tensor([row]))
-            assert keys.shape == (1, pattern.num_keys)
-            position = torch.arange(400)
-            assert set(position[pattern.admits(row, position)].tolist()) == set(keys[0].tolist())
-    assert num_row_keys(config) == 4
+        rows = torch.tensor([0, 1, 6, 7, 15, 16, 17, 47, 300, 399])
+        keys = pattern.keys(rows)
+        assert keys.shape == (len(rows), pattern.num_keys)
+        assert keys.dtype == torch.int64
+        for row, own in zip(rows.tolist(), keys.tolist(), strict=True):
+            admitted = pattern.admits(row, position) & (position <= row)
+            assert set(position[admitted].tolist()) == {key for key in own if key >= 0}
+            assert max(own) <= row
+    assert num_row_keys(config) == sum(pattern.num_keys for pattern in row_patterns(config))
+
+
+def own_keys(fields, row):
+    """Of the last of a config's row patterns."""
+    keys = row_patterns(SparseAttentionConfig(**fields))[-1].keys(torch.tensor([row]))[0]
+    return sorted(set(keys[keys >= 0].tolist()))
+
+
+def test_keys_by_hand():
+    assert own_keys({"dilated_window_size": 4, "dilation": 3}, 10) == [1, 4, 7]
+    assert own_keys({"dilated_window_size": 2, "dilation": 3}, 10) == [4, 7]
+    assert own_keys({"slash_distances": [2, 7, 11]}, 10) == [3, 8]
+    assert own_keys({"block_size": 4}, 10) == [8, 9, 10]
+    assert own_keys({"block_size": 4, "num_neighbouring_blocks": 1}, 10) == [4, 5, 6, 7, 8, 9, 10]
+    assert own_keys({"block_size": 4, "block_offset": 1}, 10) == [9, 10]
+    assert own_keys({"block_size": 4, "block_offset": 1, "num_neighbouring_blocks": 9}, 4) == [0, 1, 2, 3, 4]
+    strided = static_positions(SparseAttentionConfig(num_global_tokens=0, stride=5, stride_offset=2), 14, CPU)
+    assert strided.tolist() == [2, 7, 12]
+
+
+def test_random_blocks_are_whole_older_blocks_and_the_same_for_all_rows_of_a_block():
+    fields = {"block_size": 6, "block_offset": 4, "num_random_blocks": 2, "seed": 5}
+    assert own_keys(fields, 3) == []
+    drawn = set()
+    for first in range(4, 400, 6):
+        keys = own_keys(fields, first)
+        assert all(own_keys(fields, row) == keys for row in range(first, first + 6))
+        blocks = {(key + 2) // 6 for key in keys}
+        assert keys == [key for block in sorted(blocks) for key in range(6 * block - 2, 6 * block + 4) if key >= 0]
+        assert max(keys) < first
+        drawn |= {(first - block * 6) // 6 for block in blocks}
+    assert len(drawn) > 20
+    assert own_keys(fields, 399) != own_keys({**fields, "seed": 6}, 399)
+
+
+@pytest.mark.parametrize("static", [[], [0], [0, 1, 8, 9, 30], [*range(0, 300, 2)]], ids=len)
+@pytest.mark.parametrize("sliding_window", [None, 50])
+@pytest.mark.parametrize("key_offset", [0, 21])
+def test_row_keys_are_what_nothing_else_gives(static, sliding_window, key_offset):
+    """Wide tables, in which patterns repeat each other: as sets in Python."""
+    fields = {"block_size": 60, "num_neighbouring_blocks": 1, "num_random_blocks": 1, "block_offset": 7}
+    config = SparseAttentionConfig(**fields, num_random_keys=9, slash_distances=(3, 3, 70), dilated_window_size=40)
+    pattern = make_pattern(config, 1, 1, 4, sliding_window=sliding_window)
+    position = torch.arange(key_offset, 260)
+    given = torch.cat([own.keys(position) for own in row_patterns(config)], 1).tolist()
+    found = row_keys(pattern, position, torch.tensor(static, dtype=torch.int64), 5, key_offset)
+    for p, keys, listed in zip(position.tolist(), given, found.tolist(), strict=True):
+        first = max(key_offset, p - (sliding_window or 1000) + 1)
+        expected = [key - key_offset for key in set(keys) if first <= key <= p - 5 and key not in static]
+        assert sorted(key for key in listed if key >= 0) == sorted(expected)
 
 
 def test_what_is_turned_off_is_not_there():
     config = SparseAttentionConfig(num_global_tokens=0)
     assert static_patterns(config) == row_patterns(config) == ()
     assert num_row_keys(config) == 0
-    on = SparseAttentionConfig(num_global_tokens=2, global_token_indices=(5,), stride=3, num_random_keys=1)
+    on = SparseAttentionConfig(
+        num_global_tokens=2,
+        global_token_indices=(5,),
+        stride=3,
+        num_random_keys=1,
+        dilated_window_size=1,
+        slash_distances=(2,),
+        block_size=4,
+        num_random_blocks=1,
+    )
     assert tuple(map(type, static_patterns(on))) == STATIC_PATTERNS
     assert tuple(map(type, row_patterns(on))) == ROW_PATTERNS
 

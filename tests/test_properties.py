@@ -7,6 +7,7 @@ it knows every document's columns. A long run, with statistics of what the cases
 """
 
 import functools
+import operator
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
@@ -301,33 +302,69 @@ def layouts(draw, most_tokens, caches=CACHES, masks_4d=MASKS_4D):
     return layout
 
 
+HUGE = st.just(2**30)  # buffers must not follow the number
+DEPENDENT = {  # fields that do nothing by themselves
+    "stride_offset": 0,
+    "stride_width": 1,
+    "dilation": 1,
+    "block_offset": 0,
+    "num_neighbouring_blocks": 0,
+    "num_random_blocks": 0,
+}
+
+
+@st.composite
+def fixed_keys(draw):
+    """The fields of a layer's or a KV head's patterns that are not routed."""
+    fields = draw(
+        st.fixed_dictionaries(
+            {"window_size": st.integers(1, 9) | HUGE, "num_global_tokens": st.integers(0, 3)},
+            optional={
+                "global_token_indices": st.lists(st.integers(0, 70), max_size=3),
+                "stride": st.integers(0, 11),
+                "num_random_keys": st.integers(0, 4),
+                "dilated_window_size": st.integers(0, 5),
+                "slash_distances": st.lists(st.integers(0, 70), max_size=3),
+                "block_size": st.integers(0, 9) | st.just(100),
+            },
+        )
+    )
+    if stride := fields.get("stride"):
+        offset = draw(st.integers(0, stride - 1))
+        fields |= {"stride_offset": offset, "stride_width": draw(st.integers(1, stride - offset))}
+    if fields.get("dilated_window_size"):
+        fields["dilation"] = draw(st.integers(1, 20) | HUGE)
+    if size := fields.get("block_size"):
+        fields["block_offset"] = draw(st.integers(0, size - 1))
+        fields |= {name: draw(st.integers(0, 2)) for name in ("num_neighbouring_blocks", "num_random_blocks")}
+    return fields
+
+
 def patterns(num_layers, num_heads, num_kv_heads):
     """Fields of `SparseAttentionConfig`, of a size that matters within a few dozen tokens."""
-    huge = st.just(2**30)  # buffers must not follow the number
-    budget = st.integers(0, 9) | huge
+    budget = st.integers(0, 9) | HUGE
     layer_budget = budget | st.lists(budget, min_size=num_kv_heads, max_size=num_kv_heads)
     weight = st.sampled_from([0.0, 0.0, 0.01, 0.05, 0.2])
     layer_weight = weight | st.lists(weight, min_size=num_heads, max_size=num_heads)
-    return st.fixed_dictionaries(
+    own = fixed_keys().map(lambda fields: DEPENDENT | fields)
+    others = st.fixed_dictionaries(
         {
-            "window_size": st.integers(1, 9) | huge,
-            "num_global_tokens": st.integers(0, 3),
             "key_budget": budget | st.lists(layer_budget, min_size=num_layers, max_size=num_layers),
             "min_weight": weight | st.lists(layer_weight, min_size=num_layers, max_size=num_layers),
             "num_hash_bits": st.integers(1, 5),
-            "page_size": st.integers(1, 9) | st.integers(60, 80) | huge,
+            "page_size": st.integers(1, 9) | st.integers(60, 80) | HUGE,
             "dense_below": st.sampled_from([0, 0, 0, 0, 1, 7, 19, 40]),
         },
         optional={
-            "global_token_indices": st.lists(st.integers(0, 70), max_size=3),
-            "stride": st.integers(0, 11),
-            "num_random_keys": st.integers(0, 4),
+            "by_layer": st.lists(own, max_size=2),
+            "by_kv_head": st.lists(own, max_size=num_kv_heads),
             "hash": st.sampled_from(["calibrated", "random"]),
             "seed": st.integers(0, 2**16),
             "dense_layers": st.lists(st.integers(0, 2), max_size=1),
             "implementation": st.sampled_from(["auto", "torch", "reference"]),
         },
     )
+    return st.builds(operator.or_, fixed_keys(), others)
 
 
 @st.composite
@@ -384,7 +421,9 @@ def count_case(case):
     event("budget", "by head" if isinstance(layer_budget, list) else "by layer" if isinstance(budget, list) else "one")
     event("min_weight" if case.sparse["min_weight"] else "reads every scored key")
     event("dense layer" if case.layer_idx in case.sparse.get("dense_layers", []) else "sparse layer")
-    for name in ("dense_below", "global_token_indices", "stride", "num_random_keys", "seed"):
+    names = ("dense_below", "global_token_indices", "stride", "stride_offset", "num_random_keys", "dilated_window_size")
+    names += ("slash_distances", "block_size", "num_neighbouring_blocks", "num_random_blocks", "by_layer", "by_kv_head")
+    for name in (*names, "seed"):
         if case.sparse.get(name):
             event(name)
     event("implementation", case.sparse.get("implementation", "auto"))

@@ -5,7 +5,7 @@ from helpers.operation import SCALING, KeyMask, attend, calibrated_hash_text, ma
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.ops import reference
 from hf_sparse_attn.patterns import static_positions
-from hf_sparse_attn.patterns.seeded_random import SeededRandom
+from hf_sparse_attn.patterns.seeded_random import SeededRandom, seeded_draws
 from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, _expand, _rank
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 90
@@ -20,6 +20,12 @@ PATTERNS = {
     "no globals": {"num_global_tokens": 0},
     "explicit globals": {"global_token_indices": (7, 40, 41, 500)},
     "strided": {"stride": 9},
+    "last keys of each stride": {"stride": 9, "stride_offset": 7, "stride_width": 2},
+    "dilated window": {"dilated_window_size": 6, "dilation": 5},
+    "slashes": {"slash_distances": (3, 20, 51)},
+    "blocks": {"block_size": 8, "num_neighbouring_blocks": 2, "block_offset": 3},
+    "random blocks": {"block_size": 5, "num_random_blocks": 2, "block_offset": 2},
+    "patterns by head": {"stride": 9, "by_kv_head": ({"window_size": 3}, {"block_size": 11})},
     "random": {"num_random_keys": 5},
     "random without routing": {"num_random_keys": 5, "key_budget": 0},
     "budgets by head": {"key_budget": ((3, 11),)},
@@ -46,7 +52,14 @@ PATTERNS = {
     "everything at once": {
         "sliding_window": 50,
         "stride": 11,
+        "stride_offset": 4,
+        "stride_width": 2,
         "num_random_keys": 3,
+        "dilated_window_size": 2,
+        "dilation": 9,
+        "slash_distances": (13,),
+        "block_size": 6,
+        "num_random_blocks": 1,
         "global_token_indices": (13, 60),
         "dense_below": 20,
         "key_budget": ((3, 11),),
@@ -80,24 +93,41 @@ def read_keys(query, key, value, pattern, query_offset=None, key_offset=0):
     return recorder.mask
 
 
+def in_blocks(p, config):
+    """The keys of the blocks that the row at position p reads, which are numbered from 0."""
+    missing = -config.block_offset % config.block_size
+    own = (p + missing) // config.block_size
+    numbers = set(range(own - config.num_neighbouring_blocks, own + 1))
+    if own:
+        drawn = seeded_draws(torch.tensor([own]), config.num_random_blocks, config.seed) % own
+        numbers |= set(drawn[0].tolist())
+    return {j for j in range(p + 1) if (j + missing) // config.block_size in numbers}
+
+
 def by_the_rules(query, key, pattern):
     """S(row) of one document as Python sets, from the config's docstring alone."""
-    config, sliding_window = pattern.config, pattern.sliding_window or 2 * LENGTH
+    sliding_window = pattern.sliding_window or 2 * LENGTH
     bucket = pattern.bucket_hash.assign(key).tolist()
     rows = {}
     for head in range(HEADS):
         group = HEADS // KV_HEADS
-        kv_head = head // group
+        kv_head, config = head // group, pattern.config
+        if config.by_kv_head:  # two parts of two KV heads
+            config = config.replace(by_kv_head=(), **dict(config.by_kv_head[kv_head]))
         for p in range(query.shape[1]):
             admissible = set(range(max(0, p - sliding_window + 1), p + 1))
             if min(p + 1, sliding_window) <= config.dense_below or 0 in config.dense_layers:
                 rows[head, p] = admissible
                 continue
             static = {j for j in range(p + 1) if j < config.num_global_tokens or j in config.global_token_indices}
-            if config.stride:
-                static |= set(range(0, p + 1, config.stride))
+            for offset in range(config.stride_width if config.stride else 0):
+                static |= set(range(config.stride_offset + offset, p + 1, config.stride))
             window = set(range(p - config.window_size + 1, p + 1))
             drawn = set(SeededRandom(config.num_random_keys, config.seed).keys(torch.tensor([p]))[0].tolist())
+            drawn |= {p - i * config.dilation for i in range(1, config.dilated_window_size + 1)}
+            drawn |= {p - distance for distance in config.slash_distances}
+            if config.block_size:
+                drawn |= in_blocks(p, config)
             page_start = p // config.page_size * config.page_size
             page_end = page_start + config.page_size - 1
             scores = {}

@@ -7,7 +7,6 @@ all its own keys; only then are keys evicted.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,11 +15,10 @@ from torch import Tensor
 from hf_sparse_attn import ops
 from hf_sparse_attn.cache.buffers import is_writable, size_ahead
 from hf_sparse_attn.cache.policies import Composition, UniformBudget
-from hf_sparse_attn.hashing import BucketHash
 from hf_sparse_attn.masks.documents import Document
 from hf_sparse_attn.ops.common.chunked import cap, with_sinks
 from hf_sparse_attn.patterns import LayerPattern
-from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.recording import HeadsFrom, Recorder
 
 _BLOCK_WEIGHTS = 2**22  # attention weights that exist at a time
 
@@ -134,13 +132,13 @@ class KeptKeys:
                 query[heads],
                 group.keys,
                 group.values,
-                pattern=_of_heads(pattern, group.heads, heads),
+                pattern=pattern if heads == slice(0, len(query)) else pattern.of_kv_heads(group.heads),
                 query_offset=start,
                 key_offset=0,
                 sinks=own_sinks,
                 scaling=scaling,
                 softcap=softcap,
-                recorder=recorder,
+                recorder=None if recorder is None else HeadsFrom(recorder, heads.start),
             )
             outputs.append(output)
             if group.weights is not None:
@@ -305,16 +303,3 @@ def received_weights(
             scores.masked_fill_(column > own[start : start + size], -torch.inf)
             total += with_sinks(scores, sinks).softmax(-1)[..., :num_keys].sum((1, 2))
     return total
-
-
-def _of_heads(pattern: LayerPattern, kv_heads: slice, heads: slice) -> LayerPattern:
-    """The pattern of some of a layer's heads."""
-    if len(pattern.budgets[kv_heads]) == len(pattern.budgets):
-        return pattern
-    weight, bias = pattern.bucket_hash.weight[kv_heads], pattern.bucket_hash.bias[kv_heads]
-    return dataclasses.replace(
-        pattern,
-        budgets=pattern.budgets[kv_heads],
-        min_weights=pattern.min_weights[heads],
-        bucket_hash=BucketHash(weight, bias),
-    )

@@ -14,7 +14,7 @@ from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.ops.dispatch import find_backend, warn_if_slow
 from hf_sparse_attn.patterns import LayerPattern
-from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.recording import HeadsFrom, Recorder
 from hf_sparse_attn.statistics import AttentionStatistics
 
 
@@ -47,13 +47,33 @@ def document_attention(
         dtype of query and key.
 
     Raises:
-        ValueError: for tensors, positions or numbers that do not fit together, and for dropout or candidates where the
-            config names an implementation without them.
+        ValueError: for tensors, positions or numbers that do not fit together, and for dropout, candidates or
+            statistics where the config names an implementation or patterns without them.
     """
     check_scores(scaling, softcap)
     check_document(query, key, value, pattern, query_offset, key_offset, sinks)
     if not query.shape[1]:
         return query.new_empty(len(query), 0, value.shape[-1])
+    if pattern.parts:  # as kernels know one pattern for all heads
+        if dropout is not None or candidates is not None or isinstance(recorder, AttentionStatistics):
+            raise ValueError("patterns by_kv_head know neither attention dropout nor chosen keys nor statistics")
+        group, outputs = len(query) // len(key), []
+        for kv_heads, part in pattern.parts:
+            heads = slice(kv_heads.start * group, kv_heads.stop * group)
+            output = document_attention(
+                query[heads],
+                key[kv_heads],
+                value[kv_heads],
+                pattern=part,
+                query_offset=query_offset,
+                key_offset=key_offset,
+                scaling=scaling,
+                softcap=softcap,
+                sinks=None if sinks is None else sinks[heads],
+                recorder=None if recorder is None else HeadsFrom(recorder, heads.start),
+            )
+            outputs.append(output)
+        return torch.cat(outputs)
     if not pattern.is_causal:
         pattern = dataclasses.replace(pattern, num_tokens=key.shape[1])
     implementation, dense_rows = pattern.config.implementation, pattern.dense_rows()
@@ -73,13 +93,13 @@ def document_attention(
     as_stored = index is not None and dtype == torch.float32 and {key.dtype} == {value.dtype} <= backend.cached_dtypes
     autocast = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
-        output: Tensor = backend.document_attention(
+        result: Tensor = backend.document_attention(
             query.to(dtype),
             key if as_stored else key.to(dtype),
             value if as_stored else value.to(dtype),
             call,
         )
-    return output
+    return result
 
 
 def _plain_backend(implementation: str, device: torch.device) -> Backend:
@@ -129,7 +149,7 @@ def new_index(pattern: LayerPattern, key: Tensor, key_offset: int) -> Index | No
         key_offset: position of the first key.
     """
     start = find_backend(pattern.config.implementation, key.device).index
-    if start is None or pattern.dense_rows() is None:
+    if start is None or pattern.dense_rows() is None or pattern.kv_head_entries:
         return None
     if pattern.sliding_window is not None and not start.knows_sliding_windows:
         return None
@@ -145,7 +165,9 @@ def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
         key: [num_key_value_heads, N, head_dim].
         pattern: the layer's pattern, in the dtype that is computed in; "reference" does not find keys by themselves.
     """
-    backend = find_backend(pattern.config.implementation, query.device)
+    backend, group = find_backend(pattern.config.implementation, query.device), len(query) // len(key)
     dtype = backend.dtype(query, key)
     if pattern.dense_rows() is not None and backend.find_keys is not None:
-        backend.find_keys(query.to(dtype), key.to(dtype), pattern)
+        for kv_heads, part in pattern.parts or [(slice(0, len(key)), pattern)]:
+            heads = slice(kv_heads.start * group, kv_heads.stop * group)
+            backend.find_keys(query[heads].to(dtype), key[kv_heads].to(dtype), part)

@@ -36,17 +36,18 @@ def scored_keys(
     """
     if not pattern.is_causal:
         return _scored_on_both_sides(query, key, pattern, query_offset, candidates)
-    config = pattern.config
     num_heads, num_queries, _ = query.shape
     group = num_heads // key.shape[0]
     bucket = pattern.bucket_hash.assign(key)
     position = torch.arange(key.shape[1], device=key.device) + key_offset
-    static = torch.zeros_like(position, dtype=torch.bool)
-    for part in static_patterns(config):
-        static = static | part.admits(position)
     all_scored, all_routed = [], []
     for head in range(num_heads):
-        kv_head = head // group
+        kv_head, config = head // group, pattern.config
+        if pattern.kv_head_entries:
+            config = config.of_entry(pattern.kv_head_entries[kv_head])
+        static = torch.zeros_like(position, dtype=torch.bool)
+        for part in static_patterns(config):
+            static = static | part.admits(position)
         group_query = query[kv_head * group : (kv_head + 1) * group].sum(0)
         for i in range(num_queries):
             p = query_offset + i

@@ -7,15 +7,19 @@ from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.patterns.base import RowPattern, StaticPattern
+from hf_sparse_attn.patterns.blocks import Blocks
+from hf_sparse_attn.patterns.dilated import Dilated
 from hf_sparse_attn.patterns.explicit import Explicit
 from hf_sparse_attn.patterns.layer import LayerPattern
 from hf_sparse_attn.patterns.leading import Leading
+from hf_sparse_attn.patterns.random_blocks import RandomBlocks
 from hf_sparse_attn.patterns.seeded_random import SeededRandom
+from hf_sparse_attn.patterns.slash import Slash
 from hf_sparse_attn.patterns.strided import Strided
 
 STATIC_PATTERNS: tuple[type[StaticPattern], ...] = (Leading, Explicit, Strided)
 GLOBAL_PATTERNS = (Leading, Explicit)  # of these; where attention is not causal, rows of their tokens read everything
-ROW_PATTERNS: tuple[type[RowPattern], ...] = (SeededRandom,)
+ROW_PATTERNS: tuple[type[RowPattern], ...] = (SeededRandom, Dilated, Slash, Blocks, RandomBlocks)
 
 
 def static_patterns(config: SparseAttentionConfig) -> tuple[StaticPattern, ...]:
@@ -71,7 +75,7 @@ def row_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: in
     given = [rows.keys(position, pattern.num_tokens) for rows in row_patterns(pattern.config)]
     if not given:
         return position.new_empty(len(position), 0)
-    keys = torch.cat(given, 1).sort(-1).values
+    keys = _sorted(torch.cat(given, 1))
     older = position[:, None] - keys
     distance = older if pattern.is_causal else older.abs()
     known = (distance < window) | (keys < key_offset) | torch.isin(keys, static)
@@ -79,3 +83,11 @@ def row_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: in
         known |= distance >= pattern.sliding_window
     known[:, 1:] |= keys[:, 1:] == keys[:, :-1]
     return (keys - key_offset).masked_fill_(known, -1)
+
+
+def _sorted(keys: Tensor) -> Tensor:
+    """Each row of [R, W], ascending; on a CPU by NumPy's sort, which carries no indices along and is vectorised."""
+    if keys.device.type != "cpu":
+        return keys.sort(-1).values
+    keys.numpy().sort(-1)
+    return keys

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 
 import torch
 
@@ -16,7 +18,7 @@ class LayerPattern:
     """The pattern of one layer's attention: the config, the layer's budgets and hash, the model's own restrictions.
 
     Args:
-        config: the model's sparse attention config.
+        config: the layer's sparse attention config, without `by_layer`.
         layer_idx: index of the layer.
         budgets: keys found for a row through the buckets, for each KV head of this process.
         min_weights: smallest softmax weight of a routed key that is read, for each query head of this process.
@@ -24,6 +26,7 @@ class LayerPattern:
         sliding_window: the model's own window (keys with `p - sliding_window < j`), or None.
         is_causal: False: rows read on both sides, and windows reach as far after a row as before it.
         num_tokens: of the document that rows read, where it is known; None where attention is causal.
+        kv_head_entries: of each KV head of this process, its entry of `config.by_kv_head`; empty: they have none.
     """
 
     config: SparseAttentionConfig
@@ -34,6 +37,7 @@ class LayerPattern:
     sliding_window: int | None = None
     is_causal: bool = True
     num_tokens: int | None = None
+    kv_head_entries: tuple[int, ...] = ()
 
     @property
     def is_local(self) -> bool:
@@ -50,6 +54,27 @@ class LayerPattern:
         if self.num_tokens is None:
             return self.config.dense_below
         return None if self.num_tokens <= self.config.dense_below else 0
+
+    def of_kv_heads(self, kv_heads: slice) -> LayerPattern:
+        """The pattern of some of the KV heads, start .. stop - 1, and their query heads."""
+        group = len(self.min_weights) // len(self.budgets)
+        return replace(
+            self,
+            budgets=self.budgets[kv_heads],
+            min_weights=self.min_weights[kv_heads.start * group : kv_heads.stop * group],
+            bucket_hash=BucketHash(self.bucket_hash.weight[kv_heads], self.bucket_hash.bias[kv_heads]),
+            kv_head_entries=self.kv_head_entries[kv_heads],
+        )
+
+    @cached_property
+    def parts(self) -> list[tuple[slice, LayerPattern]]:
+        """KV heads side by side with the same entry, and their pattern without `by_kv_head`; empty: none has one."""
+        parts, start = [], 0
+        for entry, heads in groupby(self.kv_head_entries):
+            kv_heads = slice(start, start := start + len(list(heads)))
+            part = replace(self.of_kv_heads(kv_heads), config=self.config.of_entry(entry), kv_head_entries=())
+            parts.append((kv_heads, part))
+        return parts
 
     def window(self, num_keys: int) -> int:
         """Keys of a row's window, of `num_keys` in all: the config's, inside the model's own."""
@@ -79,7 +104,7 @@ def layer_pattern(
     """The pattern of one layer, its hash on `device` in `dtype`.
 
     Args:
-        config: the model's sparse attention config, which counts all heads of the layer.
+        config: the model's sparse attention config, which knows all layers and counts all heads of a layer.
         layer_idx: index of the layer.
         num_heads, num_kv_heads: query and KV heads of this process.
         head_dim: size of each.
@@ -89,8 +114,8 @@ def layer_pattern(
         is_causal: whether rows read nothing after them.
 
     Raises:
-        ValueError: if the config's budgets, smallest weights or calibrated hash do not fit the layer, or the layer's
-            heads or window are impossible.
+        ValueError: if the config's budgets, smallest weights, patterns by head or calibrated hash do not fit the layer,
+            the layer's heads or window are impossible, or attention is not causal where a pattern has to be.
     """
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads or head_dim < 1:
         raise ValueError(
@@ -104,6 +129,11 @@ def layer_pattern(
     split = split or HeadSplit()
     heads = slice(split.rank * num_heads, (split.rank + 1) * num_heads)
     kv_heads = slice(split.rank * num_kv_heads, (split.rank + 1) * num_kv_heads)
+    config = config.of_layer(layer_idx)
+    entries = tuple(config.kv_head_entries(num_kv_heads * split.size)[kv_heads])
+    if not is_causal:
+        for part in [config, *map(config.of_entry, set(entries))]:
+            _check_both_sides(part)
     if layer_idx in config.dense_layers:  # it may have another shape than those that the config was fitted to
         no_hash = BucketHash.empty(num_kv_heads, head_dim)
         no_keys = [0] * num_kv_heads, [0.0] * num_heads
@@ -112,4 +142,12 @@ def layer_pattern(
     min_weights = config.min_weights(layer_idx, num_heads * split.size)[heads]
     whole = layer_hash(config, layer_idx, num_kv_heads * split.size, head_dim)
     bucket_hash = BucketHash(whole.weight[kv_heads].to(device, dtype), whole.bias[kv_heads].to(device, dtype))
-    return LayerPattern(config, layer_idx, budgets, min_weights, bucket_hash, sliding_window, is_causal)
+    own = budgets, min_weights, bucket_hash, sliding_window, is_causal
+    return LayerPattern(config, layer_idx, *own, kv_head_entries=entries)
+
+
+def _check_both_sides(config: SparseAttentionConfig) -> None:
+    """Make sure that attention that is not causal knows a config's patterns."""
+    for name in ("dilated_window_size", "slash_distances", "block_size"):
+        if getattr(config, name):
+            raise ValueError(f"{name}={getattr(config, name)}: this pattern knows causal attention alone")

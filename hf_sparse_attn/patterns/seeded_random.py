@@ -20,11 +20,10 @@ def mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SeededRandom:
-    """`num_random_keys`, `seed`: so many draws from 0 .. p for the row at position p; where attention is not causal,
-    from the whole document.
+    """`num_random_keys`, `seed`: so many draws from 0 .. p for the row at position p: `seeded_draws` of p modulo p + 1;
+    where attention is not causal, from the whole document.
 
-    Draw i of row p is a 32-bit integer hash (the finaliser of MurmurHash3) of seed, p and i, so it is the same on
-    every device and however the rows are computed.
+    They are the same on every device and however the rows are computed.
     """
 
     num_keys: int
@@ -35,10 +34,14 @@ class SeededRandom:
         return cls(config.num_random_keys, config.seed) if config.num_random_keys else None
 
     def keys(self, position: Tensor, num_tokens: int | None = None) -> Tensor:
-        draw = torch.arange(self.num_keys, device=position.device)
-        seed = self.seed * 0xC2B2AE3D & 0xFFFFFFFF
-        x = mix(position[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + seed)
-        return x % (position[:, None] + 1 if num_tokens is None else num_tokens)
+        draws = seeded_draws(position, self.num_keys, self.seed)
+        return draws % (position[:, None] + 1 if num_tokens is None else num_tokens)
 
     def admits(self, row: int, position: Tensor, num_tokens: int | None = None) -> Tensor:
         return torch.isin(position, self.keys(torch.tensor([row], device=position.device), num_tokens))
+
+
+def seeded_draws(number: Tensor, num_draws: int, seed: int) -> Tensor:
+    """Hashes [R, num_draws], 32 bits each as int64, of seed, number [R] and draw."""
+    draw = torch.arange(num_draws, device=number.device)
+    return mix(number[:, None] * 0x9E3779B1 + draw * 0x85EBCA77 + (seed * 0xC2B2AE3D & 0xFFFFFFFF))

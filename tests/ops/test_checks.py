@@ -113,6 +113,9 @@ LARGE = {  # name: value of the field that buffers must not follow
     "stride": 2**30,
     "global_token_indices": (2**30, 5),
     "num_random_keys": 4096,
+    "dilated_window_size": 4096,
+    "block_size": 2**14,
+    "slash_distances": (2**30, 5),
     "dense_below": 2**63 - 1,
 }
 
@@ -129,7 +132,7 @@ def test_large_numbers_cost_no_more_than_the_sequence(name):
             assert time.perf_counter() - start < 10
         torch.testing.assert_close(outputs[implementation], outputs["numba"])
     with pytest.raises(ValueError, match=f"{name} must be "):
-        SparseAttentionConfig(**{**FIELDS, name: (2**80,) if name == "global_token_indices" else 2**80})
+        SparseAttentionConfig(**{**FIELDS, name: (2**80,) if isinstance(LARGE[name], tuple) else 2**80})
 
 
 @pytest.mark.parametrize("page_size", [60, 100, 149, 150, 151, 400])

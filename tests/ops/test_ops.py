@@ -196,7 +196,7 @@ def test_autocast_changes_nothing_forward_or_backward():
 
 
 @given(data=st.data())
-@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 def test_any_config_and_any_shape(data):
     def draw(strategy):
         return data.draw(strategy)
@@ -209,6 +209,12 @@ def test_any_config_and_any_shape(data):
         "global_token_indices": tuple(draw(st.lists(st.integers(0, 90), max_size=2))),
         "stride": draw(st.sampled_from([0, 0, 1, 7])),
         "num_random_keys": draw(st.integers(0, 4)),
+        "dilated_window_size": draw(st.sampled_from([0, 0, 3])),
+        "slash_distances": draw(st.lists(st.integers(0, 90), max_size=2)),
+        "block_size": draw(st.sampled_from([0, 0, 1, 6, 40])),
+        "by_kv_head": draw(
+            st.lists(st.sampled_from([{}, {"block_size": 9}, {"window_size": 2}]), max_size=num_kv_heads)
+        ),
         "key_budget": (tuple(draw(st.integers(0, 20)) for _ in range(num_kv_heads)),),
         "min_weight": (tuple(draw(st.sampled_from([0.0, 0.01, 0.1])) for _ in range(num_kv_heads * group)),),
         "num_hash_bits": draw(st.integers(1, 5)),
@@ -217,6 +223,13 @@ def test_any_config_and_any_shape(data):
         "dense_below": draw(st.sampled_from([0, 0, 5, 40])),
         "sliding_window": draw(st.sampled_from([None, None, 1, 9, 33])),
     }
+    if size := fields["block_size"]:
+        fields |= {"num_neighbouring_blocks": draw(st.integers(0, 1)), "num_random_blocks": draw(st.integers(0, 2))}
+        fields |= {"block_offset": draw(st.sampled_from([0, min(size - 1, 5)]))}
+    if fields["stride"] == 7:
+        fields |= {"stride_offset": draw(st.integers(0, 3)), "stride_width": draw(st.integers(1, 4))}
+    if fields["dilated_window_size"]:
+        fields["dilation"] = draw(st.sampled_from([1, 11]))
     num_queries = draw(st.integers(1, length))
     pattern = pattern_of(fields, num_kv_heads * group, num_kv_heads)
     seed = draw(st.integers(0, 1000))
@@ -246,11 +259,20 @@ LONG_FIELDS = {"window_size": 64, "num_global_tokens": 8, "key_budget": 64, "num
         {},
         {"sliding_window": 1024},
         {"num_random_keys": 16, "key_budget": 16},
+        {"block_size": 64, "num_neighbouring_blocks": 1, "num_random_blocks": 1, "key_budget": 16},
         {"dense_below": 256},
         {"dense_layers": (0,)},
         {"dense_layers": (0,), "sliding_window": 1024},
     ],
-    ids=["routed", "model's window", "random keys", "dense rows", "dense layer", "dense layer and model's window"],
+    ids=[
+        "routed",
+        "model's window",
+        "random keys",
+        "blocks",
+        "dense rows",
+        "dense layer",
+        "dense layer and model's window",
+    ],
 )
 def test_no_tensor_is_quadratic(fields, backward, others, monkeypatch):
     """Neither rows x keys (as bits, even) nor rows x routed keys x head_dim."""

@@ -1,0 +1,94 @@
+"""The fields of a config that make patterns: which of them fit together, and how they differ by layer and head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_sparse_attn.config import SparseAttentionConfig
+
+MAX_ROW_KEYS = 2**14  # of a row's own: they are written out as a table for about a thousand rows at a time
+_NEEDS = {
+    "stride_offset": "stride",
+    "stride_width": "stride",
+    "dilation": "dilated_window_size",
+    "block_offset": "block_size",
+    "num_neighbouring_blocks": "block_size",
+    "num_random_blocks": "block_size",
+}
+PATTERN_FIELDS = (
+    "window_size",
+    "num_global_tokens",
+    "global_token_indices",
+    "stride",
+    "num_random_keys",
+    "dilated_window_size",
+    "slash_distances",
+    "block_size",
+    *_NEEDS,
+)
+OVERRIDABLE = {"by_layer": (*PATTERN_FIELDS, "by_kv_head"), "by_kv_head": PATTERN_FIELDS}
+
+Overrides = tuple[tuple[tuple[str, Any], ...], ...]  # dicts of fields, as pairs: a config can be hashed
+
+
+def check_patterns(config: SparseAttentionConfig) -> None:
+    """Whether fields of patterns, each in its own range, fit together.
+
+    Raises:
+        ValueError: if one does nothing, as another turns its pattern off, or they ask for too much.
+    """
+    for name, needed in _NEEDS.items():
+        value = getattr(config, name)
+        if value != getattr(type(config), name) and not getattr(config, needed):
+            raise ValueError(f"{name} does nothing without {needed}, got {name}={value} and {needed}=0")
+    if config.stride and config.stride_offset + config.stride_width > config.stride:
+        raise ValueError(
+            f"stride_offset + stride_width must be at most stride={config.stride}, got "
+            f"{config.stride_offset} + {config.stride_width}"
+        )
+    if config.block_offset and config.block_offset >= config.block_size:
+        raise ValueError(f"block_offset must be under block_size={config.block_size}, got {config.block_offset}")
+    blocks = 1 + config.num_neighbouring_blocks + config.num_random_blocks
+    own = config.num_random_keys + config.dilated_window_size + len(config.slash_distances) + config.block_size * blocks
+    if own > MAX_ROW_KEYS:
+        raise ValueError(
+            "num_random_keys + dilated_window_size + the number of slash_distances + block_size * (1 + "
+            f"num_neighbouring_blocks + num_random_blocks) must be at most {MAX_ROW_KEYS}, got {own}"
+        )
+
+
+def read_overrides(config: SparseAttentionConfig, name: str) -> Overrides:
+    """The validated value of a config's `by_layer` or `by_kv_head`.
+
+    Raises:
+        ValueError: if it is no list of dicts of fields, or one of these gives an impossible config.
+    """
+    entries, checked, allowed = getattr(config, name), [], OVERRIDABLE[name]
+    if not isinstance(entries, (list, tuple)):
+        raise ValueError(f"{name} must be a list of dicts of fields, got {entries!r}")
+    for i, entry in enumerate(entries):
+        is_pairs = isinstance(entry, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in entry)
+        if not isinstance(entry, dict) and not is_pairs:
+            raise ValueError(f"{name} must be a list of dicts of fields, got {entry!r} as entry {i}")
+        fields = dict(entry)
+        for field in fields:
+            if field not in allowed:
+                raise ValueError(f"{name} may name {', '.join(allowed)}; got {field!r} in entry {i}")
+        try:
+            whole = config.replace(**{"by_layer": (), name: (), **fields})
+        except ValueError as error:
+            raise ValueError(f"{name}, entry {i}: {error}") from error
+        checked.append(tuple((field, getattr(whole, field)) for field in sorted(fields)))
+    return tuple(checked)
+
+
+def plain(name: str, value: Any) -> Any:
+    """A field's value, ready for JSON."""
+    if name in OVERRIDABLE:
+        return [{field: plain(field, own) for field, own in entry} for entry in value]
+    return _listed(value)
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,35 @@
+"""Keys at fixed distances (the slashes of MInference's vertical-slash heads, Jiang et al. 2024, arXiv 2407.02490).
+
+Its verticals are the static pattern of `explicit.py`. MInference estimates both from the last queries of a prompt,
+which is not causal; here they are given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_sparse_attn.config import SparseAttentionConfig
+
+
+@dataclass(frozen=True)
+class Slash:
+    """`slash_distances`: the keys at p - d for each distance d."""
+
+    distances: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: SparseAttentionConfig) -> Slash | None:
+        return cls(config.slash_distances) if config.slash_distances else None
+
+    @property
+    def num_keys(self) -> int:
+        return len(self.distances)
+
+    def keys(self, position: Tensor, num_tokens: int | None = None) -> Tensor:
+        return position[:, None] - torch.tensor(self.distances, device=position.device)
+
+    def admits(self, row: int, position: Tensor, num_tokens: int | None = None) -> Tensor:
+        return (position[:, None] + torch.tensor(self.distances, device=position.device) == row).any(-1)
