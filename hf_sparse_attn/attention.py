@@ -13,6 +13,7 @@ from hf_sparse_attn import ops
 from hf_sparse_attn.cache.document_indexes import KeyIndexes
 from hf_sparse_attn.cache.evicting import KeptKeys
 from hf_sparse_attn.masks.documents import Document
+from hf_sparse_attn.masks.mask_function import check_lengths, reads_both_sides
 from hf_sparse_attn.masks.read import read_documents
 from hf_sparse_attn.ops.checks import check_scores
 from hf_sparse_attn.ops.common.dropout import Dropout
@@ -76,11 +77,14 @@ def attention(
     batch_size, num_heads, q_length, _ = query.shape
     kept: KeptKeys | None = getattr(key, KEPT, None)
     kv_length = key.shape[2] if kept is None else kept.num_slots
+    if documents is None and (reads_both_sides(inputs.attention_mask) or not pattern.is_causal):
+        check_lengths(q_length, kv_length)
+        pattern = dataclasses.replace(pattern, is_causal=False, num_tokens=kv_length)
     by_document = dropout is not None or documents is not None or isinstance(recorder, AttentionStatistics)
     if kept is None and softcap is None and not by_document and _is_dense(inputs, pattern):
         check_scores(scaling, softcap)
         output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=q_length > 1, scale=scaling, enable_gqa=True
+            query, key, value, is_causal=pattern.is_causal and q_length > 1, scale=scaling, enable_gqa=True
         )
         if recorder is not None:
             recorder.add_dense(pattern, range(batch_size * num_heads), kv_length - q_length, kv_length)
@@ -88,10 +92,14 @@ def attention(
 
     every, window = documents, pattern.sliding_window
     if every is None:
-        every, window = read_documents(inputs, kv_length, pattern.sliding_window)
+        every, window = read_documents(inputs, kv_length, pattern.sliding_window, pattern.is_causal)
     if window != pattern.sliding_window:
         pattern = dataclasses.replace(pattern, sliding_window=window)
     indexes: KeyIndexes | None = getattr(key, INDEXES, None)
+    if not pattern.is_causal:
+        if kept is not None:
+            raise ValueError("a SparseCache with a policy holds keys of causal attention alone")
+        indexes = None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, inputs.sinks)):
         if kept is not None:
             raise ValueError("a SparseCache with a policy carries no gradients; use torch.no_grad()")
@@ -139,7 +147,7 @@ def attention(
 
 
 def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:
-    """Whether every row reads all keys up to its own, so that SDPA's own call gives the answer."""
+    """Whether every row reads all keys, or all up to its own, so that SDPA's own call gives the answer."""
     q_length, kv_length = inputs.query.shape[2], inputs.key.shape[2]
     dense_rows = pattern.dense_rows()
     return (

@@ -31,19 +31,21 @@ def compiled_attention(
     sliding_window: int | None,
     scaling: float,
     softcap: float | None,
+    is_causal: bool = True,
 ) -> Tensor:
     """`attention.attention` as one node of the graph that is being traced, with a backward.
 
     Args:
         inputs: the tensors.
         fields: `repr` of the model's `config.sparse_attention`, a dict or None.
-        layer_idx, split, sliding_window, scaling, softcap: as for `routing.layer_pattern` and `attention.attention`.
+        layer_idx, split, sliding_window, scaling, softcap, is_causal: as for `routing.layer_pattern` and
+            `attention.attention`.
 
     Returns:
         [batch, Q, num_heads, head_dim], in query's dtype.
     """
     parts = [split.rank, split.size]
-    return _attention(*inputs, fields, layer_idx, parts, sliding_window, scaling, softcap)
+    return _attention(*inputs, fields, layer_idx, parts, sliding_window, scaling, softcap, is_causal)
 
 
 @torch.library.custom_op("hf_sparse_attn::attention", mutates_args=())
@@ -62,9 +64,10 @@ def _attention(
     sliding_window: int | None,
     scaling: float,
     softcap: float | None,
+    is_causal: bool = True,
 ) -> Tensor:
     inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens, seq_idx, sinks)
-    return attention(inputs, _pattern(inputs, fields, layer_idx, split, sliding_window), scaling, softcap)
+    return attention(inputs, _pattern(inputs, fields, layer_idx, split, sliding_window, is_causal), scaling, softcap)
 
 
 @_attention.register_fake
@@ -90,12 +93,13 @@ def _attention_backward(
     sliding_window: int | None,
     scaling: float,
     softcap: float | None,
+    is_causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and sinks; an empty tensor where there are no sinks."""
     present = [x.detach().requires_grad_() for x in (query, key, value, sinks) if x is not None]
     own_sinks = present[3] if sinks is not None else None
     inputs = Inputs(present[0], present[1], present[2], attention_mask, position_ids, cu_seq_lens, seq_idx, own_sinks)
-    pattern = _pattern(inputs, fields, layer_idx, split, sliding_window)
+    pattern = _pattern(inputs, fields, layer_idx, split, sliding_window, is_causal)
     # Custom operations run below autograd.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         output = attention(inputs, pattern, scaling, softcap)
@@ -142,11 +146,13 @@ def _second_backward(ctx: Any, *grads: Tensor) -> None:
 _attention_backward.register_autograd(_second_backward)
 
 
-def _pattern(inputs: Inputs, fields: str, layer_idx: int, split: list[int], sliding_window: int | None) -> LayerPattern:
+def _pattern(
+    inputs: Inputs, fields: str, layer_idx: int, split: list[int], sliding_window: int | None, is_causal: bool
+) -> LayerPattern:
     query, key = inputs.query, inputs.key
     heads = query.shape[1], key.shape[1], query.shape[-1]
-    own = HeadSplit(split[0], split[1])
-    return _cached_pattern(fields, layer_idx, *heads, query.device, compute_dtype(query, key), sliding_window, own)
+    others = query.device, compute_dtype(query, key), sliding_window, HeadSplit(split[0], split[1]), is_causal
+    return _cached_pattern(fields, layer_idx, *heads, *others)
 
 
 @lru_cache(maxsize=256)

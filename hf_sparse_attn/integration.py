@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.attributes import replaced_attribute
 from hf_sparse_attn.config import SparseAttentionConfig, expand_preset, layer_config, layer_shape, text_config
 from hf_sparse_attn.custom_op import compiled_attention
-from hf_sparse_attn.masks.mask_function import asks_what_is_packed, signed_positions
+from hf_sparse_attn.masks.mask_function import asks_what_is_packed, reads_both_sides, signed_positions
 from hf_sparse_attn.masks.unsupported import unsupported
 from hf_sparse_attn.notices import notice_positions
 from hf_sparse_attn.patterns import LayerPattern, layer_pattern
@@ -30,6 +32,9 @@ NAME = "sparse"
 
 # Arguments that some families also pass and that would change the answer: biases, the choices of an own indexer.
 _NOT_READ = ("position_bias", "indices", "block_indices", "sinks", "cache")
+
+# Names of the arguments by which a layer takes the states of other tokens: key_value_states and the like.
+_OTHERS = ("key_value", "encoder_hidden", "cross_attention", "context_hidden")
 
 Observer = Callable[[LayerPattern, Tensor, Tensor, Tensor, float, Tensor], None]
 
@@ -79,10 +84,12 @@ def sparse_attention_forward(
         module: the attention layer; `module.config.sparse_attention` (a plain dict, or absent) is the configuration.
         query: [batch, num_heads, Q, head_dim].
         key, value: [batch, num_key_value_heads, KV, head_dim].
-        attention_mask: what `masking.signed_positions` returned, or a caller's own causal 4D mask [batch, 1, Q, KV].
+        attention_mask: what `masking.signed_positions` returned, or a caller's own 4D mask [batch, 1, Q, KV].
         scaling: factor on query . key; head_dim ** -0.5 if None.
         position_ids: [1 or batch, Q]; shows where packed documents start.
         sliding_window: the model's own window for this layer.
+        is_causal: False: rows read on both sides; None: what the module says. A mask that Transformers made for
+            non-causal attention tells it by itself.
         softcap: scores become softcap * tanh(score / softcap).
         s_aux: [num_heads], attention sinks.
         cu_seq_lens_q, seq_idx: where packed documents start, as DataCollatorWithFlattening says it.
@@ -94,8 +101,9 @@ def sparse_attention_forward(
         ValueError: for an impossible config, impossible numbers, or what this implementation does not support.
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal:
-        raise unsupported("non-causal attention")
+    causal = bool(causal) and not reads_both_sides(attention_mask)
+    if not causal and _may_be_cross_attention(module):
+        raise unsupported(f"cross-attention, which {type(module).__name__} may be")
     if dropout > 0:
         raise unsupported(f"attention dropout (attention_dropout={dropout})")
     if output_attentions:
@@ -109,15 +117,18 @@ def sparse_attention_forward(
         s_aux = s_aux.chunk(split.size)[split.rank]
     if split.by_sequence and attention_mask is None:  # whatever was said of packing is said of a part of the tokens
         cu_seq_lens_q, seq_idx = None, _gathered_documents(position_ids, query)
+    elif not causal and cu_seq_lens_q is None and seq_idx is None:
+        seq_idx = _restarts(position_ids, query, key)
     elif attention_mask is None and cu_seq_lens_q is None and seq_idx is None:
         seq_idx = _packed_documents(module, position_ids, query, key)
     inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens_q, seq_idx, s_aux)
     if is_traced(query):
         fields = getattr(module.config, "sparse_attention", None)
         layer_idx = _traced_layer_idx(module, key, fields)
-        return compiled_attention(inputs, repr(fields), layer_idx, split, sliding_window, scaling, softcap), None
+        text = repr(fields)
+        return compiled_attention(inputs, text, layer_idx, split, sliding_window, scaling, softcap, causal), None
     refuse_transforms()
-    pattern = _module_pattern(module, query, key, sliding_window, split)
+    pattern = _module_pattern(module, query, key, sliding_window, split, causal)
     notice_positions(module.config, inputs, pattern)
     recorders = _attached_to(module, _RECORDERS)
     recorder = recorders[0] if len(recorders) == 1 else Recorders(recorders) if recorders else None
@@ -147,6 +158,32 @@ def _gathered_documents(position_ids: Tensor | None, query: Tensor) -> Tensor | 
     return _numbered_documents(position_ids, query)
 
 
+def _restarts(position_ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """As above where attention is not causal: a document starts at position 0, as for Transformers' flash attention.
+
+    Its bidirectional masks do not ask for position_ids.
+    """
+    if position_ids is None or position_ids.ndim != 2 or not position_ids.shape[1] == query.shape[2] == key.shape[2]:
+        return None
+    documents = (position_ids == 0).cumsum(-1)
+    return documents if is_traced(query) or bool((documents > 1).any()) else None
+
+
+def _may_be_cross_attention(module: nn.Module) -> bool:
+    """Whether a layer takes the states of other tokens and does not say that it is an encoder's own.
+
+    Its tensors do not tell: there may be as many keys as queries.
+    """
+    takes = _takes_other_states(type(module))
+    return "Cross" in type(module).__name__ or (takes and getattr(module, "is_decoder", None) is not False)
+
+
+@cache
+def _takes_other_states(kind: type[nn.Module]) -> bool:
+    names = inspect.signature(kind.forward).parameters
+    return any(name in names for name in ("key", "context") + tuple(f"{of}_states" for of in _OTHERS))
+
+
 def _numbered_documents(position_ids: Tensor, query: Tensor) -> Tensor | None:
     starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if not is_traced(query) and not bool(starts.any()):
@@ -155,12 +192,12 @@ def _numbered_documents(position_ids: Tensor, query: Tensor) -> Tensor | None:
 
 
 def _module_pattern(
-    module: nn.Module, query: Tensor, key: Tensor, sliding_window: int | None, split: HeadSplit
+    module: nn.Module, query: Tensor, key: Tensor, sliding_window: int | None, split: HeadSplit, causal: bool
 ) -> LayerPattern:
     """The layer's pattern, built once per module and rebuilt when the configuration, device or dtype changes."""
     fields = getattr(module.config, "sparse_attention", None)
     dtype = ops.compute_dtype(query, key)
-    layer = (sliding_window, query.shape[1], key.shape[1], query.shape[-1], query.device, dtype, split)
+    layer = (sliding_window, query.shape[1], key.shape[1], query.shape[-1], query.device, dtype, split, causal)
     cached = module.__dict__.get(PATTERN)
     if cached is None or cached[0] != fields or cached[1] != layer:
         pattern = layer_pattern(
@@ -173,6 +210,7 @@ def _module_pattern(
             dtype,
             sliding_window,
             split,
+            causal,
         )
         cached = (copy.deepcopy(fields), layer, pattern)  # a copy: the model's own may be changed in place
         module.__dict__[PATTERN] = cached

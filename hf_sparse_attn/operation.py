@@ -92,8 +92,8 @@ def sparse_attention(
         key_padding_mask: [batch, N], bool, True for tokens and False for padding, on either side or between; a query
             that is padding gives zeros. (`torch.nn.MultiheadAttention` has it the other way round.)
         attention_mask: [Q, N], [batch, Q, N] or [batch, 1, Q, N], bool, True where the row may read the key. It must
-            describe causal attention inside documents, whatever the padding and packing; positions count from the
-            first token of the row's own document. Not for is_causal=False.
+            describe attention inside documents, causal unless is_causal is False, whatever the padding and packing;
+            positions count from the first token of the row's own document. Not for cross-attention.
         dropout: probability with which each weight is dropped, after the softmax; the others are divided by
             1 - dropout. At least 0 and under 1; "numba" and "triton" refuse it.
         dropout_seed: what is dropped is a hash of this number (at least 0, under 2**63), the batch row, the head and
@@ -113,16 +113,17 @@ def sparse_attention(
     refuse_transforms()
     _check_shapes(query, key, value, is_causal, cross_attention)
     drop = _dropout(dropout, dropout_seed)
-    inputs = _inputs(query, key, value, is_causal, key_padding_mask, attention_mask, sinks)
+    inputs = _inputs(query, key, value, is_causal, cross_attention, key_padding_mask, attention_mask, sinks)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_traced(query):
         if mode != "routed":
             raise ArgumentError("mode", "torch.compile and torch.export need a config that `in_mode` made before")
-        refused = {"dropout": drop, "recorder": recorder, "attention_mask": attention_mask, "is_causal": is_causal}
+        refused = {"dropout": drop, "recorder": recorder, "attention_mask": attention_mask}
+        refused["cross_attention"] = cross_attention or None
         for name, given in refused.items():
-            if given is not None and given is not True:
+            if given is not None:
                 raise ArgumentError(name, "torch.compile and torch.export do not support it in sparse_attention")
-        output = compiled_attention(inputs, config.text, layer_idx, HeadSplit(), None, scaling, softcap)
+        output = compiled_attention(inputs, config.text, layer_idx, HeadSplit(), None, scaling, softcap, is_causal)
     else:
         pattern = _pattern(in_mode(config, mode), layer_idx, query, key, is_causal)
         documents = None if is_causal else _documents(inputs, key_padding_mask, cross_attention, pattern)
@@ -158,7 +159,7 @@ def build_index(
     refuse_transforms()
     _refuse_tracing(query)
     _check_shapes(query, key, key, is_causal, cross_attention)
-    inputs = _inputs(query, key, key, is_causal, key_padding_mask, attention_mask, None)
+    inputs = _inputs(query, key, key, is_causal, cross_attention, key_padding_mask, attention_mask, None)
     config = in_mode(config, mode)
     pattern = _pattern(config, layer_idx, query, key, is_causal)
     documents = _documents(inputs, key_padding_mask, cross_attention, pattern)
@@ -294,6 +295,7 @@ def _inputs(
     key: Tensor,
     value: Tensor,
     is_causal: bool,
+    cross_attention: bool,
     key_padding_mask: Tensor | None,
     attention_mask: Tensor | None,
     sinks: Tensor | None,
@@ -302,8 +304,8 @@ def _inputs(
     batch_size, num_queries, num_keys = len(query), query.shape[2], key.shape[2]
     if key_padding_mask is not None:
         _check_mask("key_padding_mask", key_padding_mask, [(batch_size, num_keys)], "for tokens and False for padding")
-    if attention_mask is not None and not is_causal:
-        raise ArgumentError("attention_mask", "is for causal attention; give a key_padding_mask")
+    if attention_mask is not None and cross_attention:
+        raise ArgumentError("attention_mask", "is not for cross-attention; give a key_padding_mask")
     if attention_mask is not None:
         pairs = num_queries, num_keys
         shapes = [pairs, (batch_size, *pairs), (batch_size, 1, *pairs)]
@@ -312,8 +314,10 @@ def _inputs(
             attention_mask = attention_mask.unsqueeze(-3)
         if key_padding_mask is not None:
             attention_mask = attention_mask & key_padding_mask[:, None, None]
+            if not is_causal:  # causal rows that do not read their own token are padding by that alone
+                attention_mask = attention_mask & key_padding_mask[:, None, num_keys - num_queries :, None]
         attention_mask = attention_mask.expand(batch_size, 1, -1, -1)
-    elif key_padding_mask is not None and num_queries <= num_keys:
+    elif key_padding_mask is not None and not cross_attention:
         attention_mask = signed_positions(
             *(batch_size, num_queries, num_keys, num_keys - num_queries),
             attention_mask=key_padding_mask,
@@ -328,7 +332,7 @@ def _documents(
     """The documents of a batch; of cross-attention, queries and the keys of another one that are no padding."""
     num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
     if not cross_attention:
-        return read_documents(inputs, num_keys, None)[0]
+        return read_documents(inputs, num_keys, None, pattern.is_causal)[0]
     documents = []
     for batch in range(len(inputs.query)):
         keys: slice | Tensor = slice(0, num_keys)
@@ -352,10 +356,11 @@ def _pattern(
     config: SparseAttentionConfig, layer_idx: int, query: Tensor, key: Tensor, is_causal: bool
 ) -> LayerPattern:
     heads = query.shape[1], key.shape[1], query.shape[-1]
-    return _cached_pattern(config, layer_idx, is_causal, *heads, query.device, ops.compute_dtype(query, key))
+    others = query.device, ops.compute_dtype(query, key), None, None, is_causal
+    return _cached_pattern(config, layer_idx, *heads, *others)
 
 
 @lru_cache(maxsize=64)
-def _cached_pattern(config: SparseAttentionConfig, layer_idx: int, is_causal: bool, *layer: Any) -> LayerPattern:
+def _cached_pattern(config: SparseAttentionConfig, layer_idx: int, *layer: Any) -> LayerPattern:
     with torch.inference_mode(False):  # what is kept serves calls with gradients, too
-        return layer_pattern(config, layer_idx, *layer, is_causal=is_causal)
+        return layer_pattern(config, layer_idx, *layer)

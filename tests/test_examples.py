@@ -31,6 +31,7 @@ def test_each_is_tested():
         "convert_and_compare.py",
         "finetune.py",
         "long_decode.py",
+        "sparse_transformer.py",
     ]
 
 
@@ -68,3 +69,17 @@ def test_long_decode(run_example, tiny_model_path, text_directory):
     )
     full, small = (int(line.split()[2]) for line in out.splitlines() if " bytes at most" in line)
     assert small < full
+
+
+@pytest.mark.nightly
+def test_sparse_transformer(run_example, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {number} of this text is followed by line {number + 1}\n" for number in range(200)))
+    out = run_example(
+        *("sparse_transformer.py", "--text", text, "--context-length", 96, "--max-steps", 40),
+        *("--num-layers", 2, "--hidden-size", 32, "--window-size", 8, "--key-budget", 8),
+    )
+    before, after = (float(line.split()[2]) for line in out.splitlines() if line.startswith("loss "))
+    assert before > 5
+    assert after < before - 1
+    assert "AttentionStatistics(density=0." in out

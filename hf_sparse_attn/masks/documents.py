@@ -1,6 +1,6 @@
 """The documents of every batch row, read from what the mask function made.
 
-A document is a run of tokens that see each other causally: one batch row without its padding, or one of several
+A document is a run of tokens that see each other, causally or on both sides: one batch row without its padding, or one of several
 packed into a row. Everything after this works on one document at a time, with positions that count from its first
 token, so padding, packing and cache slots cannot leak into the pattern.
 """
@@ -53,10 +53,11 @@ def documents(
         starts: [1 or batch, Q], True where a document starts, or None; see `document_starts`.
 
     Raises:
-        ValueError: for a mask that is not this plugin's, and where the model wants tokens to see later ones.
+        ValueError: for a mask that is not this plugin's, and where the model wants blocks of tokens to see later ones.
     """
     if attention_mask is not None and (
-        attention_mask.dtype != torch.int32 or attention_mask.shape != (batch_size, 1, 1, kv_length)
+        attention_mask.dtype != torch.int32
+        or attention_mask.shape not in ((batch_size, 1, 1, kv_length), (batch_size, 1, 2, kv_length))
     ):
         raise ValueError(
             'attn_implementation="sparse" takes a 2D attention_mask [batch, tokens], a causal 4D mask '
@@ -76,7 +77,7 @@ def documents(
         else:
             signed = attention_mask[batch, 0, 0].cpu()
             if len(signed) and signed[0] == LATER_TOKENS:
-                raise unsupported("non-causal attention")
+                raise unsupported("causal attention with blocks of tokens that see each other")
             rows = signed[signed < 0]
             queries = torch.nonzero(rows != PADDED_QUERY).flatten()
             keys = torch.nonzero((signed != 0) & (signed != PADDED_QUERY)).flatten()

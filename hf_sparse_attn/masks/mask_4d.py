@@ -15,7 +15,7 @@ from hf_sparse_attn.masks.mask_function import PADDED_QUERY
 from hf_sparse_attn.masks.unsupported import unsupported
 
 _MASKED = -1e4  # an added bias under which exp() is 0 in float64 too
-_ROWS = 1024  # rows compared at a time
+ROWS = 1024  # rows compared at a time
 
 
 def read_custom_mask(
@@ -36,16 +36,7 @@ def read_custom_mask(
     Raises:
         ValueError: for a mask that is not causal attention inside documents.
     """
-    if mask.dtype == torch.bool:
-        admitted = mask
-    elif mask.is_floating_point():
-        admitted = mask == 0
-        if bool((~admitted & ~(mask <= _MASKED)).any()):
-            raise unsupported("a 4D attention_mask that adds biases other than 0 and -10000 or less")
-    else:
-        raise unsupported(f"a 4D attention_mask of dtype {mask.dtype}")
-    if mask.shape[1] != 1:
-        raise unsupported(f"a 4D attention_mask that differs by head (shape {tuple(mask.shape)})")
+    admitted = admitted_pairs(mask)
     last = torch.stack([_last_admitted(row_mask) for row_mask in admitted[:, 0]])
     offset = _offset(last, mask.shape[3])
     is_token = last == torch.arange(mask.shape[2], device=mask.device) + offset
@@ -58,6 +49,25 @@ def read_custom_mask(
         if described and bool(is_token.any() or not admitted.any()):  # else rows read keys, but none its own
             return torch.stack([_by_document(*row) for row in rows])[:, None, None], window
     raise unsupported("a 4D attention_mask other than causal attention inside documents")
+
+
+def admitted_pairs(mask: Tensor) -> Tensor:
+    """Which pairs a 4D mask admits: [batch, 1, Q, KV], bool.
+
+    Raises:
+        ValueError: for a mask that adds biases or differs by head.
+    """
+    if mask.dtype == torch.bool:
+        admitted = mask
+    elif mask.is_floating_point():
+        admitted = mask == 0
+        if bool((~admitted & ~(mask <= _MASKED)).any()):
+            raise unsupported("a 4D attention_mask that adds biases other than 0 and -10000 or less")
+    else:
+        raise unsupported(f"a 4D attention_mask of dtype {mask.dtype}")
+    if mask.shape[1] != 1:
+        raise unsupported(f"a 4D attention_mask that differs by head (shape {tuple(mask.shape)})")
+    return admitted
 
 
 def _last_admitted(admitted: Tensor) -> Tensor:
@@ -125,7 +135,7 @@ def _describes(admitted: Tensor, signed: Tensor, position: Tensor, window: int |
     own = -queries[row]
     rank = signed.abs()
     present = (signed != 0) & (signed != PADDED_QUERY)
-    for some, own_rank in zip(row.split(_ROWS), own.split(_ROWS), strict=True):
+    for some, own_rank in zip(row.split(ROWS), own.split(ROWS), strict=True):
         older = own_rank[:, None] - rank
         expected = present & (older >= 0) & (older <= position[some, None])
         if window is not None:

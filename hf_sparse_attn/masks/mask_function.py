@@ -6,7 +6,10 @@ That is `signed_positions` [batch, 1, 1, KV], int32:
      p + 1        the key at position p of its batch row, padding not counted, or of its packed document
     -(p + 1)      the same, and the slot belongs to a query of this call
     PADDED_QUERY  a query of this call that is padding
-    LATER_TOKENS  everywhere: the model wants tokens to see later ones, which is refused when the values are read
+    LATER_TOKENS  everywhere: some tokens are to see some later ones, which is refused when the values are read
+
+Where attention is not causal, it is [batch, 1, 2, KV]: below these, in each column, how far the model's own window
+reaches on both sides (keys with |p - j| < window), or 0, where the mask says nothing of a window.
 
 All that is known lies in its values, so it survives being sliced, moved to another device and stored in a graph.
 """
@@ -52,16 +55,24 @@ def signed_positions(
         others: what else Transformers says about the mask; read only to refuse a pattern of the model's own.
 
     Raises:
-        ValueError: for a model that attends in chunks or by a mask function of its own.
+        ValueError: for a model that attends in chunks or by a mask function of its own, and for cross-attention.
     """
     refuse_transforms()
+    window = _window_on_both_sides(**others)
+    if window is not None:
+        check_lengths(q_length, kv_length)
+        others["use_vmap"] = others.get("use_vmap", False) and not _is_gemma_encoder(others.get("config"))
     _refuse_other_patterns(**others)
     unusual = mask_function is not None and not allow_is_causal_skip and q_length > 1
     last = q_offset + q_length
     to_the_end = isinstance(last, int) and kv_offset == 0 and last == kv_length
     # Where Transformers does not look for packed documents, whether there was a mask tells later on.
     says_nothing = attention_mask is None or asks_what_is_packed(others.get("config"))
-    if to_the_end and not unusual and says_nothing and _no_padding(attention_mask, kv_length):
+    if window is not None:
+        unusual = mask_function is not None and q_length > 1
+        if window == 0 and others.get("allow_is_bidirectional_skip") and _no_padding(attention_mask, kv_length):
+            return None
+    elif to_the_end and not unusual and says_nothing and _no_padding(attention_mask, kv_length):
         return None
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts on in place
@@ -85,9 +96,43 @@ def signed_positions(
         rank = rank - torch.where(starts, rank - 1, 0).cummax(-1).values
         later = (mask_function(batch, 0, slot[:-1], slot[1:]) & pairs).any()
     signed = torch.where(present, torch.where(is_query, -rank, rank), torch.where(is_query, PADDED_QUERY, 0))
+    if window is not None:
+        return torch.stack([signed, torch.full_like(signed, window)], 1).to(torch.int32)[:, None]
     if later is not None:
         signed = torch.where(later, LATER_TOKENS, signed)
     return signed.to(torch.int32)[:, None, None]
+
+
+def reads_both_sides(attention_mask: Tensor | None) -> bool:
+    """Whether `signed_positions` made a mask of attention that is not causal; knows by its shape."""
+    return attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.shape[2] == 2
+
+
+def check_lengths(q_length: int, kv_length: int) -> None:
+    """Refuse what cannot be one document's non-causal self-attention.
+
+    Raises:
+        ValueError: for other numbers of queries and keys.
+    """
+    if q_length != kv_length:
+        raise unsupported(
+            f"non-causal attention of {q_length} queries to {kv_length} keys (cross-attention or a cache)"
+        )
+
+
+def _window_on_both_sides(local_size: int | None = None, config: Any = None, **others: Any) -> int | None:
+    """None: the mask is causal. Else the window that it describes, |p - j| < window, or 0 for none.
+
+    Transformers' bidirectional masks say whether they may be skipped, and their windows include the distance itself.
+    Gemma makes causal masks, with all that follows added to them.
+    """
+    if "allow_is_bidirectional_skip" in others:
+        return 0 if local_size is None else local_size + 1
+    return local_size or 0 if others.get("use_vmap") and _is_gemma_encoder(config) else None
+
+
+def _is_gemma_encoder(config: Any) -> bool:
+    return getattr(config, "use_bidirectional_attention", None) is True
 
 
 def asks_what_is_packed(config: Any) -> bool:
