@@ -9,7 +9,8 @@ longformer          Beltagy, Peters, Cohan 2020, arXiv 2004.05150, sections 3.1 
 bigbird             Zaheer et al. 2020, arXiv 2007.14062, section 2 and the base model's blocks (ITC): blocks of 64;
                     a window of 3 blocks around the row's, 3 random blocks, and 2 global ones, here the first two.
 sparse-transformer  Child et al. 2019, arXiv 1904.10509, section 4.3, the fixed pattern, which they take for text: the
-                    row's own block of l = 128 and the last c = 32 positions of every block, merged in each head.
+                    row's own block of l = 128 and the last c positions of every block, merged in each head; of the c
+                    that they name, 8, 16 and 32, the largest.
 sparse-transformer-strided
                     The same section's strided pattern, for data with a period: the last l = 128 keys, which are l + 1
                     with the row's own, and every key at a multiple of l before the row: here at most 4096 of these,

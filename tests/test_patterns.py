@@ -1,19 +1,31 @@
 """What each pattern gives: its positions, and its rule for the specification."""
 
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from helpers.drawings import drawing
 from helpers.operation import make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.pattern_fields import PATTERN_FIELDS
 from hf_sparse_attn.patterns import (
     ROW_PATTERNS,
     STATIC_PATTERNS,
+    layer_pattern,
     num_row_keys,
     row_keys,
     row_patterns,
+    slash,
     static_patterns,
     static_positions,
 )
+from hf_sparse_attn.presets import PRESETS
+from hf_sparse_attn.tensor_parallel import HeadSplit
 
 CPU = torch.device("cpu")
 STATIC = [
@@ -111,6 +123,17 @@ def test_random_blocks_are_whole_older_blocks_and_the_same_for_all_rows_of_a_blo
     assert own_keys(fields, 399) != own_keys({**fields, "seed": 6}, 399)
 
 
+def test_a_process_knows_the_patterns_of_its_own_heads():
+    """Where tensor parallelism splits them: entries go by the heads of the whole layer."""
+    config = SparseAttentionConfig(stride=3, by_kv_head=[{}, {"stride": 5}])
+    split = [layer_pattern(config, 0, 4, 2, 4, CPU, torch.float64, split=HeadSplit(rank, 2)) for rank in (0, 1)]
+    assert [[part.config.stride for _, part in pattern.parts] for pattern in split] == [[3], [5]]
+    whole = layer_pattern(config, 0, 8, 4, 4, CPU, torch.float64)
+    assert [(heads, part.config.stride) for heads, part in whole.parts] == [(slice(0, 2), 3), (slice(2, 4), 5)]
+    with pytest.raises(ValueError, match="as the layer has KV heads, 1, got 2"):
+        layer_pattern(config, 0, 8, 1, 4, CPU, torch.float64)
+
+
 @pytest.mark.parametrize("static", [[], [0], [0, 1, 8, 9, 30], [*range(0, 300, 2)]], ids=len)
 @pytest.mark.parametrize("sliding_window", [None, 50])
 @pytest.mark.parametrize("key_offset", [0, 21])
@@ -126,6 +149,32 @@ def test_row_keys_are_what_nothing_else_gives(static, sliding_window, key_offset
         first = max(key_offset, p - (sliding_window or 1000) + 1)
         expected = [key - key_offset for key in set(keys) if first <= key <= p - 5 and key not in static]
         assert sorted(key for key in listed if key >= 0) == sorted(expected)
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "patterns.md"
+
+
+@pytest.mark.parametrize("section", DOCS.read_text(encoding="utf-8").split("\n## ")[1:], ids=lambda text: text[:12])
+def test_docs_patterns(section):
+    """Each drawing is the pattern of the fields above it, and the file that is shown is the one that is there."""
+    blocks = re.findall(r"```(json|text|python)\n(.*?)\n```", section, re.DOTALL)
+    configs = [json.loads(text) for language, text in blocks if language == "json"]
+    for fields in configs:
+        SparseAttentionConfig.from_dict(fields)
+    for language, text in blocks:
+        if language == "text":
+            assert drawing(configs[-1]) == text
+        elif language == "python":
+            assert text in inspect.getsource(slash)
+
+
+def test_docs_name_every_pattern_field_and_preset():
+    text = DOCS.read_text(encoding="utf-8")
+    assert not [name for name in (*PATTERN_FIELDS, *PRESETS, "by_layer", "by_kv_head") if f"`{name}`" not in text]
+    fields = {field.name for field in dataclasses.fields(SparseAttentionConfig)}
+    others = {"key_budget", "min_weight", "hash", "num_hash_bits", "seed", "page_size", "dense_layers", "dense_below"}
+    others |= {"implementation", "calibrated_hash", "by_layer", "by_kv_head"}
+    assert set(PATTERN_FIELDS) == fields - others
 
 
 def test_what_is_turned_off_is_not_there():

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.patterns import LayerPattern, is_local, num_row_keys, static_positions
+from hf_sparse_attn.hashing import BucketHash
+from hf_sparse_attn.patterns import LayerPattern, is_local, num_row_keys, row_keys, static_positions
 from hf_sparse_attn.recording import admissible_pairs
 from hf_sparse_attn.routing import BucketIndex
 
@@ -29,8 +30,9 @@ BUDGETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 MIN_WEIGHTS = (0.0, 1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
 KEY_BUDGET = 1024  # largest mean of a row's candidates that is chosen unless another one is asked for
 NUM_SAMPLED_ROWS = 64
-FIXED = "dense rows and layers, windows, static and random keys"  # what is read in any case
+FIXED = "dense rows and layers, windows, static keys and rows' own"  # what is read in any case
 _BLOCK_ROWS = 8
+_COUNTED_ROWS = 1024  # whose own keys are written out together
 _STEPS = 40  # of each bisection
 _PRICES = 1e-14, 1e2  # in nats, far outside of what a pair can be worth
 
@@ -129,10 +131,7 @@ def by_head(costs: Costs, choice: Allocation) -> tuple[Tensor, Tensor]:
 
 
 def fixed_pairs(config: SparseAttentionConfig, layer_idx: int, num_tokens: int, sliding_window: int | None) -> int:
-    """(row, key) pairs of a document that one head reads in any case: dense rows, window, static and random keys.
-
-    Random keys are counted as if none fell on another key.
-    """
+    """(row, key) pairs of a document that one head reads in any case: dense rows, window, static keys, a row's own."""
     position = torch.arange(num_tokens)
     admissible = position + 1 if sliding_window is None else (position + 1).clamp(max=sliding_window)
     if layer_idx in config.dense_layers:
@@ -141,7 +140,12 @@ def fixed_pairs(config: SparseAttentionConfig, layer_idx: int, num_tokens: int, 
     older = torch.searchsorted(static, position - config.window_size, right=True)  # static keys older than the window
     if sliding_window is not None:
         older = (older - torch.searchsorted(static, position - sliding_window, right=True)).clamp(min=0)
-    fixed = torch.minimum(admissible, config.window_size + older + num_row_keys(config))
+    fixed = torch.minimum(admissible, config.window_size + older)
+    if num_row_keys(config):
+        pattern = LayerPattern(config, layer_idx, [], [], BucketHash.empty(1, 1), sliding_window)
+        window = pattern.window(num_tokens)
+        blocks = position.split(_COUNTED_ROWS)
+        fixed = fixed + torch.cat([(row_keys(pattern, rows, static, window, 0) >= 0).sum(1) for rows in blocks])
     return int(torch.where(position < config.dense_below, admissible, fixed).sum())
 
 
@@ -204,7 +208,7 @@ def measure_layer(
 ) -> Costs:
     """What every choice costs in one layer on one document.
 
-    A softcap or sinks of the model's own are left out, and random keys are not looked at.
+    A softcap or sinks of the model's own are left out.
 
     Args:
         rows: [num_heads, R, head_dim], the queries of the rows of `sampled_blocks`.
@@ -280,9 +284,11 @@ def _errors(
     weights = (rows @ key.T).masked_fill(~admissible, -torch.inf).softmax(-1)  # [group, R, N]
     local = column > position[:, None] - pattern.config.window_size
     local[:, static] = True
+    own = row_keys(pattern, position, static, pattern.window(len(key)), 0)
+    local.scatter_(1, own.where(own >= 0, position[:, None]), True)
     local &= admissible
     taken = weights.transpose(0, 1).gather(2, routed.unsqueeze(1).expand(-1, len(rows), -1))  # [R, group, keys]
-    live = torch.arange(routed.shape[1]) < count[:, None]
+    live = (torch.arange(routed.shape[1]) < count[:, None]) & ~local.gather(1, routed)  # but for a row's own keys
     taken = taken.masked_fill_(~live.unsqueeze(1), -1).unsqueeze(2)  # less than any smallest weight
     least = torch.tensor(MIN_WEIGHTS, dtype=weights.dtype)[:, None]
     local_weights = weights * local

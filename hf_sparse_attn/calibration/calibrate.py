@@ -27,6 +27,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
 )
 from hf_sparse_attn.calibration.kept_results import KeptResults
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
+from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash, layer_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
@@ -81,7 +82,15 @@ class Calibration:
 
 
 def minimum_tokens(config: SparseAttentionConfig) -> int:
-    """Length from which on a document has enough sparse rows to calibrate on."""
+    """Length from which on a document has enough sparse rows to calibrate on.
+
+    Raises:
+        ArgumentError: if patterns differ by layer or head; all layers are measured at the same rows.
+    """
+    if config.by_layer or config.by_kv_head:
+        raise ArgumentError(
+            "sparse_attention", "by_layer and by_kv_head cannot be fitted to; give them to the converted model"
+        )
     return first_row(config) + 2 * NUM_SAMPLED_ROWS
 
 

@@ -23,7 +23,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
     sampled_blocks,
 )
 from hf_sparse_attn.ops import reference
-from hf_sparse_attn.patterns import static_positions
+from hf_sparse_attn.patterns import row_patterns, static_positions
 
 CONFIG = SparseAttentionConfig(window_size=8, num_global_tokens=2, num_hash_bits=3, page_size=16, dense_below=0)
 ROWS, TOKENS = 1000, 1024  # of `curves`
@@ -87,9 +87,10 @@ def written_out(rows, key, value, sensitivity, pattern, scaling):
     for p in range(num_tokens):
         oldest = 0 if pattern.sliding_window is None else max(0, p - pattern.sliding_window + 1)
         keys = set(range(oldest, p + 1))
-        fixed += len(
-            keys if p < config.dense_below else keys & (static | set(range(p - config.window_size + 1, p + 1)))
-        )
+        always = static | set(range(p - config.window_size + 1, p + 1))
+        for own in row_patterns(config):
+            always |= set(torch.arange(num_tokens)[own.admits(p, torch.arange(num_tokens))].tolist())
+        fixed += len(keys if p < config.dense_below else keys & always)
     return loss * sparse_rows / done, read * sparse_rows / done, fixed
 
 
@@ -143,6 +144,13 @@ class TestMeasureLayer:
     def test_strided_and_single_static_keys(self, monkeypatch):
         choices(monkeypatch, (0, 24), (0.0, 1e-2))
         assert_written_out(drawn_layer(200, 4, 2, CONFIG.replace(stride=7, global_token_indices=(50, 51, 160))))
+
+    @pytest.mark.parametrize("sliding_window", [None, 60])
+    def test_keys_of_a_rows_own(self, monkeypatch, sliding_window):
+        """They are read in any case, and candidates among them count once."""
+        choices(monkeypatch, (0, 24, 300), (0.0, 1e-2))
+        config = CONFIG.replace(num_random_keys=5, block_size=12, num_neighbouring_blocks=1, slash_distances=(3, 40))
+        assert_written_out(drawn_layer(200, 4, 2, config, sliding_window))
 
     def test_dense_rows(self, monkeypatch):
         choices(monkeypatch, (0, 24), (0.0, 1e-2))

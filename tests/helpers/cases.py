@@ -19,7 +19,7 @@ FEATURES = {
     "slashes": {"slash_distances": (5, 11, 40, 40, 200)},
     "blocks": {"block_size": 12, "num_neighbouring_blocks": 1, "block_offset": 5},
     "blocks, some random": {"block_size": 7, "num_random_blocks": 2, "num_random_keys": 3},
-    "blocks alone": {"window_size": 1, "num_global_tokens": 0, "block_size": 50, "key_budget": 0},
+    "blocks alone": {"window_size": 1, "num_global_tokens": 0, "block_size": 20, "key_budget": 0},
     "patterns by head": {
         "block_size": 20,
         "by_kv_head": ({"window_size": 4}, {"block_offset": 10, "num_global_tokens": 0, "stride": 31}),

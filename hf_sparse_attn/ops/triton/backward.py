@@ -321,7 +321,7 @@ def bwd_dkv_older_kernel(
         found = found & ((slot[None, :] < cut_low[:, None]) | (slot[None, :] >= cut_high[:, None]))
         older = (j[None, :] <= position[:, None] - window) & (j[None, :] > position[:, None] - sliding_window)
         drew = j[None, :] < (position[:, None] - position[:, None])
-        for draw in tl.static_range(NUM_RANDOM):
+        for draw in range(NUM_RANDOM):
             own = tl.load(drawn + local.to(tl.int64) * NUM_RANDOM + draw, mask=inside, other=-1)
             drew = drew | ((own[:, None] == index[None, :]) & known[None, :])
         valid = (((found | is_static[None, :]) & older) | drew) & inside[:, None]

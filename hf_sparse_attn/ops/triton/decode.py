@@ -66,12 +66,15 @@ def score_listed_kernel(
     is_found = (c >= before_found) & (c < stop)
     index = tl.where(is_found, tl.load(found + place * max_found + c - before_found, mask=is_found, other=0), index)
     valid = valid | is_found
-    for i in tl.static_range(NUM_RANDOM):
-        own = tl.load(drawn + row * NUM_RANDOM + i) + tl.zeros((BLOCK,), tl.int32)
-        valid = valid & ((index != own) | (c < before_random))  # found as well
-        draws = (c == before_random + i) & (own >= 0)
-        index = tl.where(draws, own, index)
-        valid = valid | draws
+    if NUM_RANDOM > 0:
+        is_random = (c >= before_random) & (c < before_found)
+        own = tl.load(drawn + row * NUM_RANDOM + c - before_random, mask=is_random, other=-1)
+        index = tl.where(is_random, own, index)
+        valid = valid | (own >= 0)
+        if (tl.program_id(0) + 1) * BLOCK > before_found:
+            for i in range(NUM_RANDOM):
+                other = tl.load(drawn + row * NUM_RANDOM + i)
+                valid = valid & ((index != other) | (c < before_found))
     index = tl.where(valid, index, 0)
     m = tl.arange(0, GROUP_PADDED)
     d = tl.arange(0, BLOCK_DIM)

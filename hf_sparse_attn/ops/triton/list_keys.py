@@ -197,12 +197,15 @@ def list_keys_kernel(
     found = is_found[:, None] & older & (((word >> (bucket & 31)[:, None]) & 1) != 0)
     found = found & ((slot[:, None] < cut_low) | (slot[:, None] >= cut_high))
     takes = (in_window[:, None] & seen) | (is_static[:, None] & older)
-    for i in tl.static_range(NUM_RANDOM):
-        own = tl.load(drawn + local.to(tl.int64) * NUM_RANDOM + i, mask=computed, other=-1)
-        draws = is_random[:, None] & (draw[:, None] == r * NUM_RANDOM + i) & (own >= 0)
-        index = tl.maximum(index, tl.max(tl.where(draws, own, -1), 1))
-        takes = takes | draws
-        found = found & (index[:, None] != own)
+    if NUM_RANDOM > 0:
+        drawing, draws = tile_rows(tile, draw // NUM_RANDOM, base, start, end, interval_size, ROWS)
+        own = drawn + drawing.to(tl.int64) * NUM_RANDOM + draw % NUM_RANDOM
+        index = tl.where(is_random, tl.load(own, mask=is_random & draws, other=-1), index)
+        takes = takes | ((is_random & (index >= 0))[:, None] & (r == (draw // NUM_RANDOM)[:, None]))
+        if tl.max(is_found.to(tl.int32)) > 0:
+            for i in range(NUM_RANDOM):
+                other = tl.load(drawn + local.to(tl.int64) * NUM_RANDOM + i, mask=computed, other=-1)
+                found = found & (index[:, None] != other)
     taken = tl.sum(((takes | found) & computed).to(tl.int32) << r, 1)
     tl.store(lists.keys + place * capacity + c, tl.where(taken != 0, index, 0), mask=c < stop)
     tl.store(lists.rows + place * capacity + c, taken, mask=c < stop)
