@@ -53,9 +53,7 @@ def _read_row(admitted: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
     return starts.cumsum(0), rank - torch.where(starts > 0, rank - 1, 0).cummax(0).values
 
 
-def _describes(
-    admitted: Tensor, is_token: Tensor, read: tuple[Tensor, Tensor], window: int | None
-) -> bool:
+def _describes(admitted: Tensor, is_token: Tensor, read: tuple[Tensor, Tensor], window: int | None) -> bool:
     """Whether the rows that are no padding admit just the keys that the reading gives them."""
     document, position = read
     for some in torch.nonzero(is_token).flatten().split(ROWS):

@@ -115,7 +115,9 @@ def check_lengths(q_length: int, kv_length: int) -> None:
         ValueError: for other numbers of queries and keys.
     """
     if q_length != kv_length:
-        raise unsupported(f"non-causal attention of {q_length} queries to {kv_length} keys (cross-attention or a cache)")
+        raise unsupported(
+            f"non-causal attention of {q_length} queries to {kv_length} keys (cross-attention or a cache)"
+        )
 
 
 def _window_on_both_sides(local_size: int | None = None, config: Any = None, **others: Any) -> int | None:

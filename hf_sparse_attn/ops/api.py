@@ -124,7 +124,12 @@ def document_attention(
         pattern = dataclasses.replace(pattern, num_tokens=key.shape[1])
     implementation, dense_rows = pattern.config.implementation, pattern.dense_rows()
     backend = find_backend(implementation, query.device, pattern.is_causal)
-    if implementation == "auto" and pattern.is_causal and dense_rows is not None and query_offset + query.shape[1] > dense_rows:
+    if (
+        implementation == "auto"
+        and pattern.is_causal
+        and dense_rows is not None
+        and query_offset + query.shape[1] > dense_rows
+    ):
         warn_if_slow(query.device)
     dtype, precise = backend.dtype(query, key), compute_dtype(query, key)
     sinks = None if sinks is None else sinks.to(precise)

@@ -65,6 +65,8 @@ def check_document(
             "positions start at 0 and the last key must belong to the last query"
         )
     if key_offset and not pattern.is_causal:
-        raise ValueError(f"non-causal attention needs all keys of the document, got those from position {key_offset} on")
+        raise ValueError(
+            f"non-causal attention needs all keys of the document, got those from position {key_offset} on"
+        )
     if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(f"sinks must be one number for each of {num_heads} heads, got shape {tuple(sinks.shape)}")

@@ -31,9 +31,7 @@ def make_pattern(
     is_causal=True,
 ):
     heads = num_heads, num_kv_heads, head_dim
-    return layer_pattern(
-        config, layer_idx, *heads, torch.device(device), dtype, sliding_window, is_causal=is_causal
-    )
+    return layer_pattern(config, layer_idx, *heads, torch.device(device), dtype, sliding_window, is_causal=is_causal)
 
 
 class KeyMask:
