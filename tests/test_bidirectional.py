@@ -235,7 +235,7 @@ class TestRefusals:
             model(ids[:, 8:], past_key_values=cache)
 
     def test_an_implementation_without_it(self):
-        with pytest.raises(ValueError, match='^implementation="numba" has no non-causal attention; choose "auto" or'):
+        with pytest.raises(ValueError, match=r'^implementation="numba" has no non-causal attention'):
             states(encoder("bert", implementation="numba"), tokens(10))
 
 

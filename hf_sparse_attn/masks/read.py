@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.masks.documents import Document, document_starts, documents
 from hf_sparse_attn.masks.both_sides import read_mask
+from hf_sparse_attn.masks.documents import Document, document_starts, documents
 from hf_sparse_attn.masks.mask_4d import read_custom_mask
 from hf_sparse_attn.masks.mask_function import reads_both_sides
 from hf_sparse_attn.side_channels import DOCUMENTS

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.ops.backend import Backend
-from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.band import Band, window_scores, window_values
+from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces, cap, dense_pieces, hide, with_sinks
 from hf_sparse_attn.ops.common.gather import GatherDot, GatherSum
 from hf_sparse_attn.ops.common.threads import in_order
@@ -66,7 +66,7 @@ class _Table:
 
 def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call) -> Iterator[Piece]:
     """Rows at positions start .. end - 1: each KV head's query heads, a chunk of rows at a time."""
-    pattern, offset, key_offset = call.pattern, call.query_offset, call.key_offset
+    pattern, offset = call.pattern, call.query_offset
     group = query.shape[0] // key.shape[0]
     static = static_positions(pattern.config, end, key.device)
     bucket = pattern.bucket_hash.assign(key)
