@@ -42,6 +42,11 @@ class SparseAttentionConfig:
     weight among all that it scored is at least `min_weight`. The bucket means are refreshed every `page_size`
     positions with all keys before that position, so nothing later than the row decides what it reads.
 
+    Where attention is not causal, admissible keys lie on both sides, the window is |p - j| < window_size, rows of
+    global tokens (num_global_tokens, global_token_indices) read everything, random keys are drawn from the whole
+    document, buckets' means are those of all its keys, the nearest ones of the last bucket are taken, and dense_below
+    goes by the document's length, as there are no earlier rows that read less (docs/bidirectional.md).
+
     docs/patterns.md draws each pattern; `presets.py` names combinations of them that papers use.
 
     Args:

@@ -33,8 +33,8 @@ NAME = "sparse"
 # Arguments that some families also pass and that would change the answer: biases, the choices of an own indexer.
 _NOT_READ = ("position_bias", "indices", "block_indices", "sinks", "cache")
 
-# Names of the arguments by which a layer takes the states of other tokens: key_value_states and the like.
-_OTHERS = ("key_value", "encoder_hidden", "cross_attention", "context_hidden")
+# Arguments by which an attention layer takes the states of other tokens than its own.
+_OTHER_STATES = ("key", "context", "key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 Observer = Callable[[LayerPattern, Tensor, Tensor, Tensor, float, Tensor], None]
 
@@ -180,8 +180,7 @@ def _may_be_cross_attention(module: nn.Module) -> bool:
 
 @cache
 def _takes_other_states(kind: type[nn.Module]) -> bool:
-    names = inspect.signature(kind.forward).parameters
-    return any(name in names for name in ("key", "context") + tuple(f"{of}_states" for of in _OTHERS))
+    return any(name in inspect.signature(kind.forward).parameters for name in _OTHER_STATES)
 
 
 def _numbered_documents(position_ids: Tensor, query: Tensor) -> Tensor | None:

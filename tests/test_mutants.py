@@ -15,6 +15,8 @@ from hf_sparse_attn.masks import read
 from hf_sparse_attn.masks.documents import documents
 from hf_sparse_attn.ops import dispatch
 from hf_sparse_attn.ops import torch as torch_ops
+from hf_sparse_attn.ops.common import gather
+from hf_sparse_attn.ops.common.band import Band
 from hf_sparse_attn.ops.numba import chunks as numba_ops
 from hf_sparse_attn.ops.numba import rules as numba_rules
 from hf_sparse_attn.patterns import layer_pattern
@@ -156,27 +158,27 @@ def patterns(**changes):
 
 
 def one_future_key_in_the_window(monkeypatch):
-    band_bias = torch_ops._band_bias
+    band_bias = Band.bias
 
-    def mutant(band_key, start, window, key_offset):
-        bias = band_bias(band_key, start, window, key_offset).clone()
+    def mutant(self, keys, num_keys):
+        bias = band_bias(self, keys, num_keys).clone()
         row = torch.arange(bias.shape[1] - 1)
-        bias[:, row, row + window] = 0
+        bias[:, row, row + self.before + 1] = 0
         return bias
 
-    monkeypatch.setattr(torch_ops, "_band_bias", mutant)
+    monkeypatch.setattr(Band, "bias", mutant)
 
 
 def window_one_too_narrow(monkeypatch):
-    band_bias = torch_ops._band_bias
+    band_bias = Band.bias
 
-    def mutant(band_key, start, window, key_offset):
-        bias = band_bias(band_key, start, window, key_offset).clone()
+    def mutant(self, keys, num_keys):
+        bias = band_bias(self, keys, num_keys).clone()
         row = torch.arange(bias.shape[1])
         bias[:, row, row] = -torch.inf
         return bias
 
-    monkeypatch.setattr(torch_ops, "_band_bias", mutant)
+    monkeypatch.setattr(Band, "bias", mutant)
 
 
 def one_future_key_among_the_routed(monkeypatch):
@@ -259,19 +261,19 @@ def planes_drawn_at_call_time(monkeypatch):
 
 
 def no_gradient_through_routed_keys(monkeypatch):
-    scatter_sum = torch_ops._scatter_sum
-    monkeypatch.setattr(torch_ops, "_scatter_sum", lambda *args: 0 * scatter_sum(*args))
+    scatter_sum = gather._scatter_sum
+    monkeypatch.setattr(gather, "_scatter_sum", lambda *args: 0 * scatter_sum(*args))
 
 
 def no_gradient_of_queries_through_routed_keys(monkeypatch):
-    gather_dot = torch_ops._GatherDot.apply
+    gather_dot = torch_ops.GatherDot.apply
 
     class Mutant:
         @staticmethod
         def apply(rows, *others):
             return gather_dot(rows.detach(), *others)
 
-    monkeypatch.setattr(torch_ops, "_GatherDot", Mutant)
+    monkeypatch.setattr(torch_ops, "GatherDot", Mutant)
 
 
 def count_a_key_twice(monkeypatch):

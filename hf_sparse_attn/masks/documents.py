@@ -1,8 +1,8 @@
 """The documents of every batch row, read from what the mask function made.
 
-A document is a run of tokens that see each other, causally or on both sides: one batch row without its padding, or one of several
-packed into a row. Everything after this works on one document at a time, with positions that count from its first
-token, so padding, packing and cache slots cannot leak into the pattern.
+A document is a run of tokens that see each other, causally or on both sides: one batch row without its padding, or one
+of several packed into a row. Everything after this works on one document at a time, with positions that count from its
+first token, so padding, packing and cache slots cannot leak into the pattern.
 """
 
 from __future__ import annotations

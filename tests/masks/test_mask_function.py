@@ -132,5 +132,7 @@ class TestRefusals:
         blocks = torch.full((2, 8), -1)
         blocks[1, 5:7] = 0
         signed = self.make(block_sequence_ids=blocks)
-        with pytest.raises(ValueError, match="does not support non-causal attention"):
+        with pytest.raises(
+            ValueError, match="does not support causal attention with blocks of tokens that see each other"
+        ):
             documents(signed, 2, 8, 8)

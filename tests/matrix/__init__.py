@@ -45,8 +45,6 @@ DECLARED = {
     (EVERY_FAMILY, "4D mask of a prefix LM"): refused(
         "a 4D attention_mask other than causal attention inside documents"
     ),
-    (EVERY_FAMILY, "is_causal=False"): refused("non-causal attention"),
-    (EVERY_FAMILY, "config.is_causal=False"): refused("non-causal attention"),
     (EVERY_FAMILY, "output_attentions"): refused("output_attentions=True, because attention weights are never formed"),
     (EVERY_FAMILY, "attention dropout"): refused("attention dropout (attention_dropout=0.1)"),
     **{

@@ -123,14 +123,40 @@ def prefix_mask(family):
 
 def not_causal(family):
     """`model(..., is_causal=False)`."""
-    logits(tiny_model(family), tokens(40), is_causal=False)
+    check_not_causal(family, lambda model: {"is_causal": False})
 
 
 def not_causal_by_config(family):
     """`model.config.is_causal = False`, with which Transformers makes bidirectional masks."""
-    model = tiny_model(family)
-    model.config.is_causal = False
-    logits(model, tokens(40))
+
+    def prepare(model):
+        model.config.is_causal = False
+        return {}
+
+    check_not_causal(family, prepare)
+
+
+def check_not_causal(family, prepare):
+    """Rows of padded batches that read everything give the logits of the family's own attention on both sides; others
+    those of the specification, which differ."""
+    rows = [tokens(length, seed=length)[0] for length in (40, 33)]
+    ids, mask, _ = padded_batch(rows, "right", 2)
+    models = {
+        "eager": tiny_model(family, "eager"),
+        "everything": tiny_model(family, window_size=60),
+        "auto": tiny_model(family),
+        "reference": tiny_model(family, implementation="sparse"),
+    }
+    models["reference"].config.sparse_attention["implementation"] = "reference"
+    with softmax_in_float64():
+        found = {
+            name: logits(model, ids, attention_mask=mask, **prepare(model))[mask.bool()]
+            for name, model in models.items()
+        }
+    torch.testing.assert_close(found["everything"], found["eager"], **TOLERANCE)
+    torch.testing.assert_close(found["auto"], found["reference"], **TOLERANCE)
+    assert (found["auto"] - found["eager"]).abs().amax() > 1e-2
+    assert (found["eager"][:20] - dense_logits(family, ids[:1])[0, :20]).abs().amax() > 1e-2
 
 
 def output_attentions(family):
