@@ -9,6 +9,7 @@ to. So these ride on the tensors and the module:
 | KEPT | a cache layer's new keys | `cache.EvictingLayer` | `attention` | the next call ends in an error |
 | DOCUMENTS | the mask | `masks.read` | `masks.read` | each layer reads the mask itself |
 | SEEN_BY | position_ids | `notices` | `notices` | each layer looks at them itself |
+| MARKS | keyword arguments of a forward; its cache | `global_tokens` | `integration` | `global_token_ids` are refused |
 | PATTERN | an attention layer's `__dict__` | `integration` | `integration` | the pattern is built anew |
 | PART | a model's modules' `__dict__` | `split_heads` | `tensor_parallel` | a part of the heads is refused |
 
@@ -19,5 +20,6 @@ INDEXES = "_sparse_attention_indexes"
 KEPT = "_sparse_attention_kept"
 DOCUMENTS = "_sparse_attention_documents"
 SEEN_BY = "_sparse_attention_seen_by"
+MARKS = "_sparse_attention_marks"
 PATTERN = "_sparse_attention_pattern"
 PART = "_sparse_attention_part"

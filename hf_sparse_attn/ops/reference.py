@@ -34,7 +34,7 @@ def scored_keys(
     bucket = pattern.bucket_hash.assign(key)
     position = torch.arange(key.shape[1], device=key.device) + key_offset
     static = torch.zeros_like(position, dtype=torch.bool)
-    for part in static_patterns(config):
+    for part in static_patterns(config, pattern.marked):
         static = static | part.admits(position)
     all_scored, all_routed = [], []
     for head in range(num_heads):

@@ -33,7 +33,7 @@ def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     """See `ops.find_keys`."""
     call = Call(_sparse_pieces, pattern)
     start, end = call.dense_end(key.shape[1]), key.shape[1]
-    static = static_positions(pattern.config, end, key.device)
+    static = static_positions(pattern.config, end, key.device, marked=pattern.marked)
     bucket = pattern.bucket_hash.assign(key)
     summed = query.unflatten(0, (len(key), -1)).sum(1)
 
@@ -66,7 +66,7 @@ def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: i
     """Rows at positions start .. end - 1: each KV head's query heads, a chunk of rows at a time."""
     pattern, offset, key_offset = call.pattern, call.query_offset, call.key_offset
     group = query.shape[0] // key.shape[0]
-    static = static_positions(pattern.config, end, key.device)
+    static = static_positions(pattern.config, end, key.device, marked=pattern.marked)
     bucket = pattern.bucket_hash.assign(key)
     for kv_head in range(key.shape[0]):
         heads = range(kv_head * group, (kv_head + 1) * group)

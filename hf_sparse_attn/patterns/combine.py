@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.patterns.base import RowPattern, StaticPattern
+from hf_sparse_attn.patterns.base import RowPattern, StaticKeys, StaticPattern
 from hf_sparse_attn.patterns.explicit import Explicit
 from hf_sparse_attn.patterns.layer import LayerPattern
 from hf_sparse_attn.patterns.leading import Leading
+from hf_sparse_attn.patterns.marked import Marked, marks_are_missing
 from hf_sparse_attn.patterns.seeded_random import SeededRandom
 from hf_sparse_attn.patterns.strided import Strided
 
@@ -17,9 +18,16 @@ STATIC_PATTERNS: tuple[type[StaticPattern], ...] = (Leading, Explicit, Strided)
 ROW_PATTERNS: tuple[type[RowPattern], ...] = (SeededRandom,)
 
 
-def static_patterns(config: SparseAttentionConfig) -> tuple[StaticPattern, ...]:
-    """The patterns of keys for every later row that `config` turns on."""
-    return tuple(pattern for kind in STATIC_PATTERNS if (pattern := kind.of(config)) is not None)
+def static_patterns(config: SparseAttentionConfig, marked: Marked | None = None) -> tuple[StaticKeys, ...]:
+    """The patterns of keys for every later row that `config` turns on; `marked` are those that it names by token id.
+
+    Raises:
+        ValueError: `config` has `global_token_ids`, and where they stand is not said.
+    """
+    if config.global_token_ids and marked is None:
+        raise marks_are_missing()
+    found = tuple(pattern for kind in STATIC_PATTERNS if (pattern := kind.of(config)) is not None)
+    return found if marked is None else (*found, marked)
 
 
 def row_patterns(config: SparseAttentionConfig) -> tuple[RowPattern, ...]:
@@ -27,9 +35,11 @@ def row_patterns(config: SparseAttentionConfig) -> tuple[RowPattern, ...]:
     return tuple(pattern for kind in ROW_PATTERNS if (pattern := kind.of(config)) is not None)
 
 
-def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0) -> Tensor:
+def static_positions(
+    config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0, marked: Marked | None = None
+) -> Tensor:
     """Sorted positions from `start` to `stop` - 1 that every later row attends to, int64."""
-    found = [pattern.positions(start, stop, device) for pattern in static_patterns(config)]
+    found = [pattern.positions(start, stop, device) for pattern in static_patterns(config, marked)]
     found = [positions for positions in found if len(positions)]
     if len(found) < 2:
         return found[0] if found else torch.empty(0, dtype=torch.int64, device=device)

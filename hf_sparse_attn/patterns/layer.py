@@ -8,6 +8,7 @@ import torch
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.hashing import BucketHash, layer_hash
+from hf_sparse_attn.patterns.marked import Marked
 from hf_sparse_attn.tensor_parallel import HeadSplit
 
 
@@ -22,6 +23,7 @@ class LayerPattern:
         min_weights: smallest softmax weight of a routed key that is read, for each query head of this process.
         bucket_hash: the hash of its KV heads.
         sliding_window: the model's own window (keys with `p - sliding_window < j`), or None.
+        marked: where `config.global_token_ids` stand in the document at hand; None: not said, or there are none.
     """
 
     config: SparseAttentionConfig
@@ -30,6 +32,7 @@ class LayerPattern:
     min_weights: list[float]
     bucket_hash: BucketHash
     sliding_window: int | None = None
+    marked: Marked | None = None
 
     @property
     def is_local(self) -> bool:
