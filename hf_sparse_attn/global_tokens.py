@@ -71,7 +71,10 @@ def _before_forward(
         asked = SparseAttentionConfig(global_token_ids=asked).global_token_ids
         token_ids = token_ids.cpu() if held is None else _with_cached(held, token_ids)  # every layer reads the marks
     elif held is not None:
-        raise unsupported("global_token_ids with a cache under torch.compile; generate takes disable_compile=True")
+        raise ValueError(
+            "global_token_ids with a cache do not work under torch.compile; pass disable_compile=True to generate, or "
+            "compile forwards with use_cache=False"
+        )
     return args, {**kwargs, MARKS: torch.isin(token_ids, token_ids.new_tensor(asked))}
 
 
