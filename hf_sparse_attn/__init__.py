@@ -8,6 +8,7 @@ from typing import Any as _Any
 
 from hf_sparse_attn.cache import SparseCache
 from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.global_tokens import mark_global_tokens
 from hf_sparse_attn.integration import check_model, configure, record_density, register
 from hf_sparse_attn.moved import install as _install_moved_modules
 from hf_sparse_attn.operation import SparseIndex, apply_index, build_index, sparse_attention
@@ -51,6 +52,7 @@ __all__ = [
     "evaluate_perplexity",
     "finetune",
     "load_model",
+    "mark_global_tokens",
     "plot_pattern",
     "record_density",
     "sparse_attention",

@@ -17,7 +17,7 @@ from hf_sparse_attn.masks.mask_function import check_lengths, reads_both_sides
 from hf_sparse_attn.masks.read import read_documents
 from hf_sparse_attn.ops.checks import check_scores
 from hf_sparse_attn.ops.common.dropout import Dropout
-from hf_sparse_attn.patterns import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern, Marked
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.side_channels import INDEXES, KEPT
 from hf_sparse_attn.statistics import AttentionStatistics
@@ -33,6 +33,8 @@ class Inputs(NamedTuple):
         position_ids: [1 or batch, Q], or None.
         cu_seq_lens: [documents + 1], or None.
         seq_idx: [batch, Q], or None.
+        marks: [batch, slots] bool, where `global_token_ids` stand among all tokens that the cache was ever given and
+            those of this call, or None.
         sinks: [num_heads], or None.
     """
 
@@ -43,6 +45,7 @@ class Inputs(NamedTuple):
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
     seq_idx: Tensor | None = None
+    marks: Tensor | None = None
     sinks: Tensor | None = None
 
 
@@ -105,12 +108,13 @@ def attention(
             raise ValueError("a SparseCache with a policy carries no gradients; use torch.no_grad()")
         indexes = None
     if kept is not None:
+        if inputs.marks is not None:
+            raise ValueError("a SparseCache with a policy does not take global_token_ids")
         if pattern.sliding_window is not None:
             raise ValueError("a SparseCache with a policy cannot hold keys of a layer with a sliding window")
         kept.begin(every, batch_size, key.shape[1])
 
     given: dict[str, Any] = {
-        "pattern": pattern,
         "scaling": scaling,
         "softcap": softcap,
         "sinks": inputs.sinks,
@@ -119,18 +123,20 @@ def attention(
 
     def attend(document: Document, candidates: Tensor | None) -> Tensor:
         slots = document.keys if kept is None else document.queries
+        marked = None if inputs.marks is None else _marked(inputs.marks, document, kv_length)
         rows = query[document.batch][:, document.queries]
         keys, values = key[document.batch][:, slots], value[document.batch][:, slots]
         if kept is not None:
-            heads_first = kept.attend(document.batch, rows, keys, values, **given)
+            heads_first = kept.attend(document.batch, rows, keys, values, pattern=pattern, **given)
         else:
             heads_first = ops.document_attention(
                 rows,
                 keys,
                 values,
+                pattern=pattern if marked is None else dataclasses.replace(pattern, marked=marked),
                 query_offset=document.query_offset,
                 key_offset=document.key_offset,
-                index=None if indexes is None else indexes.of(document, pattern, keys),
+                index=None if indexes is None else indexes.of(document, pattern, keys, marked),
                 dropout=None if dropout is None else dataclasses.replace(dropout, batch=document.batch),
                 candidates=candidates,
                 **given,
@@ -144,6 +150,12 @@ def attention(
     for document, keys_of_rows in zip(every, chosen, strict=True):
         output[document.batch, document.queries] = attend(document, keys_of_rows)
     return output
+
+
+def _marked(marks: Tensor, document: Document, num_keys: int) -> Marked:
+    """The marks of a document's keys, of which a sliding cache may have dropped the first ones."""
+    held = marks[document.batch, max(marks.shape[1] - num_keys, 0) :]
+    return Marked(held[document.keys].cpu(), document.key_offset)
 
 
 def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:

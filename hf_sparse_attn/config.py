@@ -26,8 +26,8 @@ class SparseAttentionConfig:
 
         every key                                         if at most dense_below are admissible, or in a dense layer
         window    p - window_size < j <= p                window_size keys, the row's own included
-        static    j < num_global_tokens, j in global_token_indices, or, with a stride,
-                  stride_offset <= j % stride < stride_offset + stride_width
+        static    j < num_global_tokens, j in global_token_indices, the token at j is one of global_token_ids, or,
+                  with a stride, stride_offset <= j % stride < stride_offset + stride_width
         random    num_random_keys positions drawn from a fixed hash of (seed, p)
         dilated   p - i * dilation for i = 1 .. dilated_window_size
         slash     p - d for d in slash_distances
@@ -53,6 +53,8 @@ class SparseAttentionConfig:
         window_size: keys of the local window, the row's own included; at least 1.
         num_global_tokens: leading keys of the document that every row reads; at least 0.
         global_token_indices: further positions that every later row reads.
+        global_token_ids: ids of tokens, such as those of BOS, a separator or a heading mark: wherever one of them
+            stands, every later row reads its key. They need `mark_global_tokens`, which loading functions call.
         stride: every `stride`-th key is read by every later row; 0 turns it off.
         stride_offset, stride_width: which keys of every `stride` these are: so many, from this one on; by default the
             first one. Both lie inside the stride.
@@ -91,6 +93,7 @@ class SparseAttentionConfig:
     window_size: int = 256
     num_global_tokens: int = 16
     global_token_indices: tuple[int, ...] = ()
+    global_token_ids: tuple[int, ...] = ()
     stride: int = 0
     stride_offset: int = 0
     stride_width: int = 1
@@ -118,11 +121,14 @@ class SparseAttentionConfig:
     def __post_init__(self) -> None:
         for name, (minimum, maximum) in _RANGES.items():
             _require_int(name, getattr(self, name), minimum, maximum)
-        for name in ("global_token_indices", "slash_distances", "dense_layers"):
+        for name in ("global_token_indices", "global_token_ids", "slash_distances", "dense_layers"):
             object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
         check_patterns(self)
         for name in OVERRIDABLE:
             object.__setattr__(self, name, read_overrides(self, name))
+        repeated = [token for i, token in enumerate(self.global_token_ids) if token in self.global_token_ids[:i]]
+        if repeated:
+            raise ValueError(f"global_token_ids must not name a token twice, got {repeated[0]} again")
         object.__setattr__(
             self, "key_budget", _by_head(self.key_budget, partial(_require_int, "key_budget", minimum=0))
         )
@@ -186,6 +192,16 @@ class SparseAttentionConfig:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) is not None
         }
+
+    def check_vocabulary(self, vocab_size: object) -> None:
+        """Make sure that a model with so many tokens has those of `global_token_ids`; None: nobody knows how many.
+
+        Raises:
+            ValueError: it has not.
+        """
+        beyond = [token for token in self.global_token_ids if isinstance(vocab_size, int) and token >= vocab_size]
+        if beyond:
+            raise ValueError(f"global_token_ids must be below the model's vocab_size={vocab_size}, got {beyond[0]}")
 
     def replace(self, **changes: Any) -> SparseAttentionConfig:
         """A copy with some fields changed, validated again."""

@@ -57,6 +57,7 @@ def _attention(
     position_ids: Tensor | None,
     cu_seq_lens: Tensor | None,
     seq_idx: Tensor | None,
+    marks: Tensor | None,
     sinks: Tensor | None,
     fields: str,
     layer_idx: int,
@@ -66,7 +67,7 @@ def _attention(
     softcap: float | None,
     is_causal: bool = True,
 ) -> Tensor:
-    inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens, seq_idx, sinks)
+    inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens, seq_idx, marks, sinks)
     return attention(inputs, _pattern(inputs, fields, layer_idx, split, sliding_window, is_causal), scaling, softcap)
 
 
@@ -86,6 +87,7 @@ def _attention_backward(
     position_ids: Tensor | None,
     cu_seq_lens: Tensor | None,
     seq_idx: Tensor | None,
+    marks: Tensor | None,
     sinks: Tensor | None,
     fields: str,
     layer_idx: int,
@@ -98,7 +100,8 @@ def _attention_backward(
     """Gradients of query, key, value and sinks; an empty tensor where there are no sinks."""
     present = [x.detach().requires_grad_() for x in (query, key, value, sinks) if x is not None]
     own_sinks = present[3] if sinks is not None else None
-    inputs = Inputs(present[0], present[1], present[2], attention_mask, position_ids, cu_seq_lens, seq_idx, own_sinks)
+    others = attention_mask, position_ids, cu_seq_lens, seq_idx, marks
+    inputs = Inputs(present[0], present[1], present[2], *others, own_sinks)
     pattern = _pattern(inputs, fields, layer_idx, split, sliding_window, is_causal)
     # Custom operations run below autograd.
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
@@ -114,7 +117,7 @@ def _attention_backward(
 def _attention_backward_fake(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sinks = query.new_empty(0) if others[4] is None else others[4]
+    sinks = query.new_empty(0) if others[5] is None else others[5]
     like = torch.contiguous_format
     return (
         torch.empty_like(query, memory_format=like),
@@ -133,7 +136,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     query, key, value, sinks = _attention_backward(grad, *tensors, *ctx.others)
     no_sinks = tensors[-1] is None
-    return query, key, value, *[None] * 4, None if no_sinks else sinks, *[None] * len(ctx.others)
+    return query, key, value, *[None] * 5, None if no_sinks else sinks, *[None] * len(ctx.others)
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

@@ -19,12 +19,13 @@ from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.attributes import replaced_attribute
 from hf_sparse_attn.config import SparseAttentionConfig, expand_preset, layer_config, layer_shape, text_config
 from hf_sparse_attn.custom_op import compiled_attention
+from hf_sparse_attn.global_tokens import mark_global_tokens
 from hf_sparse_attn.masks.mask_function import asks_what_is_packed, reads_both_sides, signed_positions
 from hf_sparse_attn.masks.unsupported import unsupported
 from hf_sparse_attn.notices import notice_positions
-from hf_sparse_attn.patterns import LayerPattern, layer_pattern
+from hf_sparse_attn.patterns import LayerPattern, layer_pattern, marks_are_missing
 from hf_sparse_attn.recording import DensityRecorder, Recorder, Recorders
-from hf_sparse_attn.side_channels import PATTERN
+from hf_sparse_attn.side_channels import MARKS, PATTERN
 from hf_sparse_attn.tensor_parallel import HeadSplit, head_split
 from hf_sparse_attn.tracing import input_device, is_traced, refuse_transforms
 
@@ -121,9 +122,13 @@ def sparse_attention_forward(
         seq_idx = _restarts(position_ids, query, key)
     elif attention_mask is None and cu_seq_lens_q is None and seq_idx is None:
         seq_idx = _packed_documents(module, position_ids, query, key)
-    inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens_q, seq_idx, s_aux)
+    fields, marks = getattr(module.config, "sparse_attention", None), kwargs.get(MARKS)
+    if marks is None and fields and fields.get("global_token_ids"):
+        raise marks_are_missing()
+    if marks is not None and split.by_sequence:
+        raise unsupported("global_token_ids where rows are divided among processes (Ulysses)")
+    inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens_q, seq_idx, marks, s_aux)
     if is_traced(query):
-        fields = getattr(module.config, "sparse_attention", None)
         layer_idx = _traced_layer_idx(module, key, fields)
         text = repr(fields)
         return compiled_attention(inputs, text, layer_idx, split, sliding_window, scaling, softcap, causal), None
@@ -179,7 +184,7 @@ def _may_be_cross_attention(module: nn.Module) -> bool:
 
 
 @cache
-def _takes_other_states(kind: type[nn.Module]) -> bool:
+def _takes_other_states(kind: Any) -> bool:
     return any(name in inspect.signature(kind.forward).parameters for name in _OTHER_STATES)
 
 
@@ -240,6 +245,8 @@ def _traced_layer_idx(module: nn.Module, key: Tensor, fields: dict[str, Any] | N
 def configure(model: nn.Module, **fields: Any) -> SparseAttentionConfig:
     """Change single fields of a loaded model's sparse attention; they take effect at the next forward.
 
+    With `global_token_ids` it calls `mark_global_tokens`.
+
     Args:
         model: a Transformers model, converted or not.
         fields: fields of `SparseAttentionConfig`; the others stay as they are.
@@ -251,6 +258,8 @@ def configure(model: nn.Module, **fields: Any) -> SparseAttentionConfig:
         ValueError: for an unknown field or an impossible value, naming the field; the model is left as it was.
     """
     merged = merge_sparse_attention(model.config, fields)
+    if merged["global_token_ids"]:
+        mark_global_tokens(model)
     text_config(model.config).sparse_attention = merged
     return SparseAttentionConfig.from_dict(merged)
 
@@ -293,6 +302,7 @@ def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None)
         raise ValueError(f"sparse_attention in its config.json must be an object, got {type(fields).__name__}")
     own = SparseAttentionConfig.from_dict(fields)
     merged = SparseAttentionConfig.from_dict({**own.to_dict(), **expand_preset(overrides or {})})
+    merged.check_vocabulary(getattr(config, "vocab_size", None))
     shapes = {layer: layer_shape(config, layer) for layer in range(num_layers) if layer not in merged.dense_layers}
     known = {layer: shape for layer, shape in shapes.items() if shape is not None}
     for layer, (num_heads, num_kv_heads, _) in known.items():

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from hf_sparse_attn.config import longest_context, text_config
 from hf_sparse_attn.demo import demo_model_directory
 from hf_sparse_attn.errors import ArgumentError, argument
+from hf_sparse_attn.global_tokens import mark_global_tokens
 from hf_sparse_attn.integration import check_model, merge_sparse_attention
 from hf_sparse_attn.notices import beyond_trained_length, tell_once
 from hf_sparse_attn.offloading import is_offloaded, named_weights
@@ -185,6 +186,7 @@ def load_sparse_model(
     config = read_config(path) if config is None else config
     text_config(config).sparse_attention = merge_sparse_attention(config, overrides)
     model = read_weights(path, config, **kwargs)
+    mark_global_tokens(model)
     check_model(model)
     return model
 

@@ -118,7 +118,7 @@ def sparse_attention(
     if is_traced(query):
         if mode != "routed":
             raise ArgumentError("mode", "torch.compile and torch.export need a config that `in_mode` made before")
-        refused = {"dropout": drop, "recorder": recorder, "attention_mask": attention_mask}
+        refused: dict[str, Any] = {"dropout": drop, "recorder": recorder, "attention_mask": attention_mask}
         refused["cross_attention"] = cross_attention or None
         for name, given in refused.items():
             if given is not None:

@@ -9,6 +9,8 @@ to. So these ride on the tensors and the module:
 | KEPT | a cache layer's new keys | `cache.EvictingLayer` | `attention` | the next call ends in an error |
 | DOCUMENTS | the mask | `masks.read` | `masks.read` | each layer reads the mask itself |
 | SEEN_BY | position_ids | `notices` | `notices` | each layer looks at them itself |
+| MARKS | a forward's keyword arguments | `global_tokens` | `integration` | `global_token_ids` are refused |
+| TOKEN_IDS | a cache's `__dict__` | `global_tokens` | `global_tokens` | `global_token_ids` are refused |
 | PATTERN | an attention layer's `__dict__` | `integration` | `integration` | the pattern is built anew |
 | PART | a model's modules' `__dict__` | `split_heads` | `tensor_parallel` | a part of the heads is refused |
 
@@ -19,5 +21,7 @@ INDEXES = "_sparse_attention_indexes"
 KEPT = "_sparse_attention_kept"
 DOCUMENTS = "_sparse_attention_documents"
 SEEN_BY = "_sparse_attention_seen_by"
+MARKS = "_sparse_attention_marks"
+TOKEN_IDS = "_sparse_attention_token_ids"
 PATTERN = "_sparse_attention_pattern"
 PART = "_sparse_attention_part"

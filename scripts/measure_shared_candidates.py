@@ -199,7 +199,7 @@ class SampledRows:
         column = torch.arange(num_tokens)
         visible = column <= position
         local = column > position - config.window_size
-        static = static_positions(config, num_tokens, key.device)
+        static = static_positions(config, num_tokens, key.device, marked=pattern.marked)
         local[:, static] = True
         bucket = pattern.bucket_hash.assign(key)
         group = query.unflatten(0, (num_kv_heads, -1))

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_sparse_attn.config import text_config
+from hf_sparse_attn.global_tokens import mark_global_tokens
 from hf_sparse_attn.integration import merge_sparse_attention
 
 _LARGE = {
@@ -118,4 +119,5 @@ def random_sparse_model(
     torch.manual_seed(0)
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sparse", dtype=dtype)
+    mark_global_tokens(model)
     return model.eval()

@@ -75,7 +75,7 @@ def count_tiles(query: Tensor, key: Tensor, pattern: LayerPattern, rows: int, nu
     if int(starts[0]) <= pattern.config.window_size:
         raise ValueError(f"{num_tokens} tokens are too few for a window of {pattern.config.window_size}")
     bucket = pattern.bucket_hash.assign(key)
-    static = static_positions(pattern.config, num_tokens, key.device)
+    static = static_positions(pattern.config, num_tokens, key.device, marked=pattern.marked)
     summed = query.unflatten(0, (num_kv_heads, -1)).sum(1)
     found, listed, blocks = [], [], []
     for kv_head in range(num_kv_heads):

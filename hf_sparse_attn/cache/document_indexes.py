@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
 from hf_sparse_attn import ops
 from hf_sparse_attn.masks.documents import Document
-from hf_sparse_attn.patterns import LayerPattern
+from hf_sparse_attn.patterns import LayerPattern, Marked
 
 
 class KeyIndexes:
@@ -17,34 +19,37 @@ class KeyIndexes:
     """
 
     def __init__(self) -> None:
-        # By batch row and layer: the layer's slot of the document's first key, and the index.
-        self._of_row: dict[tuple[int, int], tuple[int, ops.Index]] = {}
+        # By batch row and layer: the layer's slot of the document's first key, the layer's pattern, and the index.
+        self._of_row: dict[tuple[int, int], tuple[int, LayerPattern, ops.Index]] = {}
 
-    def of(self, document: Document, pattern: LayerPattern, key: Tensor) -> ops.Index | None:
+    def of(
+        self, document: Document, pattern: LayerPattern, key: Tensor, marked: Marked | None = None
+    ) -> ops.Index | None:
         """The index of a document, or None where there can be none.
 
         Args:
             document: which slots of the layer are its keys; padding between them is too much.
             pattern: the layer's pattern.
             key: [num_key_value_heads, N, head_dim], the document's keys.
+            marked: which of them are global by their tokens.
         """
         if not isinstance(document.keys, slice):
             return None
         place, first = (document.batch, pattern.layer_idx), document.keys.start
-        held = self._of_row.get(place)
-        if held is not None:
-            start, index = held
-            known = start == first and index.key_offset == document.key_offset
-            if known and index.pattern is pattern and index.length <= key.shape[1]:
-                return index
-        started = ops.new_index(pattern, key, document.key_offset)
-        if started is not None:
-            self._of_row[place] = first, started
-        return started
+        start, of_layer, index = self._of_row.get(place, (first, pattern, None))
+        known = start == first and of_layer is pattern
+        if index is None or not known or index.key_offset != document.key_offset or index.length > key.shape[1]:
+            index = ops.new_index(pattern, key, document.key_offset)
+            if index is None:
+                return None
+            self._of_row[place] = first, pattern, index
+        if marked is not None:  # those of keys that the index has yet to take in, too
+            index.pattern = dataclasses.replace(pattern, marked=marked)
+        return index
 
     def crop(self, num_slots: int) -> None:
         """Forget the keys after the layer's first `num_slots`."""
-        for place, (start, index) in list(self._of_row.items()):
+        for place, (start, _, index) in list(self._of_row.items()):
             if num_slots <= start:
                 del self._of_row[place]
             else:
@@ -53,9 +58,9 @@ class KeyIndexes:
     def select(self, rows: list[int]) -> None:
         """Row i becomes a copy of what row rows[i] was."""
         self._of_row = {
-            (i, layer): (start, index.copy())
+            (i, layer): (start, pattern, index.copy())
             for i, chosen in enumerate(rows)
-            for (row, layer), (start, index) in self._of_row.items()
+            for (row, layer), (start, pattern, index) in self._of_row.items()
             if row == chosen
         }
 
@@ -65,4 +70,4 @@ class KeyIndexes:
     @property
     def nbytes(self) -> int:
         """Bytes of all indexes."""
-        return sum(index.nbytes for _, index in self._of_row.values())
+        return sum(index.nbytes for _, _, index in self._of_row.values())

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_sparse_attn.cache.evicting import KeptKeys
 from hf_sparse_attn.cache.layers import EvictingLayer, SparseLayer, layer_bytes
 from hf_sparse_attn.cache.policies import Composition, Policy, UniformBudget
-from hf_sparse_attn.config import text_config
+from hf_sparse_attn.config import sparse_config, text_config
 from hf_sparse_attn.notices import tell_once
 from hf_sparse_attn.tracing import is_traced
 
@@ -73,6 +73,8 @@ class SparseCache(DynamicCache):
                 raise ValueError(f"{name} is missing: {other}={policy if other == 'policy' else budget!r} needs one")
         if max_cache_len is not None:
             raise ValueError(f"max_cache_len={max_cache_len} cannot go with a policy: its budget is the length")
+        if sparse_config(config).global_token_ids:
+            raise ValueError("a policy cannot go with global_token_ids, of which it would not know which are kept")
         parts = Composition.of(policy)
         whole = UniformBudget.of(budget, parts)
         num_shared = getattr(of_text, "num_kv_shared_layers", None)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.hashing import BucketHash
-from hf_sparse_attn.patterns import LayerPattern, is_local, num_row_keys, row_keys, static_positions
+from hf_sparse_attn.patterns import LayerPattern, Marked, is_local, num_row_keys, row_keys, static_positions
 from hf_sparse_attn.recording import admissible_pairs
 from hf_sparse_attn.routing import BucketIndex
 
@@ -130,13 +130,22 @@ def by_head(costs: Costs, choice: Allocation) -> tuple[Tensor, Tensor]:
     return density, loss.masked_fill(costs.admissible[:, None] == 0, torch.nan)
 
 
-def fixed_pairs(config: SparseAttentionConfig, layer_idx: int, num_tokens: int, sliding_window: int | None) -> int:
-    """(row, key) pairs of a document that one head reads in any case: dense rows, window, static keys, a row's own."""
+def fixed_pairs(
+    config: SparseAttentionConfig,
+    layer_idx: int,
+    num_tokens: int,
+    sliding_window: int | None,
+    marked: Marked | None = None,
+) -> int:
+    """(row, key) pairs of a document that one head reads in any case: dense rows, window, static keys, a row's own.
+
+    `marked` says where `global_token_ids` stand.
+    """
     position = torch.arange(num_tokens)
     admissible = position + 1 if sliding_window is None else (position + 1).clamp(max=sliding_window)
     if layer_idx in config.dense_layers:
         return int(admissible.sum())
-    static = static_positions(config, num_tokens, position.device)
+    static = static_positions(config, num_tokens, position.device, marked=marked)
     older = torch.searchsorted(static, position - config.window_size, right=True)  # static keys older than the window
     if sliding_window is not None:
         older = (older - torch.searchsorted(static, position - sliding_window, right=True)).clamp(min=0)
@@ -150,7 +159,7 @@ def fixed_pairs(config: SparseAttentionConfig, layer_idx: int, num_tokens: int, 
 
 
 def least_density(config: SparseAttentionConfig, windows: Mapping[int, int | None], num_tokens: int) -> float:
-    """Share of a document's admissible pairs that is read without any routed key.
+    """Share of a document's admissible pairs that is read without any routed key, those of `global_token_ids` aside.
 
     Args:
         config: what is not fitted.
@@ -166,7 +175,7 @@ def least_density(config: SparseAttentionConfig, windows: Mapping[int, int | Non
             f"all of its layers have a sliding window of at most dense_below={config.dense_below} keys, which is read "
             "whole: there is nothing to make sparse"
         )
-    position = torch.arange(num_tokens)
+    config, position = config.replace(global_token_ids=()), torch.arange(num_tokens)
     fixed = sum(fixed_pairs(config, layer, num_tokens, window) for layer, window in windows.items())
     return fixed / sum(admissible_pairs(position, window) for window in windows.values())
 
@@ -225,7 +234,7 @@ def measure_layer(
     sampled = sum(stop - start for start, stop in blocks)
     root = sensitivity_root(sensitivity)
     bucket = pattern.bucket_hash.assign(key)
-    static = static_positions(config, num_rows, key.device)
+    static = static_positions(config, num_rows, key.device, marked=pattern.marked)
     for kv_head in range(num_kv_heads):
         heads = slice(kv_head * group, (kv_head + 1) * group)
         index = BucketIndex(key[kv_head], bucket[kv_head], static, blocks[0][0], 0, pattern)
@@ -245,7 +254,10 @@ def measure_layer(
     return Costs(
         loss.double() * scale,
         read.double() * scale,
-        torch.tensor(fixed_pairs(config, pattern.layer_idx, num_rows, pattern.sliding_window), dtype=torch.float64),
+        torch.tensor(
+            fixed_pairs(config, pattern.layer_idx, num_rows, pattern.sliding_window, pattern.marked),
+            dtype=torch.float64,
+        ),
         torch.tensor(admissible_pairs(torch.arange(num_rows), pattern.sliding_window), dtype=torch.float64),
         sparse_rows,
         num_rows,

@@ -35,7 +35,7 @@ from hf_sparse_attn.integration import configured, observe_dense
 from hf_sparse_attn.logits import Head, hidden_states_and_head
 from hf_sparse_attn.offloading import is_offloaded
 from hf_sparse_attn.ops.common.threads import in_order
-from hf_sparse_attn.patterns import LayerPattern, is_local
+from hf_sparse_attn.patterns import LayerPattern, Marked, is_local
 from hf_sparse_attn.tracing import input_device
 
 Result = TypeVar("Result")
@@ -155,9 +155,9 @@ def calibrate(
     def measured(name: str, hashes: dict[int, BucketHash], told: str = "") -> Costs:
         """The costs of every choice with these hashes, over all documents."""
         of_documents = []
-        for i, sample in enumerate(samples):
+        for i, (document, sample) in enumerate(zip(documents, samples, strict=True)):
             progress(f"costs of every choice{told}, document {i + 1} of {len(documents)}")
-            measure = partial(_document_costs, sample, sensitivity, hashes, config, num_layers)
+            measure = partial(_document_costs, document, sample, sensitivity, hashes, config, num_layers)
             of_documents.append(kept(f"{name}-{i}", measure))
         return reduce(add, of_documents)
 
@@ -310,16 +310,20 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _document_costs(
+    document: Tensor,
     sample: dict[int, _LayerSample],
     sensitivity: dict[int, Tensor],
     hashes: dict[int, BucketHash],
     config: SparseAttentionConfig,
     num_layers: int,
 ) -> Costs:
+    marked = Marked.in_document(document, config.global_token_ids)
+
     def measure(layer: int) -> Costs:
         kept = sample[layer]
         num_heads, num_kv_heads = len(kept.rows), len(kept.key)
-        pattern = LayerPattern(config, layer, [0] * num_kv_heads, [0.0] * num_heads, hashes[layer], kept.sliding_window)
+        budgets, min_weights = [0] * num_kv_heads, [0.0] * num_heads
+        pattern = LayerPattern(config, layer, budgets, min_weights, hashes[layer], kept.sliding_window, marked=marked)
         key, value = kept.key.float(), kept.value.float()
         return measure_layer(kept.rows.float(), key, value, sensitivity[layer], pattern, kept.scaling)
 

@@ -218,3 +218,11 @@ def _broken_stdout(text: str = "") -> str | None:
 
 def _script() -> str:
     return Path(sys.argv[0]).name
+
+
+def refuse_token_ids(config: Any) -> None:
+    """An attention that is measured by itself knows no token ids."""
+    from hf_sparse_attn.patterns import marks_are_missing
+
+    if config.global_token_ids:
+        raise ArgumentError("sparse_attention", str(marks_are_missing()))

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from hf_sparse_attn.cli.argument_types import positive_int
-from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, print_table
+from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, print_table, refuse_token_ids
 from hf_sparse_attn.cli.options import MODEL_HELP, SUFFIXES, add, command_parser
 from hf_sparse_attn.config import text_config
 from hf_sparse_attn.errors import argument
@@ -138,6 +138,7 @@ def main() -> None:
     else:
         source = {"inputs": "random", **shape}
         check_stages(arguments, config)
+        refuse_token_ids(config)
         measured = (
             measure_attention(
                 arguments,
@@ -222,6 +223,8 @@ def measure_model(
         if not 0 <= layer < num_layers:
             raise ValueError(f"must be from 0 to {num_layers - 1}, got {layer}")
     check_stages(arguments, config, layer)
+    if arguments.passes not in OF_A_MODEL:
+        refuse_token_ids(config)
     text = "\n\n".join(load_documents("demo", "validation")["text"])
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device=device)
     more = decoded_after(arguments)

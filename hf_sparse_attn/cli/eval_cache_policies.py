@@ -74,6 +74,8 @@ def main() -> None:
     with argument("dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
     path, config, tokenizer, fields = read_checkpoint(arguments.model, arguments.sparse_attention)
+    if fields["global_token_ids"]:
+        raise ArgumentError("sparse_attention", "a policy cannot go with global_token_ids")
     with argument("dataset"):
         documents = long_documents(texts, tokenizer, arguments.context_length, arguments.max_documents)
         haystacks = {

@@ -246,7 +246,7 @@ def prepare(script: ScriptArguments, training: FinetuneArguments) -> tuple[Finet
                 "the calibrated hash was fitted to keys under the rotary embeddings of before: with scaled ones it "
                 "finds less; --refit-every fits it anew while the model trains, convert --refit afterwards"
             )
-    check_parts_of_rows(training, config, script.context_length)
+    check_parts_of_rows(training, config, script.context_length, sparse)
     size = ModelSize.of(extended or config, dtype)
     if training.resume_from_checkpoint is not None:
         with argument("--resume_from_checkpoint"):

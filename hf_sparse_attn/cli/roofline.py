@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hf_sparse_attn.cli.argument_types import positive_int
-from hf_sparse_attn.cli.arguments import OneLineErrors, print_table
+from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, refuse_token_ids
 from hf_sparse_attn.cli.options import MODEL_HELP, add, command_parser
 from hf_sparse_attn.config import text_config
 from hf_sparse_attn.errors import argument
@@ -66,6 +66,7 @@ def main() -> None:
         config = SparseAttentionConfig.from_dict(arguments.sparse_attention)
     num_heads, num_kv_heads, head_dim = SHAPE
     half = torch.empty(0, head_dim, dtype=torch.bfloat16)
+    refuse_token_ids(config)
     rows, _ = triton_launch.tile_shape(half, num_heads // num_kv_heads, config.page_size)
     counts = count(arguments, rows)
     backward, ceilings = arguments.passes == "forward_backward", Ceilings()
@@ -106,6 +107,7 @@ def count(arguments: Any, rows: int) -> Any:
             return count_tiles(query[0], key[0], pattern, rows)
     path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     config = SparseAttentionConfig.from_dict(sparse_attention)
+    refuse_token_ids(config)
     text = "\n\n".join(load_documents("demo", "validation")["text"])
     tokens = torch.tensor([tokenizer(text, verbose=False)["input_ids"][:length]])
     with argument("counted_tokens"):

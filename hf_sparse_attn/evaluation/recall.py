@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from hf_sparse_attn.calibration.budget_allocation import first_row
 from hf_sparse_attn.config import HASHES, SparseAttentionConfig
 from hf_sparse_attn.integration import Observer, observe_dense
 from hf_sparse_attn.ops import compute_dtype, document_attention
-from hf_sparse_attn.patterns import LayerPattern, layer_pattern
+from hf_sparse_attn.patterns import LayerPattern, Marked, layer_pattern
 from hf_sparse_attn.tracing import input_device
 
 FAMILIES = (*HASHES, "none")
@@ -75,13 +75,14 @@ def measure_recall(
     """
     sums: dict[str, dict[int, Tensor]] = {name: {} for name in configs}
     for document in progress(documents):
-        with observe_dense(model, _observer(configs, num_rows, num_top, sums)):
+        with observe_dense(model, _observer(configs, document, num_rows, num_top, sums)):
             model.base_model(input_ids=document[None].to(input_device(model)), use_cache=False)
     return {name: _report(layers) for name, layers in sums.items()}
 
 
 def _observer(
     configs: Mapping[str, SparseAttentionConfig],
+    document: Tensor,
     num_rows: int,
     num_top: int,
     sums: dict[str, dict[int, Tensor]],
@@ -101,7 +102,8 @@ def _observer(
             measured_heads = 0 if pattern.dense_rows() is None else num_heads
             sums[name].setdefault(layer, torch.zeros(measured_heads, len(_MEASURES) + 1, dtype=torch.float64))
             if measured_heads:
-                patterns[name] = pattern
+                marked = Marked.in_document(document, config.global_token_ids)
+                patterns[name] = replace(pattern, marked=marked)
         if not patterns:
             return
         num_blocks = max(num_rows // _BLOCK_ROWS, 1)

@@ -46,7 +46,7 @@ def scored_keys(
         if pattern.kv_head_entries:
             config = config.of_entry(pattern.kv_head_entries[kv_head])
         static = torch.zeros_like(position, dtype=torch.bool)
-        for part in static_patterns(config):
+        for part in static_patterns(config, pattern.marked):
             static = static | part.admits(position)
         group_query = query[kv_head * group : (kv_head + 1) * group].sum(0)
         for i in range(num_queries):
@@ -89,9 +89,9 @@ def _scored_on_both_sides(
     bucket = pattern.bucket_hash.assign(key)
     position = torch.arange(num_tokens, device=key.device)
     is_static, is_global = torch.zeros(2, num_tokens, dtype=torch.bool, device=key.device)
-    for part in static_patterns(config):
+    for part in static_patterns(config, pattern.marked):
         is_static = is_static | part.admits(position)
-    for part in global_patterns(config):
+    for part in global_patterns(config, pattern.marked):
         is_global = is_global | part.admits(position)
     all_dense = pattern.is_local or pattern.layer_idx in config.dense_layers or num_tokens <= config.dense_below
     all_scored, all_routed = [], []

@@ -76,7 +76,7 @@ def _each_chunk(
     start = call.dense_end(end)
     if end == start:
         return
-    static = static_positions(pattern.config, call.key_offset + key.shape[1], key.device)
+    static = static_positions(pattern.config, call.key_offset + key.shape[1], key.device, marked=pattern.marked)
     bucket = pattern.bucket_hash.assign(key)
 
     def chunks() -> Iterator[tuple[int, BucketIndex | BothSidesIndex, int, int]]:
@@ -104,11 +104,12 @@ def _sparse_pieces(query: Tensor, key: Tensor, value: Tensor, start: int, end: i
     """Rows at positions start .. end - 1: each KV head's query heads, a chunk of rows at a time."""
     pattern, offset, key_offset = call.pattern, call.query_offset, call.key_offset
     group, last_key = query.shape[0] // key.shape[0], key_offset + key.shape[1]
-    static = static_positions(pattern.config, last_key, key.device)
+    static = static_positions(pattern.config, last_key, key.device, marked=pattern.marked)
     bucket = pattern.bucket_hash.assign(key)
     sparse_rows = [(start, end)]
     if not pattern.is_causal:
-        dense = global_positions(pattern.config, min(end, last_key), torch.device("cpu"), start).tolist()
+        last_row, cpu = min(end, last_key), torch.device("cpu")
+        dense = global_positions(pattern.config, last_row, cpu, start, pattern.marked).tolist()
         sparse_rows = [(low + 1, high) for low, high in pairwise([start - 1, *dense, end])]
         for low, high in _runs(dense):
             yield from dense_pieces(query, low, high, call)

@@ -10,18 +10,22 @@ from torch import Tensor
 from hf_sparse_attn.config import SparseAttentionConfig
 
 
-class StaticPattern(Protocol):
+class StaticKeys(Protocol):
     """Keys that every row at or after their position attends to; where attention is not causal, every row."""
-
-    @classmethod
-    def of(cls, config: SparseAttentionConfig) -> StaticPattern | None:
-        """The pattern that a config asks for; None: it asks for none."""
 
     def positions(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Sorted positions from `start` to `stop` - 1 of its keys, int64. The fast paths read these."""
 
     def admits(self, position: Tensor) -> Tensor:
         """Whether the keys at these positions [N] are its own: [N] bool. The specification reads this rule."""
+
+
+class StaticPattern(StaticKeys, Protocol):
+    """Static keys that a config names by itself."""
+
+    @classmethod
+    def of(cls, config: SparseAttentionConfig) -> StaticPattern | None:
+        """The pattern that a config asks for; None: it asks for none."""
 
 
 class RowPattern(Protocol):

@@ -6,25 +6,33 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.patterns.base import RowPattern, StaticPattern
+from hf_sparse_attn.patterns.base import RowPattern, StaticKeys, StaticPattern
 from hf_sparse_attn.patterns.blocks import Blocks
 from hf_sparse_attn.patterns.dilated import Dilated
 from hf_sparse_attn.patterns.explicit import Explicit
 from hf_sparse_attn.patterns.layer import LayerPattern
 from hf_sparse_attn.patterns.leading import Leading
+from hf_sparse_attn.patterns.marked import Marked, marks_are_missing
 from hf_sparse_attn.patterns.random_blocks import RandomBlocks
 from hf_sparse_attn.patterns.seeded_random import SeededRandom
 from hf_sparse_attn.patterns.slash import Slash
 from hf_sparse_attn.patterns.strided import Strided
 
 STATIC_PATTERNS: tuple[type[StaticPattern], ...] = (Leading, Explicit, Strided)
-GLOBAL_PATTERNS = (Leading, Explicit)  # of these; where attention is not causal, rows of their tokens read everything
+GLOBAL_PATTERNS = (Leading, Explicit, Marked)  # where attention is not causal, rows of their tokens read everything
 ROW_PATTERNS: tuple[type[RowPattern], ...] = (SeededRandom, Dilated, Slash, Blocks, RandomBlocks)
 
 
-def static_patterns(config: SparseAttentionConfig) -> tuple[StaticPattern, ...]:
-    """The patterns of keys for every later row that `config` turns on."""
-    return tuple(pattern for kind in STATIC_PATTERNS if (pattern := kind.of(config)) is not None)
+def static_patterns(config: SparseAttentionConfig, marked: Marked | None = None) -> tuple[StaticKeys, ...]:
+    """The patterns of keys for every later row that `config` turns on; `marked` are those that it names by token id.
+
+    Raises:
+        ValueError: `config` has `global_token_ids`, and where they stand is not said.
+    """
+    if config.global_token_ids and marked is None:
+        raise marks_are_missing()
+    found = tuple(pattern for kind in STATIC_PATTERNS if (pattern := kind.of(config)) is not None)
+    return found if marked is None else (*found, marked)
 
 
 def row_patterns(config: SparseAttentionConfig) -> tuple[RowPattern, ...]:
@@ -32,22 +40,26 @@ def row_patterns(config: SparseAttentionConfig) -> tuple[RowPattern, ...]:
     return tuple(pattern for kind in ROW_PATTERNS if (pattern := kind.of(config)) is not None)
 
 
-def global_patterns(config: SparseAttentionConfig) -> tuple[StaticPattern, ...]:
+def global_patterns(config: SparseAttentionConfig, marked: Marked | None = None) -> tuple[StaticKeys, ...]:
     """The static patterns that `config` turns on whose tokens' own rows read everything in non-causal attention."""
-    return tuple(pattern for pattern in static_patterns(config) if isinstance(pattern, GLOBAL_PATTERNS))
+    return tuple(keys for keys in static_patterns(config, marked) if isinstance(keys, GLOBAL_PATTERNS))
 
 
-def static_positions(config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0) -> Tensor:
+def static_positions(
+    config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0, marked: Marked | None = None
+) -> Tensor:
     """Sorted positions from `start` to `stop` - 1 that every later row attends to, int64."""
-    return _positions(static_patterns(config), start, stop, device)
+    return _positions(static_patterns(config, marked), start, stop, device)
 
 
-def global_positions(config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0) -> Tensor:
+def global_positions(
+    config: SparseAttentionConfig, stop: int, device: torch.device, start: int = 0, marked: Marked | None = None
+) -> Tensor:
     """Sorted positions from `start` to `stop` - 1 of rows that read everything in non-causal attention, int64."""
-    return _positions(global_patterns(config), start, stop, device)
+    return _positions(global_patterns(config, marked), start, stop, device)
 
 
-def _positions(patterns: tuple[StaticPattern, ...], start: int, stop: int, device: torch.device) -> Tensor:
+def _positions(patterns: tuple[StaticKeys, ...], start: int, stop: int, device: torch.device) -> Tensor:
     found = [pattern.positions(start, stop, device) for pattern in patterns]
     found = [positions for positions in found if len(positions)]
     if len(found) < 2:

@@ -10,6 +10,7 @@ import torch
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.hashing import BucketHash, layer_hash
+from hf_sparse_attn.patterns.marked import Marked
 from hf_sparse_attn.tensor_parallel import HeadSplit
 
 
@@ -27,6 +28,7 @@ class LayerPattern:
         is_causal: False: rows read on both sides, and windows reach as far after a row as before it.
         num_tokens: of the document that rows read, where it is known; None where attention is causal.
         kv_head_entries: of each KV head of this process, its entry of `config.by_kv_head`; empty: they have none.
+        marked: where `config.global_token_ids` stand in the document at hand; None: not said, or there are none.
     """
 
     config: SparseAttentionConfig
@@ -38,6 +40,7 @@ class LayerPattern:
     is_causal: bool = True
     num_tokens: int | None = None
     kv_head_entries: tuple[int, ...] = ()
+    marked: Marked | None = None
 
     @property
     def is_local(self) -> bool:

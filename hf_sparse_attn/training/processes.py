@@ -13,7 +13,7 @@ from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_sparse_attn.config import layer_shape, sliding_windows
+from hf_sparse_attn.config import SparseAttentionConfig, layer_shape, sliding_windows, sparse_config
 from hf_sparse_attn.errors import ArgumentError, OtherProcessError
 
 if TYPE_CHECKING:
@@ -95,16 +95,21 @@ def parts_of_rows(arguments: TrainingArguments) -> int:
     return 1 if config is None else config.sp_size
 
 
-def check_parts_of_rows(arguments: TrainingArguments, config: Any, context_length: int) -> None:
+def check_parts_of_rows(
+    arguments: TrainingArguments, config: Any, context_length: int, sparse: SparseAttentionConfig | None = None
+) -> None:
     """Make sure that Ulysses can divide the heads and rows of a model; quick, for before a model is loaded.
 
     Args:
         config: the model's.
+        sparse: its sparse attention, if not what `config` says.
 
     Raises:
         ArgumentError: for "parallelism_config".
     """
     size = parts_of_rows(arguments)
+    if size > 1 and (sparse or sparse_config(config)).global_token_ids:
+        raise ArgumentError("parallelism_config", f"sp_size={size} (Ulysses) cannot go with global_token_ids")
     counts = {"tokens of a row": context_length}
     for layer in sliding_windows(config):
         if (shape := layer_shape(config, layer)) is not None:

@@ -5,7 +5,7 @@ import copy
 import torch
 import transformers as hf
 
-import hf_sparse_attn  # noqa: F401  (registers the attention)
+from hf_sparse_attn import mark_global_tokens
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCABULARY = 2, 4, 2, 8, 64
 ONE_LAYER_OF_EACH = {"sliding_window": 14, "layer_types": ["sliding_attention", "full_attention"]}
@@ -80,6 +80,7 @@ def tiny_model(family="llama", implementation="sparse", dtype=torch.float64, **s
                 parameter.normal_(3.0)
             elif parameter.ndim == 1:  # biases start at zero and norms at one
                 parameter.add_(0.3 * torch.randn_like(parameter))
+    mark_global_tokens(model)
     return model.to(dtype).eval()
 
 

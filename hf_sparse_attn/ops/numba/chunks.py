@@ -121,7 +121,7 @@ def _chunks(
     pattern, offset = call.pattern, call.query_offset
     group, page_size = len(query) // len(key), pattern.config.page_size
     chunk_rows = max(_MIN_CHUNK_PAGES, -(-(end - start) // (num_chunks * page_size))) * page_size
-    static = static_positions(pattern.config, end, key.device)
+    static = static_positions(pattern.config, end, key.device, marked=pattern.marked)
     if index is None:  # an index has done this to its own
         bucket = bucket.int()
         never_route(bucket, static - call.key_offset, pattern.bucket_hash.num_buckets)

@@ -67,7 +67,7 @@ class Index:
         else:
             self.bucket[:, start:stop] = bucket_hash.assign(new).numpy()
         config, offset = self.pattern.config, self.key_offset
-        static = static_positions(config, offset + stop, key.device, offset + start)
+        static = static_positions(config, offset + stop, key.device, offset + start, self.pattern.marked)
         if len(static):
             never_route(self.bucket, static.numpy() - offset, self.tail.shape[1])
             self.static = np.concatenate([self.static, static.numpy()])

@@ -42,7 +42,7 @@ class DocumentKeys:
         self.log_min_weights = log_min_weights(pattern)
         self.num_buckets = pattern.bucket_hash.num_buckets
         self.bucket_bits = max(self.num_buckets, 32)  # in whole words
-        self.static = static_positions(config, end, key.device).int()
+        self.static = static_positions(config, end, key.device, marked=pattern.marked).int()
 
         if bucket is not None:
             bucket = bucket[:, : self.num_keys].contiguous()

@@ -86,8 +86,8 @@ class Index:
 
     def _static_keys(self, start: int, stop: int) -> Tensor:
         """Indices of the static keys among these, which are noted."""
-        offset = self.key_offset
-        found = static_positions(self.pattern.config, offset + stop, torch.device("cpu"), offset + start)
+        offset, pattern = self.key_offset, self.pattern
+        found = static_positions(pattern.config, offset + stop, torch.device("cpu"), offset + start, pattern.marked)
         if len(found):
             self._static = torch.cat([self._static, found])
             new = found.int().to(self.bucket.device, non_blocking=True)
