@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from hf_sparse_attn.pictures.read_rows import KINDS, LayerMass, RowKeys
+from hf_sparse_attn.pictures.read_rows import KINDS, LayerMass, RowKeys, RowReader
 from hf_sparse_attn.pictures.readable_tokens import Token
 
 TEMPLATE = Path(__file__).with_name("page.html")
-MOST_BYTES = 5_000_000  # of a page whose number of rows nobody has asked for
+MOST_BYTES = 5_000_000  # that any browser opens at once
 WEIGHT_STEPS = 2048  # a weight w is stored as the nearest integer to -WEIGHT_STEPS * log2(w), 16 bits of it
 _LIGHTEST = 2**16 - 1
 
@@ -31,34 +31,46 @@ class PageDocument:
         model: of the model.
         sparse_attention: fields of its sparse attention.
         tokens: of the document.
-        notes: further sentences.
     """
 
     name: str
     model: str
     sparse_attention: Mapping[str, Any]
     tokens: Sequence[Token]
-    notes: Sequence[str] = ()
+
+
+def write_page(document: PageDocument, reader: RowReader, path: Path, most_bytes: int | None = None) -> None:
+    """Write the page of what was read; the same document gives the same bytes.
+
+    Args:
+        document: what was read.
+        reader: how; it has read the document.
+        path: the file.
+        most_bytes: every second row is left out until the page has at most so many, or one row is left; None: any size.
+    """
+    rows: Mapping[tuple[int, int], Sequence[RowKeys]] = reader.rows
+    page = render_page(document, reader.layers, rows)
+    while most_bytes is not None and len(page) > most_bytes and (num_rows := len(next(iter(rows.values())))) > 1:
+        rows = {place: found[(num_rows - 1) % 2 :: 2] for place, found in rows.items()}
+        page = render_page(document, reader.layers, rows)
+    path.write_text(page, encoding="ascii", newline="\n")
 
 
 def render_page(
-    document: PageDocument,
-    layers: Mapping[int, LayerMass],
-    rows: Mapping[tuple[int, int], Sequence[RowKeys]],
+    document: PageDocument, layers: Mapping[int, LayerMass], rows: Mapping[tuple[int, int], Sequence[RowKeys]]
 ) -> str:
-    """The page; the same arguments give the same text, all of it ASCII.
+    """The page, all of it ASCII.
 
     Args:
         document: what was read.
         layers: density and mass of every layer with attention.
-        rows: by layer and head; all of one set of positions.
+        rows: by layer and head; all at the same positions.
     """
     positions = [row.position for row in next(iter(rows.values()))]
     data = {
         "name": document.name,
         "model": document.model,
         "fields": {name: _short(value) for name, value in document.sparse_attention.items()},
-        "notes": list(document.notes),
         "tokens": [token.text for token in document.tokens],
         "special": [i for i, token in enumerate(document.tokens) if token.is_special],
         "continued": [i for i, token in enumerate(document.tokens) if token.is_continued],
@@ -74,19 +86,6 @@ def render_page(
     parts = {"title": title, "data": embedded}
     template = TEMPLATE.read_text(encoding="ascii")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-
-
-def fitting_page(
-    document: PageDocument,
-    layers: Mapping[int, LayerMass],
-    rows: Mapping[tuple[int, int], Sequence[RowKeys]],
-) -> str:
-    """As `render_page`, with every second row left out until the page has at most `MOST_BYTES` or one row is left."""
-    page = render_page(document, layers, rows)
-    while len(page) > MOST_BYTES and len(next(iter(rows.values()))) > 1:
-        rows = {place: found[::2] for place, found in rows.items()}
-        page = render_page(document, layers, rows)
-    return page
 
 
 def _overview(layer: LayerMass | None) -> dict[str, Any] | None:
@@ -117,10 +116,10 @@ def _packed(rows: Sequence[RowKeys]) -> dict[str, str]:
 
 def _leb128(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Unsigned numbers as bytes of 7 bits, the lowest first; all but a number's last byte have the eighth bit set."""
-    columns, rest = [], numbers.astype(np.int64)
-    while len(columns) == 0 or rest.any():
+    rest = numbers.astype(np.int64)
+    columns = [rest & 127]
+    while (rest := rest >> 7).any():
         columns.append(rest & 127)
-        rest = rest >> 7
     table = np.stack(columns, 1)
     length = 1 + (np.cumsum(table[:, ::-1], 1)[:, ::-1][:, 1:] > 0).sum(1)
     place = np.arange(table.shape[1])

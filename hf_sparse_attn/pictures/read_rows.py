@@ -18,6 +18,11 @@ KINDS = (*READ_KINDS, "light", "unscored")
 _WINDOW, _STATIC, _OWN, _ROUTED, _DENSE, _LIGHT, _UNSCORED = range(len(KINDS))
 
 
+def spread_rows(num_tokens: int, num_rows: int) -> list[int]:
+    """Positions of `num_rows` rows, at most `num_tokens`, spread evenly over a document; the last one is its last."""
+    return [(i + 1) * num_tokens // num_rows - 1 for i in range(num_rows)]
+
+
 @dataclass(frozen=True)
 class RowKeys:
     """What one row of one head reads, and the heaviest keys that it misses.
@@ -61,7 +66,7 @@ class LayerMass:
 
 
 class RowReader:
-    """A recorder and an observer of one forward of one document: `record(model, reader)`, `observe(model, reader.observe)`.
+    """A recorder and an observer of one forward of one document, by `record` and `observe` of `integration`.
 
     The weights are those of a dense softmax over the queries and keys that the forward itself has, so that they belong
     to the keys that it reads. A softcap or sinks of the model are left out of them.

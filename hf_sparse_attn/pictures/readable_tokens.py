@@ -38,7 +38,7 @@ def readable_tokens(tokenizer: Any, input_ids: Sequence[int]) -> list[Token]:
         return tokenizer.decode(input_ids[start:stop], clean_up_tokenization_spaces=False)
 
     tokens: list[Token] = []
-    # Some tokenizers write the first token of what they decode without its space, so the tokens before are decoded, too.
+    # Some tokenizers leave out the space before the first token that they decode: those before are decoded, too.
     before = 0
     while len(tokens) < len(input_ids):
         start = len(tokens)
