@@ -233,7 +233,7 @@ def plot_pattern(
                 context_length,
                 [f"layer {layer}, head {head}" for layer in layers for head in heads],
                 file,
-                num_columns=len(heads),
+                num_columns=len(heads) if len(heads) > 1 else 3,
                 layers=reader.layers,
             )
     found = reader.layers.values()

@@ -122,7 +122,7 @@ def plot_pattern(
     shares = torch.where(possible > 0, counts / possible.clamp(min=1), float("nan")).numpy()
     num_columns = min(num_columns, len(titles))
     num_rows = -(-len(titles) // num_columns)
-    heights = [3.2 * num_rows, 3.4 if layers else 0]
+    heights = [3.2 * num_rows, 3.2 if layers else 0]
     width = max(3.2 * num_columns + 1, 9.0 if layers else 0)
     whole = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=120)
     FigureCanvasAgg(whole)
@@ -177,9 +177,9 @@ def _plot_layers(figure: Any, layers: Mapping[int, LayerMass]) -> None:
     density = maps[0].nanmean(-1)
     axes[2].plot(range(num_layers), density, color="black", marker="_", linestyle="none", label="density")
     axes[2].set_ylim(0, 1)
-    axes[2].set_title("softmax mass kept by layer, by kind of key", fontsize=9)
+    axes[2].set_title("softmax mass kept, by kind of key", fontsize=9)
     axes[2].set_xlabel("layer")
-    axes[2].legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, -0.42), ncols=6, frameon=False)
+    axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     for axis in axes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[:2]:
