@@ -177,6 +177,7 @@ def plot_pattern(
     import torch
 
     from hf_sparse_attn.data import load_documents, long_documents
+    from hf_sparse_attn.environment import written_fields
     from hf_sparse_attn.integration import observe, record
     from hf_sparse_attn.loading import load_model, parse_device, read_checkpoint
     from hf_sparse_attn.output_files import PAGE_SUFFIX, check_drawing_file, replaced
@@ -214,19 +215,17 @@ def plot_pattern(
     counter = PatternRecorder(context_length, min(bins or 128, context_length), layers)
     num_rows = min(rows or max(_NUM_PAIRS // context_length, _LEAST_ROWS), context_length)
     reader = RowReader(context_length, spread_rows(context_length, num_rows), layers, heads)
-    with torch.no_grad(), record(loaded, Recorders([counter, reader])), observe(loaded, reader.observe):
+    recorder = reader if is_page else Recorders([counter, reader])
+    with torch.no_grad(), record(loaded, recorder), observe(loaded, reader.observe):
         loaded.base_model(input_ids=input_ids, use_cache=False)
     for layer in layers:
         if layer not in reader.layers:
             raise ArgumentError("layers", f"layer {layer} of the model has no attention")
     with replaced(output) as file:
         if is_page:
-            write_page(
-                PageDocument(document["name"], model, fields, readable_tokens(tokenizer, document["input_ids"])),
-                reader,
-                file,
-                most_bytes=MOST_BYTES if rows is None else None,
-            )
+            tokens = readable_tokens(tokenizer, document["input_ids"])
+            shown = PageDocument(document["name"], model, written_fields(fields), tokens)
+            write_page(shown, reader, file, most_bytes=MOST_BYTES if rows is None else None)
         else:
             draw(
                 torch.stack([counter.counts[layer, head] for layer in layers for head in heads]),
