@@ -221,6 +221,8 @@ def plot_pattern(
     for layer in layers:
         if layer not in reader.layers:
             raise ArgumentError("layers", f"layer {layer} of the model has no attention")
+        if max(heads) >= (num_heads := len(reader.layers[layer].density)):
+            raise ArgumentError("heads", f"{max(heads)} is out of range; layer {layer} has 0 to {num_heads - 1}")
     with replaced(output) as file:
         if is_page:
             tokens = readable_tokens(tokenizer, document["input_ids"])
