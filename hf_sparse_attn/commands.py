@@ -12,6 +12,10 @@ from transformers import PreTrainedModel
 from hf_sparse_attn.config import text_config
 from hf_sparse_attn.errors import ArgumentError, argument, check_integer
 
+# Pairs of sampled rows and keys in a picture, and rows at least, if nobody says how many rows.
+_NUM_PAIRS = 2**20
+_LEAST_ROWS = 128
+
 
 def load_model(model: str, sparse_attention: dict[str, Any] | None = None, **kwargs: Any) -> PreTrainedModel:
     """A causal language model with `attn_implementation="sparse"`, converted or not.
@@ -141,22 +145,25 @@ def plot_pattern(
     context_length: int = 8192,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
-    bins: int = 128,
+    rows: int | None = None,
+    bins: int | None = None,
     sparse_attention: Mapping[str, Any] | None = None,
     device: str | None = None,
 ) -> str:
-    """Draw which keys each row attends to, on one document.
+    """Draw which keys each row attends to, on one document, and where the mass of the dense softmax lies.
 
     Args:
         model: a Hub id, a directory, or "demo".
-        output: the picture to write; .png, .svg or .pdf.
+        output: the picture to write, .png, .svg or .pdf, or .html for a page that shows each row's keys in the text.
         dataset: a Hub id[:config[:split[:column]]], a file, a directory, or "demo"; its first document that is long
             enough is read.
         split: where a dataset has splits.
         context_length: tokens of the document, at least 1.
         layers: indices of the layers to draw; None takes three across the depth.
         heads: indices of the query heads to draw; None takes three across the heads.
-        bins: cells a side, at least 1.
+        rows: sampled rows, spread over the document, at least 1, whose softmax is computed; None takes 2**20 /
+            context_length, or 128 if that is less, of which a page shows what 5 MB hold.
+        bins: cells a side of a picture, at least 1; None takes 128. A page has none.
         sparse_attention: single fields of `SparseAttentionConfig` in place of the model's own.
         device: such as "cpu" or "cuda"; None takes the GPU if there is one.
 
@@ -170,21 +177,33 @@ def plot_pattern(
     import torch
 
     from hf_sparse_attn.data import load_documents, long_documents
-    from hf_sparse_attn.integration import record
+    from hf_sparse_attn.environment import written_fields
+    from hf_sparse_attn.integration import observe, record
     from hf_sparse_attn.loading import load_model, parse_device, read_checkpoint
-    from hf_sparse_attn.output_files import check_picture_file, replaced
+    from hf_sparse_attn.output_files import PAGE_SUFFIX, check_drawing_file, replaced
+    from hf_sparse_attn.pictures import MOST_BYTES, PageDocument, RowReader, readable_tokens, spread_rows, write_page
+    from hf_sparse_attn.recording import Recorders
     from hf_sparse_attn.visualization import PatternRecorder
     from hf_sparse_attn.visualization import plot_pattern as draw
 
     model, dataset = str(model), str(dataset)
     check_integer("context_length", context_length, 1)
-    check_integer("bins", bins, 1)
+    for name, number in (("rows", rows), ("bins", bins)):
+        if number is not None:
+            check_integer(name, number, 1)
+    if rows is not None and rows > context_length:
+        raise ArgumentError(
+            "rows", f"{rows} are more than the {context_length} of {{context_length}}", others=("context_length",)
+        )
     with argument("output"):
-        output = check_picture_file(output)
+        output = check_drawing_file(output)
+    is_page = output.suffix == PAGE_SUFFIX
+    if is_page and bins is not None:
+        raise ArgumentError("bins", f"a page ({PAGE_SUFFIX}) has no cells; give it for a picture")
     found_device = parse_device(device)
     with argument("dataset"):
         texts = load_documents(dataset, split)
-    path, config, tokenizer, _ = read_checkpoint(model, sparse_attention)
+    path, config, tokenizer, fields = read_checkpoint(model, sparse_attention)
     config = text_config(config)
     layers = _chosen("layers", layers, config.num_hidden_layers)
     heads = _chosen("heads", heads, config.num_attention_heads)
@@ -193,21 +212,38 @@ def plot_pattern(
     loaded = load_model(model, path, sparse_attention, device=found_device, num_tokens=context_length)
 
     input_ids = torch.tensor([document["input_ids"]], device=found_device)
-    recorder = PatternRecorder(context_length, min(bins, context_length), layers)
-    with torch.no_grad(), record(loaded, recorder):
+    counter = PatternRecorder(context_length, min(bins or 128, context_length), layers)
+    num_rows = min(rows or max(_NUM_PAIRS // context_length, _LEAST_ROWS), context_length)
+    reader = RowReader(context_length, spread_rows(context_length, num_rows), layers, heads)
+    recorder = reader if is_page else Recorders([counter, reader])
+    with torch.no_grad(), record(loaded, recorder), observe(loaded, reader.observe):
         loaded.base_model(input_ids=input_ids, use_cache=False)
     for layer in layers:
-        if (layer, heads[0]) not in recorder.counts:
+        if layer not in reader.layers:
             raise ArgumentError("layers", f"layer {layer} of the model has no attention")
-    with replaced(output) as picture:
-        draw(
-            torch.stack([recorder.counts[layer, head] for layer in layers for head in heads]),
-            context_length,
-            [f"layer {layer}, head {head}" for layer in layers for head in heads],
-            picture,
-            num_columns=len(heads),
-        )
-    return f"{output}: {document['name']}, {context_length} tokens, layers {layers}, heads {heads}"
+        if max(heads) >= (num_heads := len(reader.layers[layer].density)):
+            raise ArgumentError("heads", f"{max(heads)} is out of range; layer {layer} has 0 to {num_heads - 1}")
+    with replaced(output) as file:
+        if is_page:
+            tokens = readable_tokens(tokenizer, document["input_ids"])
+            shown = PageDocument(document["name"], model, written_fields(fields), tokens)
+            write_page(shown, reader, file, most_bytes=MOST_BYTES if rows is None else None)
+        else:
+            draw(
+                torch.stack([counter.counts[layer, head] for layer in layers for head in heads]),
+                context_length,
+                [f"layer {layer}, head {head}" for layer in layers for head in heads],
+                file,
+                num_columns=len(heads) if len(heads) > 1 else 3,
+                layers=reader.layers,
+            )
+    found = reader.layers.values()
+    density = torch.cat([layer.density for layer in found]).mean().item()
+    kept = torch.cat([layer.kept for layer in found]).mean().item()
+    return (
+        f"{output}: {document['name']}, {context_length} tokens, layers {layers}, heads {heads}; over all layers and "
+        f"heads, density {density:.3f} and {kept:.3f} of the softmax mass kept (of {num_rows} rows)"
+    )
 
 
 def _chosen(name: str, given: Sequence[int] | None, count: int) -> list[int]:

@@ -179,7 +179,7 @@ def _may_be_cross_attention(module: nn.Module) -> bool:
 
     Its tensors do not tell: there may be as many keys as queries.
     """
-    takes = _takes_other_states(type(module))
+    takes = _takes_other_states(type(module))  # type: ignore[arg-type]
     return "Cross" in type(module).__name__ or (takes and getattr(module, "is_decoder", None) is not False)
 
 

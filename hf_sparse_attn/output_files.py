@@ -16,6 +16,7 @@ from typing import Any
 from hf_sparse_attn.errors import RunError, add_note, reason
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+PAGE_SUFFIX = ".html"
 
 
 def check_output_file(path: str | Path) -> Path:
@@ -36,6 +37,16 @@ def check_picture_file(path: str | Path) -> Path:
     if path.suffix not in PICTURE_SUFFIXES:
         raise ValueError(f"{str(path)!r} must end in one of {', '.join(PICTURE_SUFFIXES)}")
     return path
+
+
+def check_drawing_file(path: str | Path) -> Path:
+    """Path of a picture or a page that can be written later: an output file whose suffix is its format."""
+    path = Path(path)
+    if path.suffix == PAGE_SUFFIX:
+        return check_output_file(path)
+    if path.suffix not in PICTURE_SUFFIXES:
+        raise ValueError(f"{str(path)!r} must end in one of {', '.join((*PICTURE_SUFFIXES, PAGE_SUFFIX))}")
+    return check_picture_file(path)
 
 
 def check_output_directory(path: str | Path) -> Path:

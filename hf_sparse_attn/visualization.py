@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,11 @@ import torch
 
 if TYPE_CHECKING:
     from hf_sparse_attn.calibration.budget_allocation import Allocation
+    from hf_sparse_attn.pictures import LayerMass
 from hf_sparse_attn.patterns import LayerPattern
+
+# As on the page.
+_KIND_COLOURS = {"window": "#4299e1", "static": "#1a9e70", "own": "#be5fb2", "routed": "#e89414", "dense": "#8791a0"}
 
 
 def bin_pairs(rows: torch.Tensor, keys: torch.Tensor, num_tokens: int, num_bins: int) -> torch.Tensor:
@@ -86,9 +90,16 @@ class PatternRecorder:
 
 
 def plot_pattern(
-    counts: torch.Tensor, num_tokens: int, titles: Sequence[str], path: str | Path, num_columns: int = 3
+    counts: torch.Tensor,
+    num_tokens: int,
+    titles: Sequence[str],
+    path: str | Path,
+    num_columns: int = 3,
+    layers: Mapping[int, LayerMass] | None = None,
 ) -> None:
     """Draw one panel per pattern: rows downwards, keys to the right, colour the share of causal pairs attended.
+
+    Below, if `layers` are given: density and kept mass of every head, and by layer where the mass went.
 
         key ->
         row   #            self, window: the diagonal
@@ -100,6 +111,7 @@ def plot_pattern(
         num_tokens: length of the document.
         titles: one a panel.
         path: the picture to write; its suffix chooses the format (.png, .svg, .pdf).
+        layers: of every layer with attention, or None.
     """
     # The object interface: it needs no display and leaves pyplot's global state alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -110,8 +122,15 @@ def plot_pattern(
     shares = torch.where(possible > 0, counts / possible.clamp(min=1), float("nan")).numpy()
     num_columns = min(num_columns, len(titles))
     num_rows = -(-len(titles) // num_columns)
-    figure = Figure(figsize=(3.2 * num_columns + 1, 3.2 * num_rows), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
+    heights = [3.2 * num_rows, 3.2 if layers else 0]
+    width = max(3.2 * num_columns + 1, 9.0 if layers else 0)
+    whole = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=120)
+    FigureCanvasAgg(whole)
+    figure: Any = whole
+    if layers:
+        parts: Any = whole.subfigures(2, 1, height_ratios=heights)
+        figure = parts[0]
+        _plot_layers(parts[1], layers)
     panels = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True).flatten()
     # Most of the picture is sparse: the square root keeps one key in a hundred visible.
     norm = PowerNorm(0.5, vmin=0, vmax=1)
@@ -125,7 +144,46 @@ def plot_pattern(
     figure.supxlabel("key position")
     figure.supylabel("row (query) position")
     figure.colorbar(image, ax=list(panels), label="share of causal pairs attended", shrink=0.8)
-    figure.savefig(path)
+    whole.savefig(path)
+
+
+def _plot_layers(figure: Any, layers: Mapping[int, LayerMass]) -> None:
+    """Density and kept mass by layer and head as two maps, and by layer, mean over its heads, where the mass went."""
+    from matplotlib.ticker import MaxNLocator
+
+    from hf_sparse_attn.pictures.read_rows import READ_KINDS
+
+    num_layers, num_heads = max(layers) + 1, max(len(layer.density) for layer in layers.values())
+    maps = torch.full((2, num_layers, num_heads), float("nan"))
+    means = torch.zeros(len(READ_KINDS), num_layers)
+    for index, layer in layers.items():
+        maps[0, index, : len(layer.density)] = layer.density
+        maps[1, index, : len(layer.density)] = layer.kept
+        means[:, index] = layer.mass.mean(0)
+    axes = figure.subplots(1, 3, width_ratios=[1, 1, 1.6])
+    titles = ("density: pairs read of all", "softmax mass kept")
+    for axis, values, title in zip(axes, maps, titles, strict=False):
+        axis.set_facecolor("lightgrey")
+        image = axis.imshow(values.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
+        figure.colorbar(image, ax=axis)
+    bottom = torch.zeros(num_layers)
+    for kind, share in zip(READ_KINDS, means, strict=True):
+        if share.any():
+            axes[2].bar(range(num_layers), share, 0.85, bottom=bottom, label=kind, color=_KIND_COLOURS[kind])
+        bottom = bottom + share
+    density = maps[0].nanmean(-1)
+    axes[2].plot(range(num_layers), density, color="black", marker="_", linestyle="none", label="density")
+    axes[2].set_ylim(0, 1)
+    axes[2].set_title("softmax mass kept, by kind of key", fontsize=9)
+    axes[2].set_xlabel("layer")
+    axes[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes[:2]:
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plot_heads(maps: torch.Tensor, titles: Sequence[str], path: str | Path, num_columns: int = 3) -> None:

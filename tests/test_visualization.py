@@ -7,6 +7,7 @@ from matplotlib.image import imread
 from hf_sparse_attn.calibration.budget_allocation import Allocation
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.loading import load_sparse_model
+from hf_sparse_attn.pictures import LayerMass
 from hf_sparse_attn.visualization import (
     PatternRecorder,
     bin_pairs,
@@ -57,6 +58,21 @@ def test_plot_writes_a_picture(tmp_path, suffix):
     counts = causal_pairs(20, 5).expand(4, 5, 5) // 2
     plot_pattern(counts, 20, [f"head {head}" for head in range(4)], path)
     assert path.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+
+
+def test_plot_adds_the_density_and_the_mass_of_the_layers(tmp_path):
+    """A layer without attention is left out, and each kind of key that occurs has its name."""
+    mass = torch.tensor([[0.1, 0.2, 0.0, 0.3, 0.0]]).double()
+    layers = {layer: LayerMass(torch.full((4,), 0.25).double(), mass.expand(4, 5)) for layer in (0, 2)}
+    counts = causal_pairs(20, 5)[None]
+    for name, given in (("without", None), ("with", layers)):
+        plot_pattern(counts, 20, ["head"], tmp_path / f"{name}.svg", layers=given)
+    before, after = ((tmp_path / f"{name}.svg").read_text() for name in ("without", "with"))
+    for word in ("softmax mass kept", "density: pairs read of all", "window", "static", "routed"):
+        assert f"<!-- {word} -->" in after
+        assert f"<!-- {word} -->" not in before
+    assert "<!-- own -->" not in after
+    assert "<!-- dense -->" not in after
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

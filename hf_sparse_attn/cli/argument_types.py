@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse_attn.errors import one_line, reason
-from hf_sparse_attn.output_files import check_output_directory, check_output_file, check_picture_file
+from hf_sparse_attn.output_files import (
+    check_drawing_file,
+    check_output_directory,
+    check_output_file,
+    check_picture_file,
+)
 
 _MOST = 2**31 - 1  # of anything that is counted
 _LONGEST_VALUE = 60
@@ -133,6 +138,11 @@ def output_file(text: str) -> Path:
 def picture_file(text: str) -> Path:
     """The type of a picture to write; see `check_picture_file`."""
     return _checked(check_picture_file, text)
+
+
+def drawing_file(text: str) -> Path:
+    """The type of a picture or a page to write; see `check_drawing_file`."""
+    return _checked(check_drawing_file, text)
 
 
 def output_directory(text: str) -> Path:
