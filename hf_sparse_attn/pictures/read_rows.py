@@ -222,7 +222,7 @@ def _reasons(rows: Tensor, num_tokens: int, pattern: LayerPattern) -> Tensor:
     for own in row_patterns(pattern.config):
         for i, row in enumerate(rows.tolist()):
             reasons[i, own.admits(row, key)] = _OWN
-    for static in static_patterns(pattern.config):
+    for static in static_patterns(pattern.config, pattern.marked):
         reasons[:, static.admits(key)] = _STATIC
     reasons[key > rows[:, None] - pattern.config.window_size] = _WINDOW
     dense_rows = pattern.dense_rows()
