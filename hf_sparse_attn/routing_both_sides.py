@@ -95,7 +95,8 @@ class BothSidesChunk:
         right_start = index.start[bucket] + self.right_start.gather(1, bucket)
         cut = (taken > 0) & (taken < left + right)
         num_older = torch.minimum(taken, left)
-        num_older[cut] = self._num_older(*torch.nonzero(cut).T, taken, left, right, left_end, right_start)
+        row, column = torch.nonzero(cut, as_tuple=True)
+        num_older[cut] = self._num_older(row, column, taken, left, right, left_end, right_start)
         # Each bucket is two runs of places, of older and of newer keys.
         starts = torch.stack([left_end - num_older, right_start], -1).flatten(1)
         lengths = torch.stack([num_older, taken - num_older], -1).flatten(1)
