@@ -179,13 +179,13 @@ def _may_be_cross_attention(module: nn.Module) -> bool:
 
     Its tensors do not tell: there may be as many keys as queries.
     """
-    takes = _takes_other_states(type(module))  # type: ignore[arg-type]
+    takes = _takes_other_states(type(module).forward)
     return "Cross" in type(module).__name__ or (takes and getattr(module, "is_decoder", None) is not False)
 
 
 @cache
-def _takes_other_states(kind: Any) -> bool:
-    return any(name in inspect.signature(kind.forward).parameters for name in _OTHER_STATES)
+def _takes_other_states(forward: Callable[..., Any]) -> bool:
+    return any(name in inspect.signature(forward).parameters for name in _OTHER_STATES)
 
 
 def _numbered_documents(position_ids: Tensor, query: Tensor) -> Tensor | None:

@@ -95,7 +95,7 @@ class BothSidesChunk:
         right_start = index.start[bucket] + self.right_start.gather(1, bucket)
         cut = (taken > 0) & (taken < left + right)
         num_older = torch.minimum(taken, left)
-        row, column = torch.nonzero(cut).T
+        row, column = torch.nonzero(cut, as_tuple=True)
         num_older[cut] = self._num_older(row, column, taken, left, right, left_end, right_start)
         # Each bucket is two runs of places, of older and of newer keys.
         starts = torch.stack([left_end - num_older, right_start], -1).flatten(1)
