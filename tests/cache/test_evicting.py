@@ -36,6 +36,7 @@ from hf_sparse_attn.cache.policies import (
     Sinks,
     UniformBudget,
 )
+from hf_sparse_attn.integration import record
 
 
 class TestOracle:
@@ -215,6 +216,20 @@ class TestModel:
             cached_logits(model, ids, (11, 1), small_cache(model))
         rows = [*range(1, 12), *(8 + step % 4 for step in range(19))]
         assert density.attended == density.admissible == NUM_LAYERS * NUM_HEADS * sum(rows)
+
+    def test_a_recorder_is_told_the_layers_heads(self):
+        """Also where KV heads keep different keys, so that they are computed one by one."""
+        model, ids = tiny_model(), tokens(60)
+        cache, heads = small_cache(model, Rule(ranker="heavy", floor=0.2, tokens=12, slack=4)), set()
+
+        class Heads:
+            def add(self, pattern, head, *rows):
+                heads.add((pattern.layer_idx, head))
+
+        cached_logits(model, ids[:, :56], (4,), cache)
+        with record(model, Heads()):
+            cached_logits(model, ids[:, 56:], (4,), cache)
+        assert heads == {(layer, head) for layer in range(NUM_LAYERS) for head in range(NUM_HEADS)}
 
     def test_another_ranker_is_one_method(self):
         class First(Ranker):

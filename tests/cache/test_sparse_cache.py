@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.batches import padded_batch, tokens
 from helpers.families import tiny_model
-from helpers.specification import assert_specified, cached_logits
+from helpers.specification import TOLERANCE, assert_specified, cached_logits
 from helpers.spies import count_hashed_keys
 from transformers import AutoTokenizer, DynamicCache
 
@@ -371,3 +371,16 @@ def test_compiled_steps_and_back():
         pieces += [step(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(30, 33)]
         pieces += [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(33, 40)]
     assert_specified(torch.cat(pieces, 1)[0], "llama", ids[0])
+
+
+def test_patterns_by_layer_and_head():
+    """In one shot, in chunks and step by step; a layer of one pattern keeps an index, the other one none."""
+    model, ids = (
+        tiny_model(by_layer=[{}, {"by_kv_head": [{"stride": 7}, {"block_size": 9, "window_size": 2}]}]),
+        tokens(40),
+    )
+    cache = SparseCache(model.config)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        torch.testing.assert_close(cached_logits(model, ids, (17, 1), cache), expected, **TOLERANCE)
+    assert [layer.indexes.nbytes > 0 for layer in cache.layers] == [True, False]
