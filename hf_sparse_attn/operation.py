@@ -19,6 +19,7 @@ from hf_sparse_attn.masks.documents import Document
 from hf_sparse_attn.masks.mask_function import signed_positions
 from hf_sparse_attn.masks.read import read_documents
 from hf_sparse_attn.ops.common.dropout import Dropout
+from hf_sparse_attn.pattern_fields import OVERRIDABLE, PATTERN_FIELDS
 from hf_sparse_attn.patterns import LayerPattern, layer_pattern
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.tensor_parallel import HeadSplit
@@ -241,8 +242,13 @@ def in_mode(config: SparseAttentionConfig, mode: str) -> SparseAttentionConfig:
         return config
     if mode == "all":
         return config.replace(dense_below=sys.maxsize)
-    stride = (config.stride or config.window_size) if mode == "strided" else 0
-    return config.replace(key_budget=0, num_random_keys=0, stride=stride, dense_below=0)
+    kept = ["window_size", "num_global_tokens", "global_token_indices"]
+    if mode == "strided" and config.stride:
+        kept += ["stride", "stride_offset", "stride_width"]
+    off = {name: getattr(SparseAttentionConfig, name) for name in (*PATTERN_FIELDS, *OVERRIDABLE) if name not in kept}
+    if mode == "strided" and not config.stride:
+        off["stride"] = config.window_size
+    return config.replace(key_budget=0, dense_below=0, **off)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, cross_attention: bool) -> None:

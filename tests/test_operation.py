@@ -8,8 +8,9 @@ from helpers.operation import KeyMask
 from helpers.tensors import EXACT, assert_all_close, batch, config, with_gradients
 from torch.utils.checkpoint import checkpoint
 
-from hf_sparse_attn import AttentionStatistics, sparse_attention
+from hf_sparse_attn import AttentionStatistics, SparseAttentionConfig, sparse_attention
 from hf_sparse_attn.errors import ArgumentError
+from hf_sparse_attn.operation import in_mode
 from hf_sparse_attn.ops.common.dropout import Dropout
 
 
@@ -93,6 +94,15 @@ class TestModes:
         routed = sparse_attention(*tensors, config=config(), mode="routed")
         assert torch.equal(routed, sparse_attention(*tensors, config=config()))
         assert not torch.allclose(routed, sparse_attention(*tensors, config=config(), mode="local"))
+
+    @pytest.mark.parametrize("mode", ["local", "strided"])
+    def test_every_other_pattern_is_off(self, mode):
+        kept = {"window_size": 5, "num_global_tokens": 2} | (
+            {"stride": 7, "stride_offset": 2} if mode == "strided" else {}
+        )
+        others = {"dilated_window_size": 3, "slash_distances": (9,), "block_size": 8, "num_random_blocks": 1}
+        given = SparseAttentionConfig(**kept, **others, by_layer=[{"window_size": 3}], by_kv_head=[{}, {"dilation": 2}])
+        assert in_mode(given, mode) == SparseAttentionConfig(**kept, key_budget=0, dense_below=0)
 
     def test_another_is_refused(self):
         with pytest.raises(ArgumentError, match=r"^mode: must be one of routed, all, local, strided, got 'global'$"):
