@@ -19,6 +19,12 @@ FEATURES = {
         "min_weight": [[0.0, 0.02, 0.05, 0.1], 0.01],
         "dense_below": 7,
     },
+    "blocks by layer and head": {
+        "block_size": 9,
+        "num_random_blocks": 1,
+        "slash_distances": [13],
+        "by_layer": [{"by_kv_head": [{}, {"block_offset": 4}]}, {"dilated_window_size": 4, "dilation": 5}],
+    },
     "a dense layer": {"dense_layers": [0]},
     "dense rows in the middle": {"dense_below": 12},
     "calibrated hash": {"hash": "calibrated", "calibrated_hash": calibrated_hash_text()},

@@ -185,7 +185,7 @@ def check_oracle(rule, mask, sizes, softcap=None, sinks=None, sparse=None, seed=
 
     def reads(kv_head, head, held, row, query):
         keys, group = torch.stack([token.key for token in held]), NUM_HEADS // NUM_KV_HEADS
-        own = kept._of_heads(pattern, slice(kv_head, kv_head + 1), slice(kv_head * group, (kv_head + 1) * group))
+        own = pattern.of_kv_heads(slice(kv_head, kv_head + 1))
         first = len(held) - query.shape[1]
         queries = query[kv_head * group : (kv_head + 1) * group]
         found = reference.attended_keys(queries, keys[None], own, first, scaling=SCALING, softcap=softcap)
