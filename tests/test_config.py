@@ -10,6 +10,7 @@ NOT_DEFAULT = {
     "window_size": 7,
     "num_global_tokens": 3,
     "global_token_indices": (5, 90),
+    "global_token_ids": (5, 3),
     "stride": 4,
     "num_random_keys": 2,
     "key_budget": ((1, 0), (2, 3)),
