@@ -10,6 +10,7 @@ NOT_DEFAULT = {
     "window_size": 7,
     "num_global_tokens": 3,
     "global_token_indices": (5, 90),
+    "global_token_ids": (5, 3),
     "stride": 4,
     "stride_offset": 1,
     "stride_width": 2,
