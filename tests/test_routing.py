@@ -6,7 +6,7 @@ from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.ops import reference
 from hf_sparse_attn.patterns import static_positions
 from hf_sparse_attn.patterns.seeded_random import SeededRandom, seeded_draws
-from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, _expand, _rank
+from hf_sparse_attn.routing import CHUNK_PAGES, BucketIndex, _expand, rank
 
 HEADS, KV_HEADS, DIM, LENGTH = 4, 2, 8, 90
 # 90 rows are more than one chunk of pages at page sizes 1 and 4, and less than a page at 128.
@@ -292,7 +292,7 @@ def test_expand_leaves_the_columns_behind_the_last_run_arbitrary():
 def test_rank_sorts_and_carries_the_bucket(dtype):
     scores = torch.randn(37, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)
     scores[3] = -1e30
-    ranked = _rank(scores.clone(), 16)
+    ranked = rank(scores.clone(), 16)
     bucket = ranked.view(torch.int64 if dtype == torch.float64 else torch.int32) & 15
     torch.testing.assert_close(scores.gather(-1, bucket.long()), ranked, rtol=1e-5, atol=0)
     assert (ranked.diff(dim=-1) >= 0).all()
