@@ -12,6 +12,7 @@ from hf_sparse_attn.calibration import budget_allocation as allocation
 from hf_sparse_attn.calibration import calibrate as conversion
 from hf_sparse_attn.calibration.budget_allocation import least_density
 from hf_sparse_attn.calibration.calibrate import calibrate, choose_by_loss, minimum_tokens, num_steps
+from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 
 CONFIG = SparseAttentionConfig(window_size=16, num_global_tokens=2, page_size=16, dense_below=60)
@@ -458,3 +459,10 @@ class TestChooseByLoss:
         else:
             choose_by_loss(model, calibration, documents[0], 100.0, 1000)
         assert model.config.__dict__ == before
+
+
+@pytest.mark.parametrize("fields", [{"by_layer": [{"stride": 3}]}, {"by_kv_head": [{"stride": 3}]}], ids=str)
+def test_patterns_that_differ_by_layer_or_head_are_refused(fields):
+    """All layers are measured at the same rows."""
+    with pytest.raises(ArgumentError, match="sparse_attention: by_layer and by_kv_head cannot be fitted"):
+        minimum_tokens(SparseAttentionConfig(**fields))

@@ -12,7 +12,6 @@ from helpers.operation import make_pattern
 from helpers.specification import TOLERANCE
 from hf_sparse_attn import SparseAttentionConfig, SparseCache
 from hf_sparse_attn.attention import Inputs, attention
-from hf_sparse_attn.cache import evicting as kept
 from hf_sparse_attn.cache.policies import (
     AdaptiveBudget,
     HeavyHitters,
