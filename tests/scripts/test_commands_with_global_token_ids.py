@@ -1,4 +1,4 @@
-"""Conversion, evaluation and training of a model with `global_token_ids`, and what refuses them before a model is there."""
+"""Conversion, evaluation and training with `global_token_ids`, and what refuses them before a model is loaded."""
 
 import json
 
