@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,6 +34,10 @@ class LayerPattern:
     bucket_hash: BucketHash
     sliding_window: int | None = None
     marked: Marked | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerPattern:
+        """Itself: copies of a cache know by it which pattern their indexes were made for."""
+        return self
 
     @property
     def is_local(self) -> bool:
