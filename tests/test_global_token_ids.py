@@ -160,6 +160,18 @@ def test_a_cache_is_used_again_after_reset(by_id):
         cache.reset()
 
 
+def test_a_forward_that_failed_leaves_nothing_behind(by_id):
+    """Its tokens never came into the cache, so they are not those of later keys."""
+    ids, model = tokens(40), tiny_model()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        with pytest.raises(RuntimeError):
+            model(tokens(20, seed=1), past_key_values=cache, attention_mask=torch.ones(1, 40).to("meta"))
+        assert cache.get_seq_length() == 20
+        assert_specified(model(ids[:, 20:], past_key_values=cache).logits[0], "llama", ids[0])
+
+
 def test_other_ids_take_effect_amid_a_cache():
     """What a cache remembers are tokens, not which of them were global."""
     ids, model = tokens(40), tiny_model(global_token_ids=[5])
