@@ -43,7 +43,7 @@ def mark_global_tokens(model: nn.Module) -> None:
     asked.check_vocabulary(getattr(config, "vocab_size", None))
     # In a vision-language model the outer one sees the ids; the text model is called by itself in places.
     for part in {id(part): part for part in (inner.base_model, inner.get_decoder())}.values():
-        if "kwargs" not in _parameters(part):
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in _parameters(part).values()):
             if asked.global_token_ids:
                 raise unsupported(f"global_token_ids in {type(part).__name__}, which hands nothing on to its attention")
         elif _before_forward not in part._forward_pre_hooks.values():
@@ -159,5 +159,6 @@ def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return {**dict(zip(_parameters(module), args, strict=False)), **kwargs} if args else kwargs
 
 
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """Those of its forward, `self` left out."""
+    return dict(list(inspect.signature(type(module).forward).parameters.items())[1:])

@@ -23,14 +23,9 @@ from hf_sparse_attn import (
     sparse_attention,
 )
 from hf_sparse_attn.cache.policies import Recency
-from hf_sparse_attn.calibration.budget_allocation import fixed_pairs, least_density
-from hf_sparse_attn.calibration.calibrate import calibrate
-from hf_sparse_attn.errors import ArgumentError
-from hf_sparse_attn.evaluation.recall import measure_recall
 from hf_sparse_attn.integration import merge_sparse_attention
 from hf_sparse_attn.ops import reference
 from hf_sparse_attn.patterns import Marked, static_positions
-from hf_sparse_attn.training import FinetuneArguments, check_parts_of_rows
 
 IDS = [3, 11, 17, 29, 42]  # 3 is the padding of `padded_batch`
 UNKNOWN = "call hf_sparse_attn.mark_global_tokens"
@@ -158,6 +153,18 @@ def test_a_cache_is_used_again_after_reset(by_id):
         ids = tokens(40, seed=seed)
         assert_specified(cached_logits(model, ids, (17, 9), cache)[0], "llama", ids[0])
         cache.reset()
+
+
+def test_a_forward_that_failed_leaves_nothing_behind(by_id):
+    """Its tokens never came into the cache, so they are not those of later keys."""
+    ids, model = tokens(40), tiny_model()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        with pytest.raises(RuntimeError):
+            model(tokens(20, seed=1), past_key_values=cache, attention_mask=torch.ones(1, 40).to("meta"))
+        assert cache.get_seq_length() == 20
+        assert_specified(model(ids[:, 20:], past_key_values=cache).logits[0], "llama", ids[0])
 
 
 def test_other_ids_take_effect_amid_a_cache():
@@ -293,16 +300,6 @@ class TestRefused:
         with pytest.raises(ValueError, match="needs a Transformers model, got Linear"):
             mark_global_tokens(torch.nn.Linear(1, 1))
 
-    def test_ulysses(self, tmp_path):
-        from accelerate import ParallelismConfig
-
-        arguments = FinetuneArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-        arguments.parallelism_config = ParallelismConfig(sp_size=2, sp_backend="deepspeed")
-        config = tiny_model().config
-        check_parts_of_rows(arguments, config, 16)
-        with pytest.raises(ArgumentError, match=r"sp_size=2 \(Ulysses\) cannot go with global_token_ids"):
-            check_parts_of_rows(arguments, config, 16, SparseAttentionConfig(global_token_ids=IDS))
-
 
 @pytest.mark.parametrize(
     ("given", "told"),
@@ -379,22 +376,6 @@ def test_positions_are_those_that_the_rule_admits():
     assert static_positions(config, 9, CPU, 0, Marked(torch.tensor([True, False, True]))).tolist() == [0, 2]
     with pytest.raises(ValueError, match=UNKNOWN):
         static_positions(config, 9, CPU)
-
-
-def test_calibration_and_recall_count_them():
-    """As they count the same keys named by their places."""
-    document, model = tokens(200)[0], tiny_model(dtype=torch.float32)
-    fields = SPARSE | {"window_size": 8, "page_size": 16}
-    named = SparseAttentionConfig(**fields, global_token_ids=IDS)
-    indices = SparseAttentionConfig(**fields, global_token_indices=places(document))
-    marked = Marked.in_document(document, named.global_token_ids)
-    assert fixed_pairs(named, 0, 200, None, marked) == fixed_pairs(indices, 0, 200, None)
-    assert least_density(named, {0: None}, 200) < least_density(indices, {0: None}, 200)
-    costs = [calibrate(model, [document], config).costs for config in (named, indices)]
-    for name in ("loss", "read", "fixed"):
-        torch.testing.assert_close(*(getattr(x, name) for x in costs))
-    recall = measure_recall(model, [document], {"named": named, "indices": indices}, num_rows=32, num_top=8)
-    assert recall["named"] == recall["indices"]
 
 
 def test_the_specifications_own_keys():

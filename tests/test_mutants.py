@@ -243,7 +243,7 @@ def keys_beside_the_last_bucket(monkeypatch):
 
 
 def drop_the_globals(monkeypatch):
-    monkeypatch.setattr(torch_ops, "static_positions", lambda config, stop, device: torch.arange(0))
+    monkeypatch.setattr(torch_ops, "static_positions", lambda *_, **__: torch.arange(0))
 
 
 def statistics_of_the_whole_sequence(monkeypatch):
@@ -335,7 +335,7 @@ COMPILED_MUTANTS = {
     "compiled: rows one position too late": compiled("attend_rows", lambda position, *args: (position + 1, *args)),
     "compiled: bucket means of later keys": lambda monkeypatch: monkeypatch.setattr(numba_rules, "MEANS_LAG", -20),
     "compiled: drop the globals": lambda monkeypatch: monkeypatch.setattr(
-        numba_ops, "static_positions", lambda *_: torch.arange(0)
+        numba_ops, "static_positions", lambda *_, **__: torch.arange(0)
     ),
     "compiled: worst buckets first": compiled(
         "attend_rows", lambda position, query, summed, *args: (position, query, -summed, *args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -41,6 +42,10 @@ class LayerPattern:
     num_tokens: int | None = None
     kv_head_entries: tuple[int, ...] = ()
     marked: Marked | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerPattern:
+        """Itself: copies of a cache know by it which pattern their indexes were made for."""
+        return self
 
     @property
     def is_local(self) -> bool:

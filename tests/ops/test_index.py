@@ -152,8 +152,8 @@ def copies_share_their_states(monkeypatch):
 def static_keys_are_routed_too(monkeypatch):
     positions = numba_index.static_positions
 
-    def mutant(config, stop, device, start=0):
-        return positions(config, stop, device, start) if start == 0 else torch.zeros(0, dtype=torch.int64)
+    def mutant(config, stop, device, start=0, marked=None):
+        return positions(config, stop, device, start, marked) if start == 0 else torch.zeros(0, dtype=torch.int64)
 
     monkeypatch.setattr(numba_index, "static_positions", mutant)
 

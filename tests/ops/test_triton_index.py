@@ -183,7 +183,7 @@ def test_through_transformers(monkeypatch):
             inputs = {"attention_mask": mask[:, : part.stop], "position_ids": position_ids[:, part]}
             pieces.append(model(ids[:, part], **inputs, past_key_values=cache, use_cache=True).logits.clone())
         start = part.stop
-    indexes = [index for layer in cache.layers for _, index in layer.indexes._of_row.values()]
+    indexes = [index for layer in cache.layers for *_, index in layer.indexes._of_row.values()]
     assert len(indexes) == 4
     assert all(isinstance(index, triton_index.Index) for index in indexes)
     torch.testing.assert_close(torch.cat(pieces, 1)[mask.bool()], expected[mask.bool()], **TOLERANCE)

@@ -1,4 +1,4 @@
-"""Conversion, evaluation and training of a model with `global_token_ids`, and what refuses them before a model is there."""
+"""Conversion, evaluation and training with `global_token_ids`, and what refuses them before a model is loaded."""
 
 import json
 
@@ -82,3 +82,19 @@ def test_refused_before_a_model_is_loaded(
     else:
         given |= {"--dataset": text_directory, "--context-length": 100}
     assert_refused(run_script(script, *flat(given)), "--sparse-attention", words)
+
+
+def test_ulysses(run_script, assert_refused, tiny_model_path, text_directory, fields, monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_sparse_attn.cli.finetune.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")  # as `accelerate launch` tells it
+    monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")
+    given = {
+        "--model": tiny_model_path,
+        "--dataset": text_directory,
+        "--context-length": 48,
+        "--output": tmp_path / "tuned",
+        "--use_cpu": "true",
+        "--sparse-attention": json.dumps(fields),
+    }
+    words = "--parallelism-config: sp_size=2 (Ulysses) cannot go with global_token_ids"
+    assert_refused(run_script("finetune.py", *flat(given)), words)
