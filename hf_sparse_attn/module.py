@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.config import SparseAttentionConfig, expand_preset
 from hf_sparse_attn.errors import ArgumentError, argument, check_integer
 from hf_sparse_attn.operation import SparseIndex, apply_index, build_index, check_dropout, in_mode, sparse_attention
 from hf_sparse_attn.statistics import AttentionStatistics
@@ -35,7 +35,7 @@ class SparseAttention(nn.Module):
         layer_idx: layer whose budget and hash apply; layers of different numbers hash differently.
         mode: "routed" (the config as it is), "all", "local" or "strided"; see `operation.in_mode`.
         device, dtype: of the weights.
-        fields: single fields of `SparseAttentionConfig`, in place of those of `config`.
+        fields: single fields of `SparseAttentionConfig`, in place of those of `config`, or a `preset` of `presets.py`.
 
     Raises:
         ArgumentError: for a value that an argument cannot have, a ValueError that names it.
@@ -78,7 +78,9 @@ class SparseAttention(nn.Module):
         if config is not None and not isinstance(config, SparseAttentionConfig):
             raise ArgumentError("config", f"must be a SparseAttentionConfig or None, got {type(config).__name__}")
         with argument("config"):
-            config = SparseAttentionConfig.from_dict({**(config or SparseAttentionConfig()).to_dict(), **fields})
+            config = SparseAttentionConfig.from_dict(
+                {**(config or SparseAttentionConfig()).to_dict(), **expand_preset(fields)}
+            )
             config.key_budgets(layer_idx, num_key_value_heads)
             config.min_weights(layer_idx, num_heads)
         self.hidden_size, self.num_heads, self.num_key_value_heads = hidden_size, num_heads, num_key_value_heads

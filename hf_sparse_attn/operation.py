@@ -87,8 +87,9 @@ def sparse_attention(
         config: which keys each row reads, and `config.implementation`.
         layer_idx: layer whose budget and hash apply.
         is_causal: False: rows read keys on both sides; of `config.implementation`, "reference" and "torch" can.
-        cross_attention: with is_causal=False, rows have no place among the keys, so there is no window: they read the
-            global and strided keys, their random ones, and those that the buckets give them out of all.
+        cross_attention: with is_causal=False, rows have no place among the keys, so there is no window, and
+            patterns that count from the row are refused: rows read the global and strided keys, their random ones, and
+            those that the buckets give them out of all.
         mode: see `in_mode`.
         key_padding_mask: [batch, N], bool, True for tokens and False for padding, on either side or between; a query
             that is padding gives zeros. (`torch.nn.MultiheadAttention` has it the other way round.)
@@ -339,6 +340,10 @@ def _documents(
     num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
     if not cross_attention:
         return read_documents(inputs, num_keys, None, pattern.is_causal)[0]
+    for config in [part.config for _, part in pattern.parts] or [pattern.config]:
+        for name in ("dilated_window_size", "slash_distances", "block_size"):
+            if getattr(config, name):
+                raise ArgumentError(name, "rows of cross-attention have no place among the keys that it counts from")
     documents = []
     for batch in range(len(inputs.query)):
         keys: slice | Tensor = slice(0, num_keys)

@@ -32,7 +32,7 @@ from hf_sparse_attn.pattern_fields import PATTERN_FIELDS
 
 _READS = (
     *PATTERN_FIELDS,
-    *("by_layer", "by_kv_head", "key_budget", "min_weight", "hash", "num_hash_bits", "page_size"),
+    *("global_token_ids", "by_layer", "by_kv_head", "key_budget", "min_weight", "hash", "num_hash_bits", "page_size"),
     *("dense_layers", "dense_below"),
 )
 _DEFAULTS = {name: value for name, value in SparseAttentionConfig().to_dict().items() if name in _READS}

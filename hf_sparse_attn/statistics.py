@@ -57,6 +57,8 @@ class AttentionStatistics:
     @torch.no_grad()
     def begin(self, query: Tensor, key: Tensor, call: AttentionCall) -> None:
         """Compute the sampled rows' dense weights, before a document's rows are told; see `AttentionCall`."""
+        if not len(self._reads):
+            self._reads, self._mass = self._reads.new_zeros(len(query), 2), self._mass.new_zeros(len(query), 2)
         num_queries, dtype = query.shape[1], torch.promote_types(query.dtype, torch.float32)
         step, stop = -(-num_queries // max(self.num_rows, 1)), call.query_offset + num_queries
         self._rows = range(call.query_offset + (num_queries - 1) % step, stop, step) if self.num_rows else range(0)
@@ -111,9 +113,6 @@ class AttentionStatistics:
 
     def _count(self, pattern: LayerPattern, heads: range, position: Tensor, num_attended: int) -> None:
         """`num_attended` pairs for each of the heads."""
-        num_heads = len(pattern.min_weights)
-        if not len(self._reads):
-            self._reads, self._mass = self._reads.new_zeros(num_heads, 2), self._mass.new_zeros(num_heads, 2)
         admissible = admissible_pairs(position, pattern.sliding_window, pattern.num_tokens)
         self._pairs += len(heads) * torch.tensor([num_attended, admissible])
         self._reads[heads.start : heads.stop] += torch.tensor([num_attended, len(position)])

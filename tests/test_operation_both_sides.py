@@ -10,7 +10,9 @@ from hf_sparse_attn import AttentionStatistics, SparseAttention, apply_index, bu
 from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.patterns import layer_pattern
 
-NAMES = [name for name, fields in FEATURES.items() if "sliding_window" not in fields]
+FROM_THE_ROW = ("dilated_window_size", "slash_distances", "block_size")
+NAMES = [name for name, fields in FEATURES.items() if not any(f"'{field}'" in str(fields) for field in FROM_THE_ROW)]
+NAMES = [name for name in NAMES if "sliding_window" not in FEATURES[name]]
 OTHERS = {"softcap": 0.9, "sinks": sinks_of()}
 BOTH_SIDES = {"is_causal": False}
 CROSS = {"is_causal": False, "cross_attention": True}
@@ -67,6 +69,22 @@ def test_cross_attention_like_the_specification(name, num_queries, num_keys):
 
     for others in ({}, {**OTHERS, "dropout": 0.3, "dropout_seed": 5}):
         assert_all_close(attend("torch", **others), attend("reference", **others))
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"slash_distances": (3,)}, "slash_distances"),
+        ({"by_kv_head": [{}, {"block_size": 4}]}, "block_size"),
+        ({"by_layer": [{"dilated_window_size": 4}]}, "dilated_window_size"),
+    ],
+)
+def test_cross_attention_refuses_patterns_that_count_from_the_row(fields, name):
+    query, key, value = batch(9, 70)
+    with pytest.raises(ArgumentError, match=f"^{name}: rows of cross-attention have no place"):
+        sparse_attention(query, key, value, config=config(**fields), **CROSS)
+    with pytest.raises(ArgumentError, match=f"^{name}: rows of cross-attention have no place"):
+        build_index(query, key, config=config(**fields), **CROSS)
 
 
 def test_a_row_of_cross_attention_does_not_know_the_others():
@@ -131,7 +149,10 @@ def test_packed_on_both_sides():
 def test_chosen_keys(kind, num_queries, num_keys, name):
     query, key, value = batch(num_queries, num_keys)
     other_query, other_key, _ = batch(num_queries, num_keys, seed=7)
-    fields = {field: x for field, x in FEATURES[name].items() if field != "sliding_window"}
+    refused = ("sliding_window", *FROM_THE_ROW, "dilation", "block_offset")
+    refused += ("num_neighbouring_blocks", "num_random_blocks")
+    fields = {field: x for field, x in FEATURES[name].items() if kind is BOTH_SIDES or field not in refused}
+    fields.pop("sliding_window", None)
     own = config(**fields)
     index = build_index(query, key, config=own, **kind)
     found = with_gradients(lambda *x: apply_index(*x, index, **OTHERS), query, key, value)

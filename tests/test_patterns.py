@@ -75,25 +75,27 @@ def test_positions_are_those_that_the_rule_admits(fields):
         assert torch.equal(static_positions(config, stop, CPU, start), position[admitted])
 
 
+@pytest.mark.parametrize("num_tokens", [None, 400], ids=["causal", "both sides"])
 @pytest.mark.parametrize("fields", ROWS, ids=str)
-def test_a_rows_own_keys_are_those_that_the_rule_admits(fields):
+def test_a_rows_own_keys_are_those_that_the_rule_admits(fields, num_tokens):
     config, position = SparseAttentionConfig(**fields), torch.arange(400)
-    for pattern in row_patterns(config):
+    for pattern in row_patterns(config, num_tokens):
         rows = torch.tensor([0, 1, 6, 7, 15, 16, 17, 47, 300, 399])
         keys = pattern.keys(rows)
         assert keys.shape == (len(rows), pattern.num_keys)
         assert keys.dtype == torch.int64
         for row, own in zip(rows.tolist(), keys.tolist(), strict=True):
-            admitted = pattern.admits(row, position) & (position <= row)
-            assert set(position[admitted].tolist()) == {key for key in own if key >= 0}
-            assert max(own) <= row
-    assert num_row_keys(config) == sum(pattern.num_keys for pattern in row_patterns(config))
+            admitted = pattern.admits(row, position) & ((position <= row) | (num_tokens is not None))
+            assert set(position[admitted].tolist()) == {key for key in own if 0 <= key < 400}
+            assert max(own) <= row or num_tokens is not None
+    sizes = [pattern.num_keys for pattern in row_patterns(config, num_tokens)]
+    assert num_row_keys(config, num_tokens) == sum(sizes)
 
 
-def own_keys(fields, row):
+def own_keys(fields, row, num_tokens=None):
     """Of the last of a config's row patterns."""
-    keys = row_patterns(SparseAttentionConfig(**fields))[-1].keys(torch.tensor([row]))[0]
-    return sorted(set(keys[keys >= 0].tolist()))
+    keys = row_patterns(SparseAttentionConfig(**fields), num_tokens)[-1].keys(torch.tensor([row]))[0].tolist()
+    return sorted({key for key in keys if 0 <= key < (num_tokens or 10**6)})
 
 
 def test_keys_by_hand():
@@ -104,6 +106,10 @@ def test_keys_by_hand():
     assert own_keys({"block_size": 4, "num_neighbouring_blocks": 1}, 10) == [4, 5, 6, 7, 8, 9, 10]
     assert own_keys({"block_size": 4, "block_offset": 1}, 10) == [9, 10]
     assert own_keys({"block_size": 4, "block_offset": 1, "num_neighbouring_blocks": 9}, 4) == [0, 1, 2, 3, 4]
+    assert own_keys({"dilated_window_size": 2, "dilation": 3}, 10, 15) == [4, 7, 13]
+    assert own_keys({"slash_distances": [2, 7, 11]}, 10, 22) == [3, 8, 12, 17, 21]
+    assert own_keys({"block_size": 4, "num_neighbouring_blocks": 1}, 10, 15) == [*range(4, 15)]
+    assert own_keys({"block_size": 4, "block_offset": 1}, 10, 15) == [9, 10, 11, 12]
     strided = static_positions(SparseAttentionConfig(num_global_tokens=0, stride=5, stride_offset=2), 14, CPU)
     assert strided.tolist() == [2, 7, 12]
 
@@ -121,6 +127,18 @@ def test_random_blocks_are_whole_older_blocks_and_the_same_for_all_rows_of_a_blo
         drawn |= {(first - block * 6) // 6 for block in blocks}
     assert len(drawn) > 20
     assert own_keys(fields, 399) != own_keys({**fields, "seed": 6}, 399)
+
+
+def test_random_blocks_on_both_sides_are_of_the_whole_document():
+    fields = {"block_size": 6, "block_offset": 4, "num_random_blocks": 2, "seed": 5}
+    drawn = set()
+    for first in [0, *range(4, 400, 6)]:
+        keys = own_keys(fields, first, 400)
+        assert own_keys(fields, first + 3, 400) == keys
+        drawn |= {(key + 2) // 6 for key in keys}
+    assert drawn <= {*range(67)}
+    assert len(drawn) > 45  # of 67, two draws for each
+    assert max(drawn) > 62
 
 
 def test_a_process_knows_the_patterns_of_its_own_heads():
@@ -173,7 +191,7 @@ def test_docs_name_every_pattern_field_and_preset():
     assert not [name for name in (*PATTERN_FIELDS, *PRESETS, "by_layer", "by_kv_head") if f"`{name}`" not in text]
     fields = {field.name for field in dataclasses.fields(SparseAttentionConfig)}
     others = {"key_budget", "min_weight", "hash", "num_hash_bits", "seed", "page_size", "dense_layers", "dense_below"}
-    others |= {"implementation", "calibrated_hash", "by_layer", "by_kv_head"}
+    others |= {"implementation", "calibrated_hash", "by_layer", "by_kv_head", "global_token_ids"}
     assert set(PATTERN_FIELDS) == fields - others
 
 

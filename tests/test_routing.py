@@ -123,7 +123,7 @@ def by_the_rules(query, key, pattern):
             for offset in range(config.stride_width if config.stride else 0):
                 static |= set(range(config.stride_offset + offset, p + 1, config.stride))
             window = set(range(p - config.window_size + 1, p + 1))
-            drawn = set(SeededRandom(config.num_random_keys, config.seed).keys(torch.tensor([p]))[0].tolist())
+            drawn = set(SeededRandom(config.num_random_keys, config.seed, None).keys(torch.tensor([p]))[0].tolist())
             drawn |= {p - i * config.dilation for i in range(1, config.dilated_window_size + 1)}
             drawn |= {p - distance for distance in config.slash_distances}
             if config.block_size:

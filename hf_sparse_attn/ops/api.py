@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hf_sparse_attn.ops.backend import Backend, Index, compute_dtype
 from hf_sparse_attn.ops.checks import check_document, check_scores
@@ -47,50 +48,51 @@ def document_attention(
         dtype of query and key.
 
     Raises:
-        ValueError: for tensors, positions or numbers that do not fit together, and for dropout, candidates or
-            statistics where the config names an implementation or patterns without them.
+        ValueError: for tensors, positions or numbers that do not fit together, and for dropout or candidates where the
+            config names an implementation without them.
     """
     check_scores(scaling, softcap)
     check_document(query, key, value, pattern, query_offset, key_offset, sinks)
     if not query.shape[1]:
         return query.new_empty(len(query), 0, value.shape[-1])
-    if pattern.parts:  # as kernels know one pattern for all heads
-        if dropout is not None or candidates is not None or isinstance(recorder, AttentionStatistics):
-            raise ValueError("patterns by_kv_head know neither attention dropout nor chosen keys nor statistics")
-        group, outputs = len(query) // len(key), []
-        for kv_heads, part in pattern.parts:
-            heads = slice(kv_heads.start * group, kv_heads.stop * group)
-            output = document_attention(
-                query[heads],
-                key[kv_heads],
-                value[kv_heads],
-                pattern=part,
-                query_offset=query_offset,
-                key_offset=key_offset,
-                scaling=scaling,
-                softcap=softcap,
-                sinks=None if sinks is None else sinks[heads],
-                recorder=None if recorder is None else HeadsFrom(recorder, heads.start),
-            )
-            outputs.append(output)
-        return torch.cat(outputs)
     if not pattern.is_causal:
         pattern = dataclasses.replace(pattern, num_tokens=key.shape[1])
-    implementation, dense_rows = pattern.config.implementation, pattern.dense_rows()
-    backend = find_backend(implementation, query.device, pattern.is_causal)
-    if not backend.plain and (dropout is not None or candidates is not None):
-        backend = _plain_backend(implementation, query.device)
-    grows = pattern.is_causal and dense_rows is not None and query_offset + query.shape[1] > dense_rows
-    if implementation == "auto" and grows:
-        warn_if_slow(query.device)
-    dtype, precise = backend.dtype(query, key), compute_dtype(query, key)
-    sinks = None if sinks is None else sinks.to(precise)
+    sinks = None if sinks is None else sinks.to(compute_dtype(query, key))
     call = AttentionCall(
         pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index, dropout, candidates
     )
     if isinstance(recorder, AttentionStatistics):
         recorder.begin(query, key, call)
-    as_stored = index is not None and dtype == torch.float32 and {key.dtype} == {value.dtype} <= backend.cached_dtypes
+    if not pattern.parts:
+        return _attend(query, key, value, call)
+    group, outputs = len(query) // len(key), []
+    for kv_heads, part in pattern.parts:  # kernels know one pattern for all heads
+        heads = slice(kv_heads.start * group, kv_heads.stop * group)
+        own = dataclasses.replace(
+            call,
+            pattern=part,
+            sinks=None if sinks is None else sinks[heads],
+            recorder=None if recorder is None else HeadsFrom(recorder, heads.start),
+            dropout=None if dropout is None else dataclasses.replace(dropout, first_head=heads.start),
+            candidates=None if candidates is None else candidates[kv_heads],
+        )
+        outputs.append(_attend(query[heads], key[kv_heads], value[kv_heads], own))
+    return torch.cat(outputs)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+    """`document_attention` by one pattern."""
+    pattern, dense_rows = call.pattern, call.pattern.dense_rows()
+    implementation = pattern.config.implementation
+    backend = find_backend(implementation, query.device, pattern.is_causal)
+    if not backend.plain and (call.dropout is not None or call.candidates is not None):
+        backend = _plain_backend(implementation, query.device)
+    grows = pattern.is_causal and dense_rows is not None and call.query_offset + query.shape[1] > dense_rows
+    if implementation == "auto" and grows:
+        warn_if_slow(query.device)
+    dtype = backend.dtype(query, key)
+    stored = call.index is not None and dtype == torch.float32
+    as_stored = stored and {key.dtype} == {value.dtype} <= backend.cached_dtypes
     autocast = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
         result: Tensor = backend.document_attention(
@@ -135,9 +137,15 @@ def find_candidates(query: Tensor, key: Tensor, *, pattern: LayerPattern, query_
         pattern = dataclasses.replace(pattern, num_tokens=key.shape[1])
     from hf_sparse_attn.ops.torch import candidates
 
-    dtype = compute_dtype(query, key)
+    dtype, group, found = compute_dtype(query, key), len(query) // len(key), []
+    query, key = query.to(dtype), key.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
-        return candidates(query.to(dtype), key.to(dtype), AttentionCall(pattern, query_offset, key_offset))
+        for kv_heads, part in pattern.parts or [(slice(0, len(key)), pattern)]:
+            heads = slice(kv_heads.start * group, kv_heads.stop * group)
+            call = AttentionCall(part, query_offset, key_offset)
+            found.append(candidates(query[heads], key[kv_heads], call))
+    width = max(rows.shape[2] for rows in found)
+    return torch.cat([pad(rows, (0, width - rows.shape[2]), value=-1) for rows in found])
 
 
 def new_index(pattern: LayerPattern, key: Tensor, key_offset: int) -> Index | None:

@@ -108,8 +108,8 @@ def _scored_on_both_sides(
             reads_everything = all_dense or (p < num_tokens and bool(is_global[p]))
             if not reads_everything:
                 fixed = is_static | (distance < config.window_size)
-                for own in row_patterns(config):
-                    fixed = fixed | own.admits(p, position, num_tokens)
+                for own in row_patterns(config, num_tokens):
+                    fixed = fixed | own.admits(p, position)
                 fixed = fixed & admissible
                 routable = admissible & ~is_static & (distance >= config.window_size)
                 nearest = torch.sort(distance, stable=True).indices  # at equal distances the earlier one

@@ -199,7 +199,7 @@ def _sparse(
             if bool((count < gathered.shape[1]).any()):
                 unused = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
         num_routed = 0 if gathered is None else gathered.shape[1]
-        if num_row_keys(pattern.config):
+        if num_row_keys(pattern.config, pattern.num_tokens):
             gathered, unused = _with_row_keys(
                 gathered, unused, position, static, window, key_offset, pattern, table.order
             )

@@ -29,19 +29,24 @@ class StaticPattern(StaticKeys, Protocol):
 
 
 class RowPattern(Protocol):
-    """Keys of a row's own, chosen by nothing but the row's position and, where attention is not causal, the number of
-    the document's tokens, `num_tokens`; None: attention is causal."""
+    """Keys of a row's own, chosen by its position and, where attention is not causal, the document's length alone."""
 
     @classmethod
-    def of(cls, config: SparseAttentionConfig) -> RowPattern | None:
-        """The pattern that a config asks for; None: it asks for none."""
+    def of(cls, config: SparseAttentionConfig, num_tokens: int | None = None) -> RowPattern | None:
+        """The pattern that a config asks for; None: it asks for none.
+
+        Args:
+            config: the config.
+            num_tokens: of the document, where attention is not causal; None: rows read nothing after them.
+        """
 
     @property
     def num_keys(self) -> int:
         """The most keys that a row has."""
 
-    def keys(self, position: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Positions [R, num_keys] (int64) of the keys of the rows at positions [R]; negative: none. May repeat."""
+    def keys(self, position: Tensor) -> Tensor:
+        """Positions [R, num_keys] (int64) of the keys of the rows at positions [R]. Those outside the document count
+        for nothing, and some may repeat."""
 
-    def admits(self, row: int, position: Tensor, num_tokens: int | None = None) -> Tensor:
+    def admits(self, row: int, position: Tensor) -> Tensor:
         """Whether the keys at these positions [N] are the row's: [N] bool. The specification reads this rule."""

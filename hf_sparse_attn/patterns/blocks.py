@@ -16,28 +16,32 @@ from hf_sparse_attn.config import SparseAttentionConfig
 
 @dataclass(frozen=True)
 class Blocks:
-    """`block_size`, `block_offset`, `num_neighbouring_blocks`: the row's block up to the row, and so many before it."""
+    """`block_size`, `block_offset`, `num_neighbouring_blocks`: the row's block up to the row, and so many before it;
+    where attention is not causal, the whole block and so many on either side."""
 
     size: int
     offset: int
     num_neighbours: int
+    both_sides: bool
 
     @classmethod
-    def of(cls, config: SparseAttentionConfig) -> Blocks | None:
+    def of(cls, config: SparseAttentionConfig, num_tokens: int | None = None) -> Blocks | None:
         if not config.block_size:
             return None
-        return cls(config.block_size, config.block_offset, config.num_neighbouring_blocks)
+        return cls(config.block_size, config.block_offset, config.num_neighbouring_blocks, num_tokens is not None)
 
     @property
     def num_keys(self) -> int:
-        return self.size * (1 + self.num_neighbours)
+        return self.size * (1 + (2 if self.both_sides else 1) * self.num_neighbours)
 
-    def keys(self, position: Tensor, num_tokens: int | None = None) -> Tensor:
+    def keys(self, position: Tensor) -> Tensor:
         position = position[:, None]
         place = (position - self.offset) % self.size  # in the row's block
-        older = torch.arange(self.num_keys, device=position.device)
-        return (position - older).masked_fill_(older > place + self.size * self.num_neighbours, -1)
+        keys = position - place - self.size * self.num_neighbours + torch.arange(self.num_keys, device=position.device)
+        return keys if self.both_sides else keys.masked_fill_(keys > position, -1)
 
-    def admits(self, row: int, position: Tensor, num_tokens: int | None = None) -> Tensor:
+    def admits(self, row: int, position: Tensor) -> Tensor:
         before = (row - self.offset) // self.size - (position - self.offset) // self.size
+        if self.both_sides:
+            return before.abs() <= self.num_neighbours
         return (before <= self.num_neighbours) & (position <= row)

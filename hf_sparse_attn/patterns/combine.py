@@ -35,9 +35,9 @@ def static_patterns(config: SparseAttentionConfig, marked: Marked | None = None)
     return found if marked is None else (*found, marked)
 
 
-def row_patterns(config: SparseAttentionConfig) -> tuple[RowPattern, ...]:
-    """The patterns of a row's own keys that `config` turns on."""
-    return tuple(pattern for kind in ROW_PATTERNS if (pattern := kind.of(config)) is not None)
+def row_patterns(config: SparseAttentionConfig, num_tokens: int | None = None) -> tuple[RowPattern, ...]:
+    """The patterns of a row's own keys that `config` turns on; see `RowPattern.of`."""
+    return tuple(pattern for kind in ROW_PATTERNS if (pattern := kind.of(config, num_tokens)) is not None)
 
 
 def global_patterns(config: SparseAttentionConfig, marked: Marked | None = None) -> tuple[StaticKeys, ...]:
@@ -67,9 +67,9 @@ def _positions(patterns: tuple[StaticKeys, ...], start: int, stop: int, device: 
     return torch.cat(found).unique()
 
 
-def num_row_keys(config: SparseAttentionConfig) -> int:
-    """The most keys of its own that a row has: the width of `row_keys`."""
-    return sum(pattern.num_keys for pattern in row_patterns(config))
+def num_row_keys(config: SparseAttentionConfig, num_tokens: int | None = None) -> int:
+    """The most keys of its own that a row has, the width of `row_keys`; see `RowPattern.of`."""
+    return sum(pattern.num_keys for pattern in row_patterns(config, num_tokens))
 
 
 def row_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: int, key_offset: int) -> Tensor:
@@ -84,13 +84,15 @@ def row_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: in
         window: keys of the row's window, or of its half on each side where attention is not causal.
         key_offset: position of the key with index 0.
     """
-    given = [rows.keys(position, pattern.num_tokens) for rows in row_patterns(pattern.config)]
+    given = [rows.keys(position) for rows in row_patterns(pattern.config, pattern.num_tokens)]
     if not given:
         return position.new_empty(len(position), 0)
     keys = _sorted(torch.cat(given, 1))
     older = position[:, None] - keys
     distance = older if pattern.is_causal else older.abs()
     known = (distance < window) | (keys < key_offset) | torch.isin(keys, static)
+    if pattern.num_tokens is not None:
+        known |= keys >= pattern.num_tokens
     if pattern.sliding_window is not None:
         known |= distance >= pattern.sliding_window
     known[:, 1:] |= keys[:, 1:] == keys[:, :-1]

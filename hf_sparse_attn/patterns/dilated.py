@@ -17,18 +17,30 @@ from hf_sparse_attn.config import SparseAttentionConfig
 
 @dataclass(frozen=True)
 class Dilated:
-    """`dilated_window_size`, `dilation`: the keys at p - i * dilation for i = 1 .. dilated_window_size."""
+    """`dilated_window_size`, `dilation`: the keys at p - i * dilation for i = 1 .. dilated_window_size; where attention
+    is not causal, also at p + i * dilation."""
 
-    num_keys: int
+    size: int
     dilation: int
+    both_sides: bool
 
     @classmethod
-    def of(cls, config: SparseAttentionConfig) -> Dilated | None:
-        return cls(config.dilated_window_size, config.dilation) if config.dilated_window_size else None
+    def of(cls, config: SparseAttentionConfig, num_tokens: int | None = None) -> Dilated | None:
+        if not config.dilated_window_size:
+            return None
+        return cls(config.dilated_window_size, config.dilation, num_tokens is not None)
 
-    def keys(self, position: Tensor, num_tokens: int | None = None) -> Tensor:
-        return position[:, None] - torch.arange(1, self.num_keys + 1, device=position.device) * self.dilation
+    @property
+    def num_keys(self) -> int:
+        return 2 * self.size if self.both_sides else self.size
 
-    def admits(self, row: int, position: Tensor, num_tokens: int | None = None) -> Tensor:
+    def keys(self, position: Tensor) -> Tensor:
+        steps = torch.arange(1, self.size + 1, device=position.device)
+        if self.both_sides:
+            steps = torch.cat([steps, -steps])
+        return position[:, None] - steps * self.dilation
+
+    def admits(self, row: int, position: Tensor) -> Tensor:
         older = row - position
-        return (older % self.dilation == 0) & (older > 0) & (older <= self.num_keys * self.dilation)
+        distance = older.abs() if self.both_sides else older
+        return (older % self.dilation == 0) & (distance > 0) & (distance <= self.size * self.dilation)

@@ -123,7 +123,7 @@ def layer_pattern(
 
     Raises:
         ValueError: if the config's budgets, smallest weights, patterns by head or calibrated hash do not fit the layer,
-            the layer's heads or window are impossible, or attention is not causal where a pattern has to be.
+            or the layer's heads or window are impossible.
     """
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads or head_dim < 1:
         raise ValueError(
@@ -139,9 +139,6 @@ def layer_pattern(
     kv_heads = slice(split.rank * num_kv_heads, (split.rank + 1) * num_kv_heads)
     config = config.of_layer(layer_idx)
     entries = tuple(config.kv_head_entries(num_kv_heads * split.size)[kv_heads])
-    if not is_causal:
-        for part in [config, *map(config.of_entry, set(entries))]:
-            _check_both_sides(part)
     if layer_idx in config.dense_layers:  # it may have another shape than those that the config was fitted to
         no_hash = BucketHash.empty(num_kv_heads, head_dim)
         no_keys = [0] * num_kv_heads, [0.0] * num_heads
@@ -152,10 +149,3 @@ def layer_pattern(
     bucket_hash = BucketHash(whole.weight[kv_heads].to(device, dtype), whole.bias[kv_heads].to(device, dtype))
     own = budgets, min_weights, bucket_hash, sliding_window, is_causal
     return LayerPattern(config, layer_idx, *own, kv_head_entries=entries)
-
-
-def _check_both_sides(config: SparseAttentionConfig) -> None:
-    """Make sure that attention that is not causal knows a config's patterns."""
-    for name in ("dilated_window_size", "slash_distances", "block_size"):
-        if getattr(config, name):
-            raise ValueError(f"{name}={getattr(config, name)}: this pattern knows causal attention alone")

@@ -28,17 +28,18 @@ class SeededRandom:
 
     num_keys: int
     seed: int
+    num_tokens: int | None
 
     @classmethod
-    def of(cls, config: SparseAttentionConfig) -> SeededRandom | None:
-        return cls(config.num_random_keys, config.seed) if config.num_random_keys else None
+    def of(cls, config: SparseAttentionConfig, num_tokens: int | None = None) -> SeededRandom | None:
+        return cls(config.num_random_keys, config.seed, num_tokens) if config.num_random_keys else None
 
-    def keys(self, position: Tensor, num_tokens: int | None = None) -> Tensor:
+    def keys(self, position: Tensor) -> Tensor:
         draws = seeded_draws(position, self.num_keys, self.seed)
-        return draws % (position[:, None] + 1 if num_tokens is None else num_tokens)
+        return draws % (position[:, None] + 1 if self.num_tokens is None else self.num_tokens)
 
-    def admits(self, row: int, position: Tensor, num_tokens: int | None = None) -> Tensor:
-        return torch.isin(position, self.keys(torch.tensor([row], device=position.device), num_tokens))
+    def admits(self, row: int, position: Tensor) -> Tensor:
+        return torch.isin(position, self.keys(torch.tensor([row], device=position.device)))
 
 
 def seeded_draws(number: Tensor, num_draws: int, seed: int) -> Tensor:

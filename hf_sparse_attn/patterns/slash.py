@@ -16,20 +16,22 @@ from hf_sparse_attn.config import SparseAttentionConfig
 
 @dataclass(frozen=True)
 class Slash:
-    """`slash_distances`: the keys at p - d for each distance d."""
+    """`slash_distances`: the keys at p - d for each distance d; where attention is not causal, also at p + d."""
 
     distances: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: SparseAttentionConfig) -> Slash | None:
-        return cls(config.slash_distances) if config.slash_distances else None
+    def of(cls, config: SparseAttentionConfig, num_tokens: int | None = None) -> Slash | None:
+        older = config.slash_distances
+        newer = () if num_tokens is None else tuple(-distance for distance in older)
+        return cls(older + newer) if older else None
 
     @property
     def num_keys(self) -> int:
         return len(self.distances)
 
-    def keys(self, position: Tensor, num_tokens: int | None = None) -> Tensor:
+    def keys(self, position: Tensor) -> Tensor:
         return position[:, None] - torch.tensor(self.distances, device=position.device)
 
-    def admits(self, row: int, position: Tensor, num_tokens: int | None = None) -> Tensor:
+    def admits(self, row: int, position: Tensor) -> Tensor:
         return (position[:, None] + torch.tensor(self.distances, device=position.device) == row).any(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.ops import compute_dtype, document_attention
-from hf_sparse_attn.patterns import LayerPattern, row_patterns, static_patterns
+from hf_sparse_attn.patterns import LayerPattern, global_patterns, row_patterns, static_patterns
 from hf_sparse_attn.recording import admissible_pairs
 
 # Why a row reads a key (the first that holds), and why not: its weight is under min_weight, or it was never scored.
@@ -117,7 +117,7 @@ class RowReader:
         num_heads, group = query.shape[1], query.shape[1] // key.shape[1]
         layer, (layers, heads) = pattern.layer_idx, self._chosen
         scored = self._scored(seen, query[0], key[0], value[0], scaling) if layer in layers else None
-        admissible = _admissible(self._rows, self._num_tokens, pattern.sliding_window)
+        admissible = _admissible(self._rows, self._num_tokens, pattern)
         reasons = _reasons(self._rows, self._num_tokens, pattern)
         mass = torch.zeros(num_heads, len(KINDS), dtype=torch.float64)
         sampled = query[0][:, self._rows.to(query.device)].to(dtype)
@@ -188,7 +188,7 @@ class _Seen:
         read: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
         self.attended[head] += num_attended
-        self.admissible[head] += admissible_pairs(position, pattern.sliding_window)
+        self.admissible[head] += admissible_pairs(position, pattern.sliding_window, pattern.num_tokens)
         is_sampled = torch.isin(position.cpu(), self.rows)
         if is_sampled.any():
             attended, keys = read()
@@ -199,32 +199,35 @@ class _Seen:
             self.read[head, slot[row], keys[row, column].long()] = True
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
-        pairs = admissible_pairs(torch.arange(start, stop), pattern.sliding_window)
+        pairs = admissible_pairs(torch.arange(start, stop), pattern.sliding_window, pattern.num_tokens)
         chosen = slice(heads.start, heads.stop)
         self.attended[chosen] += pairs
         self.admissible[chosen] += pairs
         inside = (self.rows >= start) & (self.rows < stop)
-        admissible = _admissible(self.rows[inside], self.read.shape[-1], pattern.sliding_window)
+        admissible = _admissible(self.rows[inside], self.read.shape[-1], pattern)
         self.read[chosen, inside] = admissible
 
 
-def _admissible(rows: Tensor, num_tokens: int, sliding_window: int | None) -> Tensor:
+def _admissible(rows: Tensor, num_tokens: int, pattern: LayerPattern) -> Tensor:
     """Keys that the model itself lets rows at positions `rows` [R] see: [R, N] bool."""
-    key = torch.arange(num_tokens)
-    admissible = key <= rows[:, None]
-    return admissible if sliding_window is None else admissible & (key > rows[:, None] - sliding_window)
+    older = rows[:, None] - torch.arange(num_tokens)
+    admissible = older >= 0 if pattern.is_causal else torch.ones_like(older, dtype=torch.bool)
+    return admissible if pattern.sliding_window is None else admissible & (older.abs() < pattern.sliding_window)
 
 
 def _reasons(rows: Tensor, num_tokens: int, pattern: LayerPattern) -> Tensor:
     """Why rows at positions `rows` [R] read each key, if they do: [R, N] uint8, places in `READ_KINDS`."""
     key = torch.arange(num_tokens)
     reasons = torch.full((len(rows), num_tokens), _ROUTED, dtype=torch.uint8)
-    for own in row_patterns(pattern.config):
+    for own in row_patterns(pattern.config, pattern.num_tokens):
         for i, row in enumerate(rows.tolist()):
             reasons[i, own.admits(row, key)] = _OWN
     for static in static_patterns(pattern.config, pattern.marked):
         reasons[:, static.admits(key)] = _STATIC
-    reasons[key > rows[:, None] - pattern.config.window_size] = _WINDOW
+    reasons[(rows[:, None] - key).abs() < pattern.config.window_size] = _WINDOW
+    if not pattern.is_causal:
+        for static in global_patterns(pattern.config, pattern.marked):
+            reasons[static.admits(rows)] = _DENSE
     dense_rows = pattern.dense_rows()
     reasons[rows < (num_tokens if dense_rows is None else dense_rows)] = _DENSE
     return reasons

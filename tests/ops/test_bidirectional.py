@@ -67,14 +67,34 @@ def test_the_last_queries_alone(num_queries, name):
     torch.testing.assert_close(output, whole[:, -num_queries:], rtol=1e-10, atol=1e-10)
 
 
-def fixed_mask(num_tokens, window, num_global=0, explicit=(), stride=0, sliding_window=None):
-    """Longformer's and BigBird's fixed keys, pair by pair."""
+def fixed_mask(
+    num_tokens,
+    window_size,
+    *,
+    num_global_tokens=0,
+    global_token_indices=(),
+    stride=0,
+    dilated_window_size=0,
+    dilation=1,
+    slash_distances=(),
+    block_size=0,
+    block_offset=0,
+    num_neighbouring_blocks=0,
+    sliding_window=None,
+):
+    """The fixed keys of Longformer, BigBird and the others, pair by pair."""
+    steps = [i * dilation for i in range(1, dilated_window_size + 1)]
     mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
     for row in range(num_tokens):
         for key in range(num_tokens):
-            is_global = [token < num_global or token in explicit for token in (row, key)]
-            read = abs(row - key) < window or any(is_global) or (stride > 0 and key % stride == 0)
-            mask[row, key] = read and (sliding_window is None or abs(row - key) < sliding_window)
+            distance = abs(row - key)
+            read = distance < window_size or distance in slash_distances or distance in steps
+            read |= any(token < num_global_tokens or token in global_token_indices for token in (row, key))
+            read |= stride > 0 and key % stride == 0
+            if block_size:
+                blocks = [(token - block_offset) // block_size for token in (row, key)]
+                read |= abs(blocks[0] - blocks[1]) <= num_neighbouring_blocks
+            mask[row, key] = read and (sliding_window is None or distance < sliding_window)
     return mask
 
 
@@ -86,14 +106,20 @@ def fixed_mask(num_tokens, window, num_global=0, explicit=(), stride=0, sliding_
         {"window_size": 5, "num_global_tokens": 3},
         {"window_size": 1, "num_global_tokens": 2, "global_token_indices": (7, 8, 30, 99)},
         {"window_size": 4, "num_global_tokens": 0, "stride": 6},
+        {"window_size": 1, "num_global_tokens": 0, "dilated_window_size": 3, "dilation": 5},
+        {"window_size": 3, "num_global_tokens": 1, "slash_distances": (2, 7, 30)},
+        {"window_size": 1, "num_global_tokens": 0, "block_size": 8, "block_offset": 3},
+        {"window_size": 1, "num_global_tokens": 4, "block_size": 6, "num_neighbouring_blocks": 1},
         {"window_size": 4, "num_global_tokens": 2, "global_token_indices": (21,), "stride": 6, "sliding_window": 9},
     ],
-    ids=["window", "leading globals", "explicit globals", "stride", "model's window"],
+    ids=[
+        *("window", "leading globals", "explicit globals", "stride", "dilated", "slashes", "blocks", "bigbird"),
+        "model's window",
+    ],
 )
 def test_fixed_keys_by_their_formula(fields, implementation):
     pattern = both_sides({"key_budget": 0} | fields)
-    names = {"window_size": "window", "num_global_tokens": "num_global", "global_token_indices": "explicit"}
-    expected = fixed_mask(41, **{names.get(name, name): value for name, value in fields.items()})
+    expected = fixed_mask(41, **fields)
     tensors = inputs(41, 41)
     assert torch.equal(read_mask(tensors, pattern, implementation), expected.expand(4, -1, -1))
     query, key, value = tensors

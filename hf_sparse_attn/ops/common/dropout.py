@@ -23,11 +23,13 @@ class Dropout:
         p: at least 0 and under 1.
         seed: at least 0 and under 2**63.
         batch: index of the batch row.
+        first_head: index of the query head that counts as 0.
     """
 
     p: float
     seed: int
     batch: int = 0
+    first_head: int = 0
 
     def factors(self, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         """What weights are multiplied by, 0 or 1 / (1 - p), float64.
@@ -36,7 +38,7 @@ class Dropout:
             head: indices of query heads, int64; the three are broadcast.
             row, key: positions, int64.
         """
-        stream = mix(head * 0x9E3779B1 + self.seed)
+        stream = mix((head + self.first_head) * 0x9E3779B1 + self.seed)
         stream = mix(stream + (self.seed >> 32) * 0xC2B2AE3D % _DRAWS + self.batch * 0x27D4EB2F)
         draw = mix(mix(stream + row * 0x9E3779B1) + key * 0x85EBCA77)
         return (draw >= round(self.p * _DRAWS)).double() / (1 - self.p)
