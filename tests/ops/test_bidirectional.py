@@ -166,7 +166,7 @@ def test_routed_keys_by_the_rule(implementation, budget):
     fields = {"window_size": 3, "num_global_tokens": 2, "key_budget": budget, "min_weight": 0.0}
     pattern = both_sides(fields, num_heads=2, num_kv_heads=1)
     mask = read_mask(tensors, pattern, implementation)
-    fixed = fixed_mask(90, 3, 2)
+    fixed = fixed_mask(90, 3, num_global_tokens=2)
     for row in range(2, 90):
         expected = routed_by_rule(*tensors[:2], pattern, 3, budget, row, 2)
         for head in range(2):
