@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_sparse_attn.config import text_config
+from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.errors import ArgumentError, argument, check_integer
+from hf_sparse_attn.pattern_fields import check_causal
 
 # Pairs of sampled rows and keys in a picture, and rows at least, if nobody says how many rows.
 _NUM_PAIRS = 2**20
@@ -121,6 +122,8 @@ def evaluate_perplexity(
     with argument("dataset"):
         texts = load_documents(dataset, split)
     path, _, tokenizer, fields = read_checkpoint(model, sparse_attention)
+    with argument("sparse_attention"):
+        check_causal(SparseAttentionConfig.from_dict(fields))
     with argument("dataset"):
         documents = long_documents(texts, tokenizer, context_length, max_documents)
     loaded = load_model(

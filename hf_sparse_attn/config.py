@@ -33,6 +33,7 @@ class SparseAttentionConfig:
         slash     p - d for d in slash_distances
         blocks    the row's own block of block_size keys up to p, num_neighbouring_blocks before it, and
                   num_random_blocks of the earlier ones, drawn from a fixed hash of (seed, number of the row's block)
+        voted     in a prefill, num_voted_blocks of the earlier ones, for which the block's rows vote together
         routed    up to key_budget of the remaining keys j <= p - window_size, found through hash buckets
 
     Routed keys: every key falls into one bucket of its KV head's hash. The queries of the KV head's group at the row's
@@ -40,7 +41,8 @@ class SparseAttentionConfig:
     buckets are taken from the best down until `key_budget` keys are taken; of the last bucket, the most recent ones.
     Every row of the group scores these keys with its own query, beside its other keys, and reads those whose softmax
     weight among all that it scored is at least `min_weight`. The bucket means are refreshed every `page_size`
-    positions with all keys before that position, so nothing later than the row decides what it reads.
+    positions with all keys before that position, so nothing later than the row decides what it reads. Voted blocks are
+    the one exception (`block_votes.py`); they are refused in training.
 
     Where attention is not causal, admissible keys lie on both sides, the window is |p - j| < window_size, rows of
     global tokens (num_global_tokens, global_token_indices) read everything, random keys are drawn from the whole
@@ -65,8 +67,10 @@ class SparseAttentionConfig:
         block_offset: position of the first block that is whole, under block_size; the keys before it are one, too.
         num_neighbouring_blocks: blocks right before the row's own that it reads.
         num_random_blocks: draws of blocks before the row's own, which may draw one twice.
+        num_voted_blocks: blocks before the row's own that all of its block's rows choose together, in place of
+            key_budget, which has to be 0. Not causal: for the prefill of inference alone.
         by_layer: fields of patterns that differ by layer, as a list of dicts: layer i takes entry i modulo the list's
-            length. The fields are those from window_size to num_random_blocks, and by_kv_head.
+            length. The fields are those from window_size to num_voted_blocks, and by_kv_head.
         by_kv_head: the same for parts of a layer's KV heads, which are given to the entries in order and evenly: of two
             entries, the second is the second half's. Such a layer keeps no index of its cached keys.
         key_budget: keys found for a row through the buckets: one number, one per layer, or one per layer and KV head.
@@ -105,6 +109,7 @@ class SparseAttentionConfig:
     block_offset: int = 0
     num_neighbouring_blocks: int = 0
     num_random_blocks: int = 0
+    num_voted_blocks: int = 0
     by_layer: Overrides = ()
     by_kv_head: Overrides = ()
     key_budget: int | tuple[int | tuple[int, ...], ...] = 1024
@@ -261,6 +266,7 @@ _RANGES = {
     "block_offset": (0, MAX_ROW_KEYS),
     "num_neighbouring_blocks": (0, MAX_ROW_KEYS),
     "num_random_blocks": (0, MAX_ROW_KEYS),
+    "num_voted_blocks": (0, MAX_ROW_KEYS),
     "num_hash_bits": (1, MAX_HASH_BITS),
     "seed": (0, 2**32 - 1),
     "page_size": (1, MAX_NUMBER),

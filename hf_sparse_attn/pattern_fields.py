@@ -15,6 +15,7 @@ _NEEDS = {
     "block_offset": "block_size",
     "num_neighbouring_blocks": "block_size",
     "num_random_blocks": "block_size",
+    "num_voted_blocks": "block_size",
 }
 PATTERN_FIELDS = (
     "window_size",
@@ -49,12 +50,36 @@ def check_patterns(config: SparseAttentionConfig) -> None:
         )
     if config.block_offset and config.block_offset >= config.block_size:
         raise ValueError(f"block_offset must be under block_size={config.block_size}, got {config.block_offset}")
+    if config.num_voted_blocks and _is_any(config.key_budget):
+        raise ValueError(
+            "num_voted_blocks stand in place of keys found through buckets and need key_budget=0, got "
+            f"num_voted_blocks={config.num_voted_blocks} and key_budget={config.key_budget}"
+        )
     blocks = 1 + config.num_neighbouring_blocks + config.num_random_blocks
     own = config.num_random_keys + config.dilated_window_size + len(config.slash_distances) + config.block_size * blocks
     if own > MAX_ROW_KEYS:
         raise ValueError(
             "num_random_keys + dilated_window_size + the number of slash_distances + block_size * (1 + "
             f"num_neighbouring_blocks + num_random_blocks) must be at most {MAX_ROW_KEYS}, got {own}"
+        )
+
+
+def _is_any(budget: Any) -> bool:
+    return any(map(_is_any, budget)) if isinstance(budget, (list, tuple)) else budget != 0
+
+
+def check_causal(config: SparseAttentionConfig) -> None:
+    """Make sure that no later token decides what a row reads, for what computes losses.
+
+    Raises:
+        ValueError: if there are voted blocks, in any layer or head.
+    """
+    layers = [config.of_layer(layer) for layer in range(max(len(config.by_layer), 1))]
+    heads = [layer.of_entry(entry) for layer in layers for entry in range(len(layer.by_kv_head))]
+    if any(part.num_voted_blocks for part in layers + heads):
+        raise ValueError(
+            "num_voted_blocks look at later tokens, so a loss over them cannot be trained on or believed; they are for "
+            "the prefill of inference alone"
         )
 
 

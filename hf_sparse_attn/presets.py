@@ -20,6 +20,9 @@ streaming-llm       Xiao et al. 2023, arXiv 2309.17453, table 1: 4 attention sin
 longlora            Chen et al. 2023, arXiv 2309.12307, section 3.2, for training at 8192 tokens: groups of 2048, a
                     quarter of the context, shifted by half a group for half of the KV heads. The first half group of
                     these stands alone: in theirs, it shares a group with the document's last tokens.
+minference-like     Jiang et al. 2024, arXiv 2407.02490, section 3: its block-sparse heads alone, 100 blocks of 64 keys
+                    that each block of 64 rows chooses by the product of mean query and mean key. NOT CAUSAL, and for
+                    the prefill of inference alone: see `block_votes.py`. Here query heads of a KV head vote together.
 ssa                 This package's defaults: a window, leading global keys, and keys that a random hash finds.
 """
 
@@ -45,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sparse-transformer-strided": {"window_size": 129, "dilated_window_size": 4096, "dilation": 128},
     "streaming-llm": {"window_size": 1020, "num_global_tokens": 4},
     "longlora": {"block_size": 2048, "by_kv_head": [{}, {"block_offset": 1024}]},
+    "minference-like": {"block_size": 64, "num_voted_blocks": 100, "min_weight": 0.0},
     "ssa": _DEFAULTS,
 }
 

@@ -61,6 +61,13 @@ def longlora(i, j, head, group=2048):
     return j <= i and (i - shift) // group == (j - shift) // group
 
 
+def test_minference_like_is_voted_blocks():
+    """Whose rule test_block_votes.py writes out."""
+    config = SparseAttentionConfig.preset("minference-like")
+    only = {"block_size": 64, "num_voted_blocks": 100, "window_size": 1, "num_global_tokens": 0, "key_budget": 0}
+    assert config == SparseAttentionConfig(**only, min_weight=0.0, dense_below=0)
+
+
 FORMULAS = {
     "longformer": (longformer, {"w": 12}, {"window_size": 7}),
     "bigbird": (bigbird, {"b": 4, "r": 2}, {"block_size": 4, "num_random_blocks": 2, "num_global_tokens": 8}),
@@ -98,7 +105,7 @@ def by_formula(formula, length, numbers):
 
 
 def test_every_preset_has_a_formula():
-    assert set(PRESETS) == {*FORMULAS, "ssa"}
+    assert set(PRESETS) == {*FORMULAS, "ssa", "minference-like"}
 
 
 @pytest.mark.parametrize("implementation", ["torch", "numba"])
@@ -190,7 +197,7 @@ def test_a_preset_takes_the_place_of_a_models_own_pattern():
     assert merge_sparse_attention(tiny_model(**own).config, {"preset": "ssa"})["stride"] == 0
 
 
-@pytest.mark.parametrize("name", ["minference-like", "", None, 3, ["longformer"]])
+@pytest.mark.parametrize("name", ["minference", "", None, 3, ["longformer"]])
 def test_unknown_name(name):
     with pytest.raises(ValueError, match=r"^preset must be one of longformer, bigbird, .*, ssa, got ") as error:
         SparseAttentionConfig.preset(name)

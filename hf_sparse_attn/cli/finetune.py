@@ -30,6 +30,7 @@ from hf_sparse_attn.errors import OtherProcessError, is_first_process, one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
 from hf_sparse_attn.memory import ModelSize
 from hf_sparse_attn.output_files import check_output_directory, check_space
+from hf_sparse_attn.pattern_fields import check_causal
 from hf_sparse_attn.training import (
     Distillation,
     FinetuneArguments,
@@ -234,6 +235,8 @@ def prepare(script: ScriptArguments, training: FinetuneArguments) -> tuple[Finet
         datasets, shares = parse_mixture(script.dataset)
     path, config, tokenizer, fields = read_checkpoint(script.model, overrides)
     sparse = SparseAttentionConfig.from_dict(fields)
+    with argument("--sparse-attention"):
+        check_causal(sparse)
     if distilled is not None:
         check_distillation(training, sparse, script.context_length)
     if training.refit_every is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hf_sparse_attn.block_votes import voted_keys, with_votes
 from hf_sparse_attn.ops.backend import Backend, Index, compute_dtype
 from hf_sparse_attn.ops.checks import check_document, check_scores
 from hf_sparse_attn.ops.common.call import AttentionCall
@@ -82,6 +83,8 @@ def document_attention(
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
     """`document_attention` by one pattern."""
+    if call.pattern.config.num_voted_blocks and call.pattern.dense_rows() is not None and call.candidates is None:
+        call = with_votes(query, key, call)
     pattern, dense_rows = call.pattern, call.pattern.dense_rows()
     implementation = pattern.config.implementation
     backend = find_backend(implementation, query.device, pattern.is_causal)
@@ -108,8 +111,8 @@ def _plain_backend(implementation: str, device: torch.device) -> Backend:
     """That of PyTorch's operations, if the config's `implementation` leaves the choice."""
     if implementation != "auto":
         raise ValueError(
-            f'implementation="{implementation}" knows neither attention dropout nor an index of chosen keys; choose '
-            '"auto", "torch" or "reference"'
+            f'implementation="{implementation}" knows neither attention dropout nor an index of chosen keys nor voted '
+            'blocks; choose "auto", "torch" or "reference"'
         )
     return find_backend("torch", device)
 
@@ -142,8 +145,11 @@ def find_candidates(query: Tensor, key: Tensor, *, pattern: LayerPattern, query_
     with torch.autocast(query.device.type, enabled=False):
         for kv_heads, part in pattern.parts or [(slice(0, len(key)), pattern)]:
             heads = slice(kv_heads.start * group, kv_heads.stop * group)
-            call = AttentionCall(part, query_offset, key_offset)
-            found.append(candidates(query[heads], key[kv_heads], call))
+            rows, keys = query[heads], key[kv_heads]
+            if part.config.num_voted_blocks:
+                found.append(voted_keys(rows, keys, part))
+            else:
+                found.append(candidates(rows, keys, AttentionCall(part, query_offset, key_offset)))
     width = max(rows.shape[2] for rows in found)
     return torch.cat([pad(rows, (0, width - rows.shape[2]), value=-1) for rows in found])
 
@@ -157,7 +163,7 @@ def new_index(pattern: LayerPattern, key: Tensor, key_offset: int) -> Index | No
         key_offset: position of the first key.
     """
     start = find_backend(pattern.config.implementation, key.device).index
-    if start is None or pattern.dense_rows() is None or pattern.kv_head_entries:
+    if start is None or pattern.dense_rows() is None or pattern.kv_head_entries or pattern.config.num_voted_blocks:
         return None
     if pattern.sliding_window is not None and not start.knows_sliding_windows:
         return None

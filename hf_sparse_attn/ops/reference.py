@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops.backend import Backend
 from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.patterns import LayerPattern, global_patterns, row_patterns, static_patterns
@@ -62,7 +63,9 @@ def scored_keys(
                     fixed = fixed | own.admits(p, position)
                 fixed = fixed & admissible
                 routable = admissible & ~static & (position <= p - config.window_size)
-                if candidates is None:
+                if config.num_voted_blocks:
+                    routed = _voted(query[kv_head * group :][:group], key[kv_head], config, p) & admissible
+                elif candidates is None:
                     page = p - p % config.page_size
                     known = ~static & (position < page)
                     if pattern.sliding_window is not None:
@@ -144,6 +147,15 @@ def attended_keys(
     weights = _softmax(logits, sinks)
     min_weights = torch.tensor(pattern.min_weights, dtype=weights.dtype, device=weights.device)[:, None, None]
     return scored & ~(routed & (weights < min_weights))
+
+
+def _voted(query: Tensor, key: Tensor, config: SparseAttentionConfig, p: int) -> Tensor:
+    """The keys [N] of the blocks that the block of the row at position p votes for; `query` is [group, N, head_dim]."""
+    block = (torch.arange(key.shape[0], device=key.device) - config.block_offset) // config.block_size
+    voters = query[:, block == block[p]].mean(1).sum(0)
+    scores = {int(b): float(voters @ key[block == b].mean(0)) for b in block[block < block[p]].unique()}
+    best = sorted(scores, key=lambda b: (scores[b], b), reverse=True)[: config.num_voted_blocks]
+    return torch.isin(block, torch.tensor(best, dtype=block.dtype, device=block.device))
 
 
 def _routed(query: Tensor, key: Tensor, bucket: Tensor, known: Tensor, nearest: Tensor, budget: int) -> Tensor:

@@ -173,7 +173,7 @@ def _sparse(
     is_causal = pattern.is_causal
     window = pattern.window(stop - key_offset if is_causal else len(key))
     position = torch.arange(start, stop, device=key.device)
-    query = query * call.scaling
+    summed, query = query.sum(0), query * call.scaling  # as `candidates` adds them up, to the last bit
 
     if is_causal:  # keys that are older than the window of at least one row, and not dropped by a sliding cache
         static = static[(static <= stop - 1 - window) & (static >= key_offset)]
@@ -195,7 +195,7 @@ def _sparse(
             given = call.candidates[kv_head, start - call.query_offset : stop - call.query_offset]
             gathered, unused = given.clamp(min=0), given < 0
         elif index is not None:
-            gathered, count = index.rows(start, stop).select_slots(query.sum(0), pattern.budgets[kv_head])
+            gathered, count = index.rows(start, stop).select_slots(summed, pattern.budgets[kv_head])
             if bool((count < gathered.shape[1]).any()):
                 unused = torch.arange(gathered.shape[1], device=key.device) >= count[:, None]
         num_routed = 0 if gathered is None else gathered.shape[1]
