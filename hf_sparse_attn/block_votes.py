@@ -13,59 +13,90 @@ that are loaded.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops.common.call import AttentionCall
-from hf_sparse_attn.patterns import LayerPattern, not_read, static_positions
-
-_ROWS = 1024  # whose keys are written out together
+from hf_sparse_attn.patterns import LayerPattern, row_keys, static_positions
 
 
-def with_votes(query: Tensor, key: Tensor, call: AttentionCall) -> AttentionCall:
-    """A call whose candidates are the keys of voted blocks; after a cached prefix, one that reads everything.
-
-    Args:
-        query: [num_heads, Q, head_dim].
-        key: [num_key_value_heads, N, head_dim].
-        call: of a pattern with `num_voted_blocks`.
+def check_votes(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
+    """Make sure that blocks may vote.
 
     Raises:
         ValueError: where attention is not causal, and where gradients are to flow.
     """
-    pattern = call.pattern
-    if not pattern.is_causal:
+    if not call.pattern.is_causal:
         raise ValueError("num_voted_blocks know causal attention alone")
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise ValueError(
             "num_voted_blocks look at later tokens, so a model cannot be trained with them; use torch.no_grad() for "
             "inference"
         )
-    if call.query_offset:
-        return dataclasses.replace(call, pattern=dataclasses.replace(pattern, config=_everything(pattern.config)))
-    return dataclasses.replace(call, candidates=voted_keys(query, key, pattern))
+
+
+def reading_everything(pattern: LayerPattern) -> LayerPattern:
+    """That of rows after a cached prefix."""
+    return dataclasses.replace(pattern, config=_reading_everything(pattern.config))
+
+
+@lru_cache(maxsize=64)
+def _reading_everything(config: SparseAttentionConfig) -> SparseAttentionConfig:
+    return config.replace(dense_below=sys.maxsize, num_voted_blocks=0)
 
 
 @torch.no_grad()
-def voted_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> Tensor:
-    """The keys of voted blocks that rows do not read anyway: see `AttentionCall.candidates`.
+def prefill(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+    """A document from its first token on, a block of rows at a time: see `backend.AttendDocument`."""
+    pattern, config, num_tokens = call.pattern, call.pattern.config, key.shape[1]
+    voted, block = _votes(query, key, config)
+    static = static_positions(config, num_tokens, key.device, marked=pattern.marked)
+    output = query.new_empty(*query.shape[:2], value.shape[-1])
+    for rows in torch.arange(num_tokens, device=key.device).split_with_sizes(block.bincount().tolist()):
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        fixed, admissible = _read_anyway(pattern, rows, stop, static)
+        for kv_head, chosen in enumerate(voted[:, block[start]]):
+            read = (fixed | torch.isin(block[:stop], chosen)) & admissible
+            columns = read.any(0).nonzero().flatten()
+            keys, values = key[kv_head, columns], value[kv_head, columns]
+            for head in range(kv_head * len(query) // len(key), (kv_head + 1) * len(query) // len(key)):
+                scores = query[head, start:stop] @ keys.T * call.scaling
+                scores = scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
+                scores.masked_fill_(~read[:, columns], -torch.inf)
+                sink = None if call.sinks is None else call.sinks[head]
+                if pattern.min_weights[head]:
+                    light = scores < _total(scores, sink) + math.log(pattern.min_weights[head])
+                    scores.masked_fill_(light & ~fixed[:, columns], -torch.inf)
+                weights = (scores - _total(scores, sink)).exp()
+                if call.dropout is not None:
+                    weights *= call.dropout.factors(rows.new_tensor(head), rows[:, None], columns).to(weights)
+                output[head, start:stop] = weights @ values
+                if call.recorder is not None:
+                    attended = scores > -torch.inf
+                    told = partial(_pair, attended, columns.expand_as(attended))
+                    call.recorder.add(pattern, head, rows, int(attended.sum()), int(read.sum()), told)
+    return output
 
-    Args:
-        query: [num_heads, N, head_dim], a whole document.
-        key: [num_key_value_heads, N, head_dim].
-        pattern: one with `num_voted_blocks`.
 
-    Returns:
-        [num_key_value_heads, N, num_voted_blocks * block_size], int32; negative for none.
-    """
-    config, num_tokens = pattern.config, key.shape[1]
+def _pair(attended: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    return attended, keys
+
+
+def _total(scores: Tensor, sink: Tensor | None) -> Tensor:
+    """log of the sum of exp(scores) in each row, [R, 1]; a sink takes part."""
+    total = scores.logsumexp(-1, keepdim=True)
+    return total if sink is None else torch.logaddexp(total, sink)
+
+
+def _votes(query: Tensor, key: Tensor, config: SparseAttentionConfig) -> tuple[Tensor, Tensor]:
+    """Numbers of the voted blocks, [num_key_value_heads, blocks, votes], -1 for none, and the block of each token."""
     size, missing = config.block_size, -config.block_offset % config.block_size
-    position = torch.arange(num_tokens, device=key.device)
-    block = (position + missing) // size
+    block = (torch.arange(key.shape[1], device=key.device) + missing) // size
     num_blocks = int(block[-1]) + 1
     grouped = query.unflatten(0, (len(key), -1)).sum(1)
     scores = _means(grouped, block, num_blocks) @ _means(key, block, num_blocks).transpose(-1, -2)
@@ -74,16 +105,7 @@ def voted_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> Tensor:
     # Of equal scores the later block, as the specification has it.
     order = scores.flip(-1).sort(stable=True, dim=-1, descending=True).indices[..., : config.num_voted_blocks]
     voted = num_blocks - 1 - order
-    voted = voted.masked_fill(voted >= number[:, None], -1)
-    static = static_positions(config, num_tokens, key.device, marked=pattern.marked)
-    inside = torch.arange(size, device=key.device) - missing
-    found = key.new_empty(len(key), num_tokens, voted.shape[-1] * size, dtype=torch.int32)
-    for head, chosen in enumerate(voted):
-        for rows in position.split(_ROWS):
-            blocks = chosen[block[rows]][..., None]
-            keys = (blocks * size + inside).masked_fill_(blocks < 0, -1).flatten(1)
-            found[head, rows] = not_read(pattern, rows, keys, static, config.window_size).int()
-    return found
+    return voted.masked_fill(voted >= number[:, None], -1), block
 
 
 def _means(x: Tensor, block: Tensor, num_blocks: int) -> Tensor:
@@ -92,6 +114,19 @@ def _means(x: Tensor, block: Tensor, num_blocks: int) -> Tensor:
     return sums / block.bincount(minlength=num_blocks)[:, None]
 
 
-@lru_cache(maxsize=64)
-def _everything(config: SparseAttentionConfig) -> SparseAttentionConfig:
-    return config.replace(dense_below=sys.maxsize, num_voted_blocks=0)
+def _read_anyway(pattern: LayerPattern, rows: Tensor, stop: int, static: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys that rows read without any vote, and those that they may read: [R, stop] bool twice."""
+    older = rows[:, None] - torch.arange(stop, device=rows.device)
+    admissible = older >= 0
+    if pattern.sliding_window is not None:
+        admissible &= older < pattern.sliding_window
+    window = pattern.window(stop)
+    fixed = older < window
+    fixed[:, static[static < stop]] = True
+    own = row_keys(pattern, rows, static, window, 0)
+    row, column = (own >= 0).nonzero(as_tuple=True)
+    fixed[row, own[row, column]] = True
+    dense_rows = pattern.dense_rows()
+    if dense_rows is not None:
+        fixed |= (rows < dense_rows)[:, None]
+    return fixed & admissible, admissible

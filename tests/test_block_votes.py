@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from helpers.cases import LENGTH, inputs, pattern_of
+from helpers.cases import LENGTH, inputs, pattern_of, sinks_of
 from helpers.operation import SCALING, KeyMask, attend
 from helpers.tensors import EXACT, batch, config
 
-from hf_sparse_attn import SparseAttention, SparseAttentionConfig, apply_index, build_index, sparse_attention
-from hf_sparse_attn.config import SparseAttentionConfig as Config
+from hf_sparse_attn import AttentionStatistics, SparseAttention, SparseAttentionConfig, build_index, sparse_attention
 from hf_sparse_attn.pattern_fields import check_causal
 
 FIELDS = {"key_budget": 0, "block_size": 12, "num_voted_blocks": 2}
@@ -86,7 +85,7 @@ def test_rows_after_a_prefix_read_everything():
     torch.testing.assert_close(output, read("reference", rows, pattern_of({"dense_below": 9999}))[0], **EXACT)
 
 
-def test_padded_batches_and_chosen_keys():
+def test_padded_batches():
     query, key, value = batch(70, 70)
     own = config(**FIELDS, min_weight=0.0)
     keep = torch.ones(2, 70, dtype=torch.bool)
@@ -95,8 +94,33 @@ def test_padded_batches_and_chosen_keys():
         output = sparse_attention(query, key, value, config=own, key_padding_mask=keep)
         alone = sparse_attention(query[:1, :, 9:], key[:1, :, 9:], value[:1, :, 9:], config=own)
         torch.testing.assert_close(output[:1, :, 9:], alone, **EXACT)
-        index = build_index(query, key, config=own, key_padding_mask=keep)
-        torch.testing.assert_close(apply_index(query, key, value, index), output, **EXACT)
+
+
+def test_with_softcap_sinks_and_dropout():
+    tensors = batch(70, 70)
+    others = {"softcap": 0.9, "sinks": sinks_of(), "dropout": 0.3, "dropout_seed": 5}
+    for fields in (FIELDS, {**FIELDS, "min_weight": 0.05}):
+        with torch.no_grad():
+            outputs = [
+                sparse_attention(*tensors, config=config(**fields, implementation=name), **others)
+                for name in ("torch", "reference")
+            ]
+        torch.testing.assert_close(*outputs, **EXACT)
+
+
+def test_statistics():
+    tensors, found = batch(70, 70), {}
+    for name in ("torch", "reference"):
+        found[name] = AttentionStatistics()
+        with torch.no_grad():
+            sparse_attention(*tensors, config=config(**FIELDS, implementation=name), recorder=found[name])
+    assert found["torch"].density == found["reference"].density < 1
+    torch.testing.assert_close(found["torch"].kept_mass, found["reference"].kept_mass, **EXACT)
+
+
+def test_build_index_does_not_know_them():
+    with pytest.raises(ValueError, match=r"^num_voted_blocks are not found through buckets; build_index does not know"):
+        build_index(*batch()[:2], config=config(**FIELDS))
 
 
 def test_generation_reads_a_cached_prefix_densely():
@@ -153,8 +177,8 @@ def test_impossible_fields(fields, told):
 )
 def test_losses_are_refused(fields):
     with pytest.raises(ValueError, match=r"^num_voted_blocks look at later tokens, so a loss"):
-        check_causal(Config.from_dict(fields))
+        check_causal(SparseAttentionConfig.from_dict(fields))
 
 
 def test_what_is_causal_is_not_refused():
-    check_causal(Config(by_layer=[{"by_kv_head": [{}, {"block_size": 8}]}], num_random_keys=3))
+    check_causal(SparseAttentionConfig(by_layer=[{"by_kv_head": [{}, {"block_size": 8}]}], num_random_keys=3))

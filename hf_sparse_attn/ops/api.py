@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_sparse_attn.block_votes import voted_keys, with_votes
+from hf_sparse_attn.block_votes import check_votes, prefill, reading_everything
 from hf_sparse_attn.ops.backend import Backend, Index, compute_dtype
 from hf_sparse_attn.ops.checks import check_document, check_scores
 from hf_sparse_attn.ops.common.call import AttentionCall
@@ -83,13 +83,17 @@ def document_attention(
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
     """`document_attention` by one pattern."""
-    if call.pattern.config.num_voted_blocks and call.pattern.dense_rows() is not None and call.candidates is None:
-        call = with_votes(query, key, call)
+    if call.pattern.config.num_voted_blocks and call.pattern.dense_rows() is not None:
+        check_votes(query, key, value, call)
+        if call.query_offset:
+            call = dataclasses.replace(call, pattern=reading_everything(call.pattern))
     pattern, dense_rows = call.pattern, call.pattern.dense_rows()
     implementation = pattern.config.implementation
     backend = find_backend(implementation, query.device, pattern.is_causal)
-    if not backend.plain and (call.dropout is not None or call.candidates is not None):
+    votes = pattern.config.num_voted_blocks > 0 and dense_rows is not None
+    if not backend.plain and (call.dropout is not None or call.candidates is not None or votes):
         backend = _plain_backend(implementation, query.device)
+    attend = prefill if votes and implementation != "reference" else backend.document_attention
     grows = pattern.is_causal and dense_rows is not None and call.query_offset + query.shape[1] > dense_rows
     if implementation == "auto" and grows:
         warn_if_slow(query.device)
@@ -98,7 +102,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> T
     as_stored = stored and {key.dtype} == {value.dtype} <= backend.cached_dtypes
     autocast = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
-        result: Tensor = backend.document_attention(
+        result: Tensor = attend(
             query.to(dtype),
             key if as_stored else key.to(dtype),
             value if as_stored else value.to(dtype),
@@ -133,6 +137,8 @@ def find_candidates(query: Tensor, key: Tensor, *, pattern: LayerPattern, query_
         ValueError: as `document_attention`.
     """
     implementation = pattern.config.implementation
+    if any(part.config.num_voted_blocks for part in [part for _, part in pattern.parts] or [pattern]):
+        raise ValueError("num_voted_blocks are not found through buckets; build_index does not know them")
     if not find_backend(implementation, query.device, pattern.is_causal).plain:
         _plain_backend(implementation, query.device)
     check_document(query, key, key, pattern, query_offset, key_offset, None)
@@ -146,10 +152,7 @@ def find_candidates(query: Tensor, key: Tensor, *, pattern: LayerPattern, query_
         for kv_heads, part in pattern.parts or [(slice(0, len(key)), pattern)]:
             heads = slice(kv_heads.start * group, kv_heads.stop * group)
             rows, keys = query[heads], key[kv_heads]
-            if part.config.num_voted_blocks:
-                found.append(voted_keys(rows, keys, part))
-            else:
-                found.append(candidates(rows, keys, AttentionCall(part, query_offset, key_offset)))
+            found.append(candidates(rows, keys, AttentionCall(part, query_offset, key_offset)))
     width = max(rows.shape[2] for rows in found)
     return torch.cat([pad(rows, (0, width - rows.shape[2]), value=-1) for rows in found])
 
