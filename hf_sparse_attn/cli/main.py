@@ -16,6 +16,7 @@ COMMANDS = {
     "eval-needle": ("eval_needle", "Hide facts in long text and ask for them, dense and sparse."),
     "eval-recall": ("eval_recall", "Measure what the sparse attention keeps of the dense one, by layer and head."),
     "eval-cache-policies": ("eval_cache_policies", "Compare the eviction policies: perplexity, needles and bytes."),
+    "compare-patterns": ("compare_patterns", "Compare the field's sparse patterns on one model at the same density."),
     "finetune": ("finetune", "Fine-tune on long documents with Transformers' Trainer."),
     "benchmark": ("benchmark", "Measure time and memory against dense attention."),
     "roofline": ("roofline", "Say what the GPU kernels compute and move, and the least time that this takes."),

@@ -1,0 +1,203 @@
+"""Compare the field's sparse patterns on one model at the same density: perplexity, kept mass, hidden facts and time.
+
+    hf-sparse-attn compare-patterns --model demo --dataset demo --context-length 8192 --densities 0.2 0.1 \
+        --output patterns.json --picture patterns.png
+    hf-sparse-attn compare-patterns --model demo --dataset book.txt --context-length 4096 --densities 0.15 \
+        --patterns converted longformer ssa --num-samples 2
+
+Patterns are the presets of docs/patterns.md, each with the number that brings it to the density; "converted" is what
+`convert` fits on --calibration-dataset, and "block-votes" has the blocks of minference-like beside the window and the
+leading keys of ssa. Both of these blocks look at later tokens, so that their perplexity is no measure. The table has the
+perplexity over that of dense attention, the share of its mass that is read, right answers about hidden facts, and the
+speed over that of dense attention. Results that --output holds already, made with the same options, are kept.
+"""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hf_sparse_attn.cli.argument_types import fraction, positive_int
+from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
+from hf_sparse_attn.cli.needles import make_all_contexts
+from hf_sparse_attn.cli.options import DATASET_HELP, add, command_parser
+from hf_sparse_attn.config import SparseAttentionConfig, layer_shape
+from hf_sparse_attn.errors import argument
+from hf_sparse_attn.output_files import replaced, write_json
+from hf_sparse_attn.presets import PRESETS
+
+CONVERTED = "converted"
+NAMES = (CONVERTED, *PRESETS, "block-votes")
+
+
+def make_parser() -> OneLineErrors:
+    parser = command_parser(__doc__)
+    add(parser, "model", "dataset", "split", "context-length")
+    add(parser, "max-documents", default=4)
+    parser.add_argument(
+        "--densities",
+        type=fraction,
+        nargs="+",
+        default=[0.2, 0.1],
+        metavar="SHARE",
+        help="Bring each pattern to these shares of the admissible pairs (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--patterns",
+        nargs="+",
+        choices=NAMES,
+        metavar="NAME",
+        help=f"Compare these: {', '.join(NAMES)} (default: all of them).",
+    )
+    parser.add_argument(
+        "--calibration-dataset",
+        default="demo",
+        metavar="DATASET",
+        help=f"{DATASET_HELP.replace('Read', 'Convert with')[:-1]} (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--num-rows",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="Measure the kept mass of N rows of the first document (default: %(default)s).",
+    )
+    add(parser, "depths", default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    add(parser, "num-samples", default=1)
+    add(parser, "needles-per-depth", "seed", "device", "dtype", "output", "picture")
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+
+    from tqdm import tqdm
+
+    from hf_sparse_attn.data import load_documents, long_documents
+    from hf_sparse_attn.environment import describe_environment
+    from hf_sparse_attn.evaluation.pattern_comparison import compare_patterns, plot_comparison
+    from hf_sparse_attn.loading import load_model, parse_device, parse_dtype, read_checkpoint
+
+    device, dtype = parse_device(arguments.device), parse_dtype(arguments.dtype)
+    with argument("dataset"):
+        texts = load_documents(arguments.dataset, arguments.split)
+    path, model_config, tokenizer, _ = read_checkpoint(arguments.model)
+    num_tokens = arguments.context_length
+    with argument("dataset"):
+        documents = long_documents(texts, tokenizer, num_tokens, arguments.max_documents)
+    variants = chosen_patterns(arguments, (layer_shape(model_config, 0) or (1, 1, 1))[1])
+    is_converted = CONVERTED in (arguments.patterns or [CONVERTED])
+    outside = widest([*variants.values(), *[SparseAttentionConfig()] * is_converted])
+    contexts = make_all_contexts(arguments, "context_length", {num_tokens: documents}, tokenizer, outside)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
+    result = earlier(arguments.output, settings)
+    known = {name: found for name, found in result["results"].items() if name != "dense"}
+    for density in arguments.densities if is_converted else []:
+        name = f"{CONVERTED} {density:g}"
+        variants[name] = SparseAttentionConfig() if name in known else converted(arguments, density)
+    model = load_model(arguments.model, path, device=device, num_tokens=num_tokens, dtype=dtype)
+    result |= {
+        "documents": [document["name"] for document in documents],
+        "environment": describe_environment(device),
+    }
+    with argument("model", arguments.model):
+        for name, found in compare_patterns(
+            model,
+            documents,
+            contexts,
+            variants,
+            num_rows=arguments.num_rows,
+            known=known,
+            progress=partial(tqdm, desc="comparing", unit="pattern"),
+        ):
+            result["results"][name] = found
+            if arguments.output is not None:
+                write_json(arguments.output, result)
+    report(result, arguments.output, print_result)
+    if arguments.picture:
+        by_pattern: dict[str, dict[str, Any]] = {}
+        for name, found in result["results"].items():
+            pattern, _, density = name.rpartition(" ")
+            if pattern:
+                by_pattern.setdefault(pattern, {})[density] = found
+        with replaced(arguments.picture) as picture:
+            plot_comparison(by_pattern, picture)
+
+
+def chosen_patterns(arguments: Any, num_kv_heads: int) -> dict[str, SparseAttentionConfig]:
+    """Each preset at each density, by name; presets that the model cannot have are left out if nobody named them."""
+    from hf_sparse_attn.evaluation.pattern_comparison import pattern_at
+
+    variants = {}
+    for name in arguments.patterns or NAMES:
+        if name == CONVERTED:
+            continue
+        with argument("patterns", name):
+            try:
+                for density in arguments.densities:
+                    config = pattern_at(name, density, arguments.context_length, num_kv_heads)
+                    variants[f"{name} {density:g}"] = config
+            except ValueError as error:
+                if arguments.patterns:
+                    raise
+                print(f"{name} is left out: {error}")
+    return variants
+
+
+def widest(configs: Iterable[SparseAttentionConfig]) -> dict[str, Any]:
+    """Fields outside of whose windows and global tokens facts are hidden."""
+    names = ("window_size", "num_global_tokens", "dense_below")
+    return {name: max(getattr(config, name) for config in configs) for name in names}
+
+
+def earlier(output: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an interrupted run with the same settings has left, or the beginning of a result."""
+    if output is not None and output.is_file():
+        with suppress(ValueError, OSError):
+            found = json.loads(output.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings)):
+                return found
+    return {"settings": settings, "results": {}}
+
+
+def converted(arguments: Any, density: float) -> SparseAttentionConfig:
+    """What `convert` fits for this density."""
+    from hf_sparse_attn.calibration.convert import ConversionSettings, convert
+    from hf_sparse_attn.progress import ProgressBars
+
+    settings = ConversionSettings(
+        calibration_dataset=arguments.calibration_dataset,
+        context_length=arguments.context_length,
+        target_density=density,
+        num_evaluation_documents=0,
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+    with TemporaryDirectory() as folder:
+        return convert(arguments.model, Path(folder) / "model", settings, progress=ProgressBars(), tell=print).config
+
+
+def print_result(result: dict[str, Any]) -> None:
+    found = dict(result["results"])
+    dense, rows = found.pop("dense"), []
+    for name, row in sorted(found.items(), key=lambda item: (item[0].rpartition(" ")[2], item[1]["ratio"])):
+        low, high = row["delta_nll"]["ci95"]
+        figures = [f"{row['density']:.4f}", f"{row['ratio']:.4f}", f"{low:+.4f} .. {high:+.4f}"]
+        speed = f"{row['dense_seconds'] / row['seconds']:.2f}"
+        shown = name if row["is_causal"] else f"{name} (not causal)"
+        rows.append([shown, *figures, f"{row['kept_mass']:.4f}", share_right(row), speed])
+    settings = result["settings"]
+    print_table(
+        f"{settings['model']}: {len(result['documents'])} documents of {settings['context_length']} tokens; dense "
+        f"perplexity {dense['perplexity']:.4f}, {share_right(dense)} facts",
+        ["pattern", "density", "ratio", "95%, nats", "mass", "facts", "speed"],
+        rows,
+    )
+
+
+def share_right(row: dict[str, Any]) -> str:
+    answers = row["needles"]
+    return f"{sum(answer['right'] for answer in answers)}/{len(answers)}"
