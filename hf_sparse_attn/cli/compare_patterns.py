@@ -7,7 +7,7 @@
 
 Patterns are the presets of docs/patterns.md, each with the number that brings it to the density; "converted" is what
 `convert` fits on --calibration-dataset, and "block-votes" has the blocks of minference-like beside the window and the
-leading keys of ssa. Both of these blocks look at later tokens, so that their perplexity is no measure. The table has the
+leading keys of ssa. Both of these look at later tokens, so that their perplexity is no measure. The table has the
 perplexity over that of dense attention, the share of its mass that is read, right answers about hidden facts, and the
 speed over that of dense attention. Results that --output holds already, made with the same options, are kept.
 """
@@ -23,7 +23,7 @@ from typing import Any
 from hf_sparse_attn.cli.argument_types import fraction, positive_int
 from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
 from hf_sparse_attn.cli.needles import make_all_contexts
-from hf_sparse_attn.cli.options import DATASET_HELP, add, command_parser
+from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, add, command_parser
 from hf_sparse_attn.config import SparseAttentionConfig, layer_shape
 from hf_sparse_attn.errors import argument
 from hf_sparse_attn.output_files import replaced, write_json
@@ -58,6 +58,7 @@ def make_parser() -> OneLineErrors:
         metavar="DATASET",
         help=f"{DATASET_HELP.replace('Read', 'Convert with')[:-1]} (default: %(default)s).",
     )
+    add(parser, "sparse-attention", help=f"{FIELDS_HELP[:-1]}, in the conversion (default: {{}}).")
     parser.add_argument(
         "--num-rows",
         type=positive_int,
@@ -90,7 +91,9 @@ def main() -> None:
         documents = long_documents(texts, tokenizer, num_tokens, arguments.max_documents)
     variants = chosen_patterns(arguments, (layer_shape(model_config, 0) or (1, 1, 1))[1])
     is_converted = CONVERTED in (arguments.patterns or [CONVERTED])
-    outside = widest([*variants.values(), *[SparseAttentionConfig()] * is_converted])
+    with argument("sparse_attention"):
+        base = SparseAttentionConfig.from_dict(arguments.sparse_attention)
+    outside = widest([*variants.values(), *[base] * is_converted])
     contexts = make_all_contexts(arguments, "context_length", {num_tokens: documents}, tokenizer, outside)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
     result = earlier(arguments.output, settings)
@@ -172,6 +175,7 @@ def converted(arguments: Any, density: float) -> SparseAttentionConfig:
         calibration_dataset=arguments.calibration_dataset,
         context_length=arguments.context_length,
         target_density=density,
+        sparse_attention=arguments.sparse_attention,
         num_evaluation_documents=0,
         device=arguments.device,
         dtype=arguments.dtype,

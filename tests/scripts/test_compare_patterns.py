@@ -1,0 +1,128 @@
+"""Every preset at the same density on one model."""
+
+import json
+import math
+
+import pytest
+
+from hf_sparse_attn import SparseAttentionConfig
+from hf_sparse_attn.calibration import budget_allocation as allocation
+from hf_sparse_attn.evaluation.pattern_comparison import BLOCK_VOTES, KNOBS, expected_density, pattern_at
+from hf_sparse_attn.presets import PRESETS
+
+SCRIPT = "compare_patterns.py"
+
+
+@pytest.fixture
+def arguments(tiny_model_path, tmp_path):
+    directory = tmp_path / "long"
+    directory.mkdir()
+    for index in range(2):
+        (directory / f"{index}.txt").write_text(" ".join(f"document {index} says {number}." for number in range(150)))
+    return {
+        "--model": [tiny_model_path],
+        "--dataset": [directory],
+        "--context-length": [700],
+        "--densities": [0.5],
+        "--patterns": ["streaming-llm", "minference-like"],
+        "--depths": [0, 1],
+        "--needles-per-depth": [1],
+        "--num-rows": [8],
+        "--output": [tmp_path / "result.json"],
+        "--picture": [tmp_path / "picture.png"],
+    }
+
+
+def flat(arguments):
+    return [part for name, values in arguments.items() for part in (name, *values)]
+
+
+def test_every_preset_has_a_number_that_sets_its_density():
+    assert set(KNOBS) == {*PRESETS, BLOCK_VOTES}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_patterns_have_the_density_that_is_asked_for(name):
+    """The largest number of at most that density."""
+    config = pattern_at(name, 0.5, 1200, 2)
+    preset, (fields, _, most) = "minference-like" if name == BLOCK_VOTES else name, KNOBS[name]
+    number = getattr(config, next(iter(fields(0)))) - (name == "sparse-transformer-strided")
+    assert config == SparseAttentionConfig.preset(preset, **fields(number))
+    assert 0.38 < expected_density(config, 1200, 2) <= 0.5
+    if number != most:
+        assert expected_density(SparseAttentionConfig.preset(preset, **fields(number + 1)), 1200, 2) > 0.5
+
+
+def test_expected_density_is_the_share_of_pairs():
+    config = SparseAttentionConfig.preset("streaming-llm", window_size=10)
+    pairs = sum(min(p + 1, 10) + max(min(p - 9, 4), 0) for p in range(100))
+    assert expected_density(config, 100, 1) == pairs / 5050
+
+
+def test_writes_the_report_the_table_and_the_picture(run_script, arguments, monkeypatch):
+    monkeypatch.setattr(allocation, "BUDGETS", (0, 8, 16, 32))
+    monkeypatch.setattr(allocation, "MIN_WEIGHTS", (0.0, 1e-2))
+    arguments["--patterns"].insert(0, "converted")
+    arguments["--calibration-dataset"] = arguments["--dataset"]
+    arguments["--sparse-attention"] = ['{"window_size": 16, "num_global_tokens": 2, "dense_below": 32}']
+    finished = run_script(SCRIPT, *flat(arguments))
+    assert finished.status == 0, finished.stderr
+    result = json.loads(arguments["--output"][0].read_text())
+    results = result["results"]
+    assert set(results) == {"dense", "converted 0.5", "streaming-llm 0.5", "minference-like 0.5"}
+    assert result["documents"] == ["0.txt", "1.txt"]
+    assert [results[name]["is_causal"] for name in list(results)[1:]] == [True, False, True]
+    dense = results.pop("dense")
+    assert len(dense["nll"]) == len(dense["needles"]) == 2
+    assert results.keys() - {"converted 0.5"} == {
+        name for name, found in results.items() if found["density"] == pytest.approx(0.5, abs=0.1)
+    }
+    for found in results.values():
+        assert found["density"] < found["kept_mass"] < 1
+        assert found["ratio"] == pytest.approx(math.exp((sum(found["nll"]) - sum(dense["nll"])) / 2))
+        assert len(found["needles"]) == 2
+        assert min(found["seconds"], found["dense_seconds"]) > 0
+    assert "minference-like 0.5 (not causal)" in " ".join(finished.stdout.split())
+    assert arguments["--picture"][0].stat().st_size > 5000
+
+
+def test_goes_on_where_it_was_interrupted(run_script, arguments):
+    """What is in the file is kept; with other options it is not."""
+    output = arguments["--output"][0]
+    assert run_script(SCRIPT, *flat(arguments)).status == 0
+    whole = json.loads(output.read_text())
+    left = json.loads(output.read_text())
+    del left["results"]["minference-like 0.5"]
+    left["results"]["streaming-llm 0.5"]["density"] = 0.123
+    output.write_text(json.dumps(left))
+    assert run_script(SCRIPT, *flat(arguments)).status == 0
+    found = json.loads(output.read_text())["results"]
+    assert found["streaming-llm 0.5"]["density"] == 0.123
+    assert found["minference-like 0.5"]["nll"] == pytest.approx(whole["results"]["minference-like 0.5"]["nll"])
+    assert run_script(SCRIPT, *flat(arguments | {"--num-rows": [9]})).status == 0
+    assert json.loads(output.read_text())["results"]["streaming-llm 0.5"]["density"] != 0.123
+
+
+def test_a_pattern_that_the_model_cannot_have(run_script, arguments, hybrid_path):
+    """One KV head cannot be in two parts: by name it is refused, else left out."""
+    arguments |= {"--model": [hybrid_path], "--patterns": ["longlora"]}
+    finished = run_script(SCRIPT, *flat(arguments))
+    assert finished.status == 2
+    assert "argument --patterns longlora: by_kv_head must list at most as many parts" in finished.stderr
+    assert not arguments["--output"][0].exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--densities", "1.5", "argument --densities: "),
+        ("--patterns", "bert", "argument --patterns: invalid choice: 'bert'"),
+        ("--context-length", "99999", "argument --dataset"),
+        ("--sparse-attention", '{"stride": -1}', "argument --sparse-attention: stride must be"),
+    ],
+)
+def test_bad_input(run_script, arguments, option, value, told):
+    finished = run_script(SCRIPT, *flat(arguments | {option: [value]}))
+    assert finished.status == 2
+    assert told in finished.stderr
+    assert finished.stderr.count("\n") <= 2
