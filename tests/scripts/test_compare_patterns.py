@@ -82,7 +82,7 @@ def test_writes_the_report_the_table_and_the_picture(run_script, arguments, monk
         assert found["ratio"] == pytest.approx(math.exp((sum(found["nll"]) - sum(dense["nll"])) / 2))
         assert len(found["needles"]) == 2
         assert min(found["seconds"], found["dense_seconds"]) > 0
-    assert "minference-like 0.5 (not causal)" in " ".join(finished.stdout.split())
+    assert finished.stdout.count("(not") == 1  # the table marks what looks at later tokens
     assert arguments["--picture"][0].stat().st_size > 5000
 
 
