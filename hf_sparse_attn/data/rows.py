@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_sparse_attn.data.packing import IGNORED_LABEL, best_fit_rows, packed_rows, windowed_rows
 from hf_sparse_attn.data.tables import CHUNK, temporary_dataset
+from hf_sparse_attn.errors import check_integer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,14 +52,16 @@ def best_fit(tokens: Dataset, context_length: int, pad_token_id: int = 0) -> Dat
 
     Args:
         tokens: what `tokenize` returns.
+        pad_token_id: any token, at least 0; nothing sees padding.
 
     Returns:
         Columns as those of `packed`.
 
     Raises:
-        ValueError: all documents together are shorter than one row, or are single tokens.
+        ValueError: pad_token_id is none, all documents together are shorter than one row, or are single tokens.
     """
     check_context_length(context_length)
+    check_integer("pad_token_id", pad_token_id, 0)
     documents = list(_token_ids(tokens))
     total = sum(map(len, documents))
     rows = best_fit_rows(documents if total >= context_length else [], context_length, pad_token_id)
