@@ -98,10 +98,12 @@ def positions_from_the_slot(monkeypatch):
     """Padding before a row, or documents packed before it, count."""
 
     def mutant(attention_mask, batch_size, q_length, kv_length, starts):
+        moved = []
         for document in documents(attention_mask, batch_size, q_length, kv_length, starts):
             slot = int(torch.arange(kv_length)[document.keys][0])
             query_offset, key_offset = document.query_offset + slot, document.key_offset + slot
-            yield dataclasses.replace(document, query_offset=query_offset, key_offset=key_offset)
+            moved.append(dataclasses.replace(document, query_offset=query_offset, key_offset=key_offset))
+        return moved
 
     monkeypatch.setattr(read, "documents", mutant)
 

@@ -97,10 +97,19 @@ def main() -> None:
     contexts = make_all_contexts(arguments, "context_length", {num_tokens: documents}, tokenizer, outside)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
     result = earlier(arguments.output, settings)
+
+    def keep() -> None:
+        if arguments.output is not None:
+            write_json(arguments.output, result)
+
     known = {name: found for name, found in result["results"].items() if name != "dense"}
     for density in arguments.densities if is_converted else []:
         name = f"{CONVERTED} {density:g}"
-        variants[name] = SparseAttentionConfig() if name in known else converted(arguments, density)
+        fitted = result["fitted"]
+        if name not in known and name not in fitted:
+            fitted[name] = converted(arguments, density).to_dict()
+            keep()
+        variants[name] = SparseAttentionConfig.from_dict(fitted.get(name))
     model = load_model(arguments.model, path, device=device, num_tokens=num_tokens, dtype=dtype)
     result |= {
         "documents": [document["name"] for document in documents],
@@ -117,8 +126,8 @@ def main() -> None:
             progress=partial(tqdm, desc="comparing", unit="pattern"),
         ):
             result["results"][name] = found
-            if arguments.output is not None:
-                write_json(arguments.output, result)
+            keep()
+    del result["fitted"]  # it was kept in case of an interruption
     report(result, arguments.output, print_result)
     if arguments.picture:
         by_pattern: dict[str, dict[str, Any]] = {}
@@ -162,8 +171,8 @@ def earlier(output: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
         with suppress(ValueError, OSError):
             found = json.loads(output.read_text(encoding="utf-8"))
             if isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings)):
-                return found
-    return {"settings": settings, "results": {}}
+                return {"fitted": {}, **found}
+    return {"settings": settings, "results": {}, "fitted": {}}
 
 
 def converted(arguments: Any, density: float) -> SparseAttentionConfig:

@@ -76,6 +76,7 @@ def document_attention(
             recorder=None if recorder is None else HeadsFrom(recorder, heads.start),
             dropout=None if dropout is None else dataclasses.replace(dropout, first_head=heads.start),
             candidates=None if candidates is None else candidates[kv_heads],
+            index=None,
         )
         outputs.append(_attend(query[heads], key[kv_heads], value[kv_heads], own))
     return torch.cat(outputs)

@@ -212,9 +212,9 @@ def test_through_transformers(monkeypatch):
     """Gradients of all weights, where a model's attention calls the Triton implementation, interpreted."""
     choose, used = api.find_backend, []
 
-    def choose_triton(name, device):
+    def choose_triton(name, *others):
         used.append(name)
-        return choose("triton" if name == "auto" else name, device)
+        return choose("triton" if name == "auto" else name, *others)
 
     monkeypatch.setattr(api, "find_backend", choose_triton)
     checks.check_gradients()

@@ -194,7 +194,7 @@ from hf_sparse_attn.custom_op import compiled_attention
 from hf_sparse_attn.ops.common.threads import in_order, together
 from hf_sparse_attn.tensor_parallel import HeadSplit
 
-fields = SparseAttentionConfig(dense_below=0, window_size=4, key_budget=2, implementation="torch").to_dict()
+fields = SparseAttentionConfig(dense_below=0, window_size=4, key_budget=2, implementation="torch").text
 leaf = torch.randn(1, 2, 20, 4, requires_grad=True)
 ended = []
 

@@ -58,7 +58,7 @@ def expected_kind(row, key, fields, is_read, is_scored, own_dense):
         return "window"
     if key < fields["num_global_tokens"] or key % fields["stride"] == 0:
         return "static"
-    drawn = SeededRandom(fields["num_random_keys"], 0).keys(torch.tensor([row]))
+    drawn = SeededRandom(fields["num_random_keys"], 0, None).keys(torch.tensor([row]))
     return "own" if key in drawn else "routed"
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.calibration import budget_allocation as allocation
+from hf_sparse_attn.cli import compare_patterns
+from hf_sparse_attn.evaluation import pattern_comparison
 from hf_sparse_attn.evaluation.pattern_comparison import BLOCK_VOTES, KNOBS, expected_density, pattern_at
 from hf_sparse_attn.presets import PRESETS
 
@@ -92,6 +94,7 @@ def test_goes_on_where_it_was_interrupted(run_script, arguments):
     assert run_script(SCRIPT, *flat(arguments)).status == 0
     whole = json.loads(output.read_text())
     left = json.loads(output.read_text())
+    assert list(whole) == ["settings", "results", "documents", "environment"]
     del left["results"]["minference-like 0.5"]
     left["results"]["streaming-llm 0.5"]["density"] = 0.123
     output.write_text(json.dumps(left))
@@ -110,6 +113,31 @@ def test_a_pattern_that_the_model_cannot_have(run_script, arguments, hybrid_path
     assert finished.status == 2
     assert "argument --patterns longlora: by_kv_head must list at most as many parts" in finished.stderr
     assert not arguments["--output"][0].exists()
+
+
+def test_a_conversion_is_kept(run_script, arguments, monkeypatch):
+    """Interrupted after it, nothing is converted again."""
+    arguments |= {"--patterns": ["converted"], "--sparse-attention": ['{"dense_below": 32, "window_size": 16}']}
+    fitted = SparseAttentionConfig(window_size=9, dense_below=0, key_budget=0).to_dict()
+    calls = []
+
+    def convert(arguments, density):
+        calls.append(density)
+        return SparseAttentionConfig.from_dict(fitted)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_patterns, "converted", convert)
+    with monkeypatch.context() as patch:
+        patch.setattr(pattern_comparison, "compare_patterns", interrupted)
+        assert run_script(SCRIPT, *flat(arguments)).status == 130
+    assert json.loads(arguments["--output"][0].read_text())["fitted"] == {"converted 0.5": fitted}
+    assert run_script(SCRIPT, *flat(arguments)).status == 0
+    assert calls == [0.5]
+    result = json.loads(arguments["--output"][0].read_text())
+    assert result["results"]["converted 0.5"]["density"] < 0.1
+    assert "fitted" not in result
 
 
 @pytest.mark.parametrize(
