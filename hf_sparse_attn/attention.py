@@ -20,7 +20,7 @@ from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.patterns import LayerPattern, Marked
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.side_channels import INDEXES, KEPT
-from hf_sparse_attn.statistics import AttentionStatistics
+from hf_sparse_attn.statistics import statistics_in
 
 
 class Inputs(NamedTuple):
@@ -83,7 +83,7 @@ def attention(
     if documents is None and (reads_both_sides(inputs.attention_mask) or not pattern.is_causal):
         check_lengths(q_length, kv_length)
         pattern = dataclasses.replace(pattern, is_causal=False, num_tokens=kv_length)
-    by_document = dropout is not None or documents is not None or isinstance(recorder, AttentionStatistics)
+    by_document = dropout is not None or documents is not None or bool(statistics_in(recorder))
     if kept is None and softcap is None and not by_document and _is_dense(inputs, pattern):
         check_scores(scaling, softcap)
         output = F.scaled_dot_product_attention(

@@ -33,7 +33,7 @@ def check_votes(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) 
     """
     if not call.pattern.is_causal:
         raise ValueError("num_voted_blocks know causal attention alone")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, call.sinks)):
         raise ValueError(
             "num_voted_blocks look at later tokens, so a model cannot be trained with them; use torch.no_grad() for "
             "inference"
@@ -54,13 +54,17 @@ def _reading_everything(config: SparseAttentionConfig) -> SparseAttentionConfig:
 def prefill(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
     """A document from its first token on, a block of rows at a time: see `backend.AttendDocument`."""
     pattern, config, num_tokens = call.pattern, call.pattern.config, key.shape[1]
-    voted, block = _votes(query, key, config)
+    position = torch.arange(num_tokens, device=key.device)
+    block = (position + -config.block_offset % config.block_size) // config.block_size
+    voters, candidates = _means(query.unflatten(0, (len(key), -1)).sum(1), block), _means(key, block)
     static = static_positions(config, num_tokens, key.device, marked=pattern.marked)
     output = query.new_empty(*query.shape[:2], value.shape[-1])
-    for rows in torch.arange(num_tokens, device=key.device).split_with_sizes(block.bincount().tolist()):
+    rows_of_blocks = position.split_with_sizes(block.bincount().tolist())
+    for number, rows in enumerate(rows_of_blocks):
         start, stop = int(rows[0]), int(rows[-1]) + 1
         fixed, admissible = _read_anyway(pattern, rows, stop, static)
-        for kv_head, chosen in enumerate(voted[:, block[start]]):
+        voted = _votes(voters[:, number], candidates[:, :number], config.num_voted_blocks)
+        for kv_head, chosen in enumerate(voted):
             read = (fixed | torch.isin(block[:stop], chosen)) & admissible
             columns = read.any(0).nonzero().flatten()
             keys, values = key[kv_head, columns], value[kv_head, columns]
@@ -93,25 +97,24 @@ def _total(scores: Tensor, sink: Tensor | None) -> Tensor:
     return total if sink is None else torch.logaddexp(total, sink)
 
 
-def _votes(query: Tensor, key: Tensor, config: SparseAttentionConfig) -> tuple[Tensor, Tensor]:
-    """Numbers of the voted blocks, [num_key_value_heads, blocks, votes], -1 for none, and the block of each token."""
-    size, missing = config.block_size, -config.block_offset % config.block_size
-    block = (torch.arange(key.shape[1], device=key.device) + missing) // size
-    num_blocks = int(block[-1]) + 1
-    grouped = query.unflatten(0, (len(key), -1)).sum(1)
-    scores = _means(grouped, block, num_blocks) @ _means(key, block, num_blocks).transpose(-1, -2)
-    number = torch.arange(num_blocks, device=key.device)
-    scores = scores.masked_fill(number >= number[:, None], -torch.inf)
+def _votes(voter: Tensor, candidates: Tensor, num_votes: int) -> Tensor:
+    """Numbers of the blocks that one block of rows votes for, [num_key_value_heads, votes].
+
+    Args:
+        voter: [num_key_value_heads, head_dim], the mean query.
+        candidates: [num_key_value_heads, blocks, head_dim], the mean keys of the blocks before it.
+    """
+    scores = (candidates @ voter.unsqueeze(-1)).squeeze(-1)
     # Of equal scores the later block, as the specification has it.
-    order = scores.flip(-1).sort(stable=True, dim=-1, descending=True).indices[..., : config.num_voted_blocks]
-    voted = num_blocks - 1 - order
-    return voted.masked_fill(voted >= number[:, None], -1), block
+    order = scores.flip(-1).sort(stable=True, dim=-1, descending=True).indices[:, :num_votes]
+    return scores.shape[1] - 1 - order
 
 
-def _means(x: Tensor, block: Tensor, num_blocks: int) -> Tensor:
-    """[heads, N, head_dim] -> [heads, num_blocks, head_dim]."""
-    sums = x.new_zeros(len(x), num_blocks, x.shape[-1]).index_add_(1, block, x)
-    return sums / block.bincount(minlength=num_blocks)[:, None]
+def _means(x: Tensor, block: Tensor) -> Tensor:
+    """[heads, N, head_dim] -> [heads, blocks, head_dim]."""
+    counts = block.bincount()
+    sums = x.new_zeros(len(x), len(counts), x.shape[-1]).index_add_(1, block, x)
+    return sums / counts[:, None]
 
 
 def _read_anyway(pattern: LayerPattern, rows: Tensor, stop: int, static: Tensor) -> tuple[Tensor, Tensor]:

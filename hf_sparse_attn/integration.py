@@ -308,6 +308,7 @@ def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None)
     for layer, (num_heads, num_kv_heads, _) in known.items():
         merged.key_budgets(layer, num_kv_heads)
         merged.min_weights(layer, num_heads)
+        merged.of_layer(layer).kv_head_entries(num_kv_heads)
     for shape, layer in {shape: layer for layer, shape in known.items()}.items():  # the hash, once for each shape
         layer_pattern(merged, layer, *shape, torch.device("cpu"), torch.float32)
     return merged.to_dict()

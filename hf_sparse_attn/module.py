@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from hf_sparse_attn.config import SparseAttentionConfig, expand_preset
 from hf_sparse_attn.errors import ArgumentError, argument, check_integer
-from hf_sparse_attn.operation import SparseIndex, apply_index, build_index, check_dropout, in_mode, sparse_attention
+from hf_sparse_attn.operation import (
+    SparseIndex,
+    apply_index,
+    build_index,
+    check_config,
+    check_dropout,
+    in_mode,
+    sparse_attention,
+)
 from hf_sparse_attn.statistics import AttentionStatistics
 
 _SEEDS = 2**62
@@ -83,6 +91,8 @@ class SparseAttention(nn.Module):
             )
             config.key_budgets(layer_idx, num_key_value_heads)
             config.min_weights(layer_idx, num_heads)
+            config.of_layer(layer_idx).kv_head_entries(num_key_value_heads)
+            check_config(config)
         self.hidden_size, self.num_heads, self.num_key_value_heads = hidden_size, num_heads, num_key_value_heads
         self.head_dim, self.dropout, self.is_causal = head_dim, dropout, is_causal
         self.config, self.layer_idx = in_mode(config, mode), layer_idx

@@ -95,7 +95,8 @@ def sparse_attention(
             that is padding gives zeros. (`torch.nn.MultiheadAttention` has it the other way round.)
         attention_mask: [Q, N], [batch, Q, N] or [batch, 1, Q, N], bool, True where the row may read the key. It must
             describe attention inside documents, causal unless is_causal is False, whatever the padding and packing;
-            positions count from the first token of the row's own document. Not for cross-attention.
+            positions count from the first token of the row's own document. Not for cross-attention, nor for Q < N where
+            is_causal is False.
         dropout: probability with which each weight is dropped, after the softmax; the others are divided by
             1 - dropout. At least 0 and under 1; "numba" and "triton" refuse it.
         dropout_seed: what is dropped is a hash of this number (at least 0, under 2**63), the batch row, the head and
@@ -113,6 +114,7 @@ def sparse_attention(
             torch.jit.trace or torch.func.
     """
     refuse_transforms()
+    check_config(config)
     _check_shapes(query, key, value, is_causal, cross_attention)
     drop = _dropout(dropout, dropout_seed)
     inputs = _inputs(query, key, value, is_causal, cross_attention, key_padding_mask, attention_mask, sinks)
@@ -160,6 +162,7 @@ def build_index(
     """
     refuse_transforms()
     _refuse_tracing(query)
+    check_config(config)
     _check_shapes(query, key, key, is_causal, cross_attention)
     inputs = _inputs(query, key, key, is_causal, cross_attention, key_padding_mask, attention_mask, None)
     config = in_mode(config, mode)
@@ -252,6 +255,18 @@ def in_mode(config: SparseAttentionConfig, mode: str) -> SparseAttentionConfig:
     return config.replace(key_budget=0, dense_below=0, **off)
 
 
+def check_config(config: Any) -> None:
+    """Make sure that tensors alone say what a config's rows read.
+
+    Raises:
+        ArgumentError: if it is no config, or names tokens by their ids.
+    """
+    if not isinstance(config, SparseAttentionConfig):
+        raise ArgumentError("config", f"must be a SparseAttentionConfig, got {type(config).__name__}")
+    if config.global_token_ids:
+        raise ArgumentError("config", "global_token_ids needs a model; name positions by global_token_indices")
+
+
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, cross_attention: bool) -> None:
     if is_causal and cross_attention:
         raise ArgumentError("cross_attention", "is never causal; give is_causal=False as well")
@@ -261,7 +276,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, cr
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     too_many = query.shape[2] > key.shape[2] and not cross_attention
-    if len(query) != len(key) or query.shape[1] % key.shape[1] or too_many:
+    if len(query) != len(key) or not key.shape[1] or query.shape[1] % key.shape[1] or too_many:
         raise ValueError(
             "query must have key's batch, a multiple of its heads and at most its tokens; got "
             f"query {tuple(query.shape)} and key {tuple(key.shape)}"
@@ -313,6 +328,12 @@ def _inputs(
         _check_mask("key_padding_mask", key_padding_mask, [(batch_size, num_keys)], "for tokens and False for padding")
     if attention_mask is not None and cross_attention:
         raise ArgumentError("attention_mask", "is not for cross-attention; give a key_padding_mask")
+    if attention_mask is not None and not is_causal and num_queries != num_keys:
+        raise ArgumentError(
+            "attention_mask",
+            f"of non-causal attention needs a row for each of the {num_keys} keys, got {num_queries} queries; give a "
+            "key_padding_mask",
+        )
     if attention_mask is not None:
         pairs = num_queries, num_keys
         shapes = [pairs, (batch_size, *pairs), (batch_size, 1, *pairs)]
@@ -340,18 +361,19 @@ def _documents(
     num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
     if not cross_attention:
         return read_documents(inputs, num_keys, None, pattern.is_causal)[0]
-    for config in [part.config for _, part in pattern.parts] or [pattern.config]:
+    configs = [part.config for _, part in pattern.parts] or [pattern.config]
+    for config in configs:
         for name in ("dilated_window_size", "slash_distances", "block_size"):
             if getattr(config, name):
                 raise ArgumentError(name, "rows of cross-attention have no place among the keys that it counts from")
-    documents = []
+    documents, beyond = [], max(config.window_size for config in configs)
     for batch in range(len(inputs.query)):
         keys: slice | Tensor = slice(0, num_keys)
         if key_padding_mask is not None and not bool(key_padding_mask[batch].all()):
             keys = torch.nonzero(key_padding_mask[batch]).flatten()
         count = num_keys if isinstance(keys, slice) else len(keys)
         if count:  # else the rows give zeros
-            documents.append(Document(batch, slice(0, num_queries), keys, count + pattern.config.window_size, 0))
+            documents.append(Document(batch, slice(0, num_queries), keys, count + beyond, 0))
     return documents
 
 

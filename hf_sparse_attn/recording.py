@@ -38,7 +38,7 @@ class Recorders:
     """Several recorders that are told the same."""
 
     def __init__(self, recorders: Sequence[Recorder]) -> None:
-        self._recorders = recorders
+        self.recorders = recorders
 
     def add(
         self,
@@ -49,11 +49,11 @@ class Recorders:
         num_scored: int,
         read: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.add(pattern, head, position, num_attended, num_scored, read)
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
-        for recorder in self._recorders:
+        for recorder in self.recorders:
             recorder.add_dense(pattern, heads, start, stop)
 
 

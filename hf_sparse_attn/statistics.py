@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.recording import admissible_pairs
+from hf_sparse_attn.recording import Recorder, Recorders, admissible_pairs
 
 if TYPE_CHECKING:
     from hf_sparse_attn.ops.common.call import AttentionCall
@@ -116,3 +116,10 @@ class AttentionStatistics:
         admissible = admissible_pairs(position, pattern.sliding_window, pattern.num_tokens)
         self._pairs += len(heads) * torch.tensor([num_attended, admissible])
         self._reads[heads.start : heads.stop] += torch.tensor([num_attended, len(position)])
+
+
+def statistics_in(recorder: Recorder | None) -> list[AttentionStatistics]:
+    """Those that a recorder is or holds; they want to see a document before its rows are told."""
+    if isinstance(recorder, Recorders):
+        return [found for part in recorder.recorders for found in statistics_in(part)]
+    return [recorder] if isinstance(recorder, AttentionStatistics) else []

@@ -5,6 +5,8 @@ import torch
 from helpers.cases import LENGTH, inputs, pattern_of, sinks_of
 from helpers.operation import SCALING, KeyMask, attend
 from helpers.tensors import EXACT, batch, config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_sparse_attn import AttentionStatistics, SparseAttention, SparseAttentionConfig, build_index, sparse_attention
 from hf_sparse_attn.pattern_fields import check_causal
@@ -138,6 +140,28 @@ def test_refused_with_gradients(implementation):
     tensors = [x.requires_grad_() for x in batch(70, 70)]
     with pytest.raises(ValueError, match=r"^num_voted_blocks look at later tokens, so a model cannot be trained"):
         sparse_attention(*tensors, config=config(**FIELDS, implementation=implementation))
+
+
+def test_refused_where_sinks_alone_are_trained():
+    with pytest.raises(ValueError, match=r"^num_voted_blocks look at later tokens, so a model cannot be trained"):
+        sparse_attention(*batch(70, 70), config=config(**FIELDS), sinks=sinks_of().requires_grad_())
+
+
+def test_memory_is_linear_in_the_number_of_blocks():
+    """Blocks of one key: a table of all pairs of blocks would be one of all pairs of tokens."""
+    tensors, pattern = inputs(600, 600), pattern_of(FIELDS | {"block_size": 1})
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            nonlocal largest
+            output = operation(*args, **(kwargs or {}))
+            largest = max([largest, *(x.numel() for x in tree_leaves(output) if isinstance(x, torch.Tensor))])
+            return output
+
+    with torch.no_grad(), Largest():
+        attend(*tensors, pattern, "torch")
+    assert largest < 100 * 600
 
 
 @pytest.mark.parametrize("implementation", ["auto", "torch", "reference"])

@@ -253,6 +253,8 @@ def test_presets_and_fields():
         ({"preset": "bert"}, "config: preset must be one of longformer, bigbird, "),
         ({"windw_size": 3}, "config: sparse_attention has no field 'windw_size'; did you mean window_size?"),
         ({"key_budget": ((1, 2, 3),)}, "config: key_budget lists 3 KV heads in layer 0, but the model has 4"),
+        ({"by_kv_head": [{}] * 5}, "config: by_kv_head must list at most as many parts as the layer has KV heads, 4"),
+        ({"global_token_ids": [3]}, "config: global_token_ids needs a model; name positions by"),
         ({"min_weight": (0.0,), "layer_idx": 1}, "config: min_weight lists 1 layers, but the model has a layer 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -131,6 +131,23 @@ def test_rows_without_any_key_are_zero():
     assert found[0].abs().min() > 0
 
 
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize("fields", [{"key_budget": 0}, {"min_weight": 0.9}], ids=["nothing", "light keys alone"])
+def test_rows_that_read_nothing_are_zero(implementation, fields):
+    own = config(num_global_tokens=0, implementation=implementation, **fields)
+    output, *gradients = with_gradients(lambda *x: sparse_attention(*x, config=own, **CROSS), *batch(9, 70))
+    assert (output == 0).all(-1).any()
+    assert all(bool(x.isfinite().all()) for x in (output, *gradients))
+
+
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+def test_cross_attention_has_no_window_in_any_head(implementation):
+    tensors, own = batch(9, 70), config(implementation=implementation)
+    wide = own.replace(by_kv_head=[{}, {"window_size": 40}])
+    found = [sparse_attention(*tensors, config=fields, **CROSS) for fields in (own, wide)]
+    torch.testing.assert_close(*found, **EXACT)
+
+
 def test_packed_on_both_sides():
     tensors = batch(batch_size=1)
     document = torch.tensor([0] * 30 + [1] * 25 + [2] * 15)
@@ -199,6 +216,16 @@ def test_what_is_refused():
         sparse_attention(query, key, value, config=config(), cross_attention=True)
     with pytest.raises(ArgumentError, match=r"^attention_mask: is not for cross-attention; give a key_padding_mask$"):
         sparse_attention(query, key, value, config=config(), attention_mask=torch.ones(9, 70).bool(), **CROSS)
+    for rows in (1, 9):
+        mask = torch.ones(rows, 70).bool()
+        with pytest.raises(ArgumentError, match=rf"^attention_mask: of non-causal .* 70 keys, got {rows} queries"):
+            sparse_attention(query[:, :, :rows], key, value, config=config(), attention_mask=mask, **BOTH_SIDES)
+    with pytest.raises(ValueError, match=r"^query must have key's batch, a multiple of its heads"):
+        sparse_attention(query, key[:, :0], value[:, :0], config=config(), **CROSS)
+    with pytest.raises(ArgumentError, match=r"^config: must be a SparseAttentionConfig, got dict$"):
+        sparse_attention(query, key, value, config={}, **CROSS)
+    with pytest.raises(ArgumentError, match=r"^config: global_token_ids needs a model; name positions by"):
+        build_index(query, key, config=config(global_token_ids=[3], dense_below=999), **CROSS)
     with pytest.raises(ValueError, match=r"^query must have key's batch, .* at most its tokens"):
         sparse_attention(batch(71, 71)[0], key, value, config=config(), **BOTH_SIDES)
 

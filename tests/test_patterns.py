@@ -150,6 +150,8 @@ def test_a_process_knows_the_patterns_of_its_own_heads():
     assert [(heads, part.config.stride) for heads, part in whole.parts] == [(slice(0, 2), 3), (slice(2, 4), 5)]
     with pytest.raises(ValueError, match="as the layer has KV heads, 1, got 2"):
         layer_pattern(config, 0, 8, 1, 4, CPU, torch.float64)
+    dense = config.replace(dense_layers=(0,))  # its heads may be others
+    assert layer_pattern(dense, 0, 8, 1, 4, CPU, torch.float64).dense_rows() is None
 
 
 @pytest.mark.parametrize("static", [[], [0], [0, 1, 8, 9, 30], [*range(0, 300, 2)]], ids=len)

@@ -197,6 +197,13 @@ def test_a_preset_takes_the_place_of_a_models_own_pattern():
     assert merge_sparse_attention(tiny_model(**own).config, {"preset": "ssa"})["stride"] == 0
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_too_many_parts_of_any_layer_are_told_before_a_forward(layer):
+    by_layer = [{"by_kv_head": [{}] * 3} if i == layer else {} for i in range(2)]
+    with pytest.raises(ValueError, match="by_kv_head must list at most as many parts as the layer has KV heads, 2"):
+        merge_sparse_attention(tiny_model().config, {"by_layer": by_layer})
+
+
 @pytest.mark.parametrize("name", ["minference", "", None, 3, ["longformer"]])
 def test_unknown_name(name):
     with pytest.raises(ValueError, match=r"^preset must be one of longformer, bigbird, .*, ssa, got ") as error:

@@ -17,7 +17,7 @@ from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.ops.dispatch import find_backend, warn_if_slow
 from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import HeadsFrom, Recorder
-from hf_sparse_attn.statistics import AttentionStatistics
+from hf_sparse_attn.statistics import statistics_in
 
 
 def document_attention(
@@ -62,8 +62,8 @@ def document_attention(
     call = AttentionCall(
         pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index, dropout, candidates
     )
-    if isinstance(recorder, AttentionStatistics):
-        recorder.begin(query, key, call)
+    for statistics in statistics_in(recorder):
+        statistics.begin(query, key, call)
     if not pattern.parts:
         return _attend(query, key, value, call)
     group, outputs = len(query) // len(key), []

@@ -224,9 +224,10 @@ def _logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -
 
 
 def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
-    """[num_heads, Q, N] -> the same; sinks take part without a column of their own."""
+    """[num_heads, Q, N] -> the same, zeros where nothing is read; sinks take part without a column of their own."""
     if sinks is None:
-        return logits.softmax(-1)
+        reads_nothing = (logits == -torch.inf).all(-1, keepdim=True)
+        return logits.masked_fill(reads_nothing, 0).softmax(-1).masked_fill(reads_nothing, 0)
     beside = torch.cat([logits, sinks[:, None, None].expand(-1, logits.shape[1], 1)], -1)
     return beside.softmax(-1)[..., : logits.shape[-1]]
 

@@ -23,7 +23,16 @@ from torch import Tensor
 from hf_sparse_attn.ops.backend import Backend
 from hf_sparse_attn.ops.common.band import Band, window_scores, window_values
 from hf_sparse_attn.ops.common.call import AttentionCall
-from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces, cap, dense_pieces, hide, with_sinks
+from hf_sparse_attn.ops.common.chunked import (
+    Call,
+    Piece,
+    attend_in_pieces,
+    cap,
+    dense_pieces,
+    hide,
+    softmax_or_zeros,
+    with_sinks,
+)
 from hf_sparse_attn.ops.common.gather import GatherDot, GatherSum
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.patterns import LayerPattern, global_positions, num_row_keys, row_keys, static_positions
@@ -209,6 +218,9 @@ def _sparse(
         parts = [static.expand(len(position), -1), band.positions(key.device)]
         return torch.cat(parts if gathered is None else [*parts, table.order[gathered] + key_offset], -1)
 
+    # A row of another document may read nothing; one of the keys' own reads its own key at least.
+    of_another_document = start >= key_offset + len(key)
+    to_weights: Callable[[Tensor], Tensor] = softmax_or_zeros if of_another_document else partial(torch.softmax, dim=-1)
     outputs = []
     for i, rows in enumerate(query):
         head = kv_head * len(query) + i
@@ -226,7 +238,7 @@ def _sparse(
         if num_routed and pattern.min_weights[head]:
             routed = slice(sum(widths[:2]), sum(widths[:2]) + num_routed)
             side_by_side = _drop_light(side_by_side, routed, pattern.min_weights[head])
-        softmax = side_by_side.softmax(-1)[:, : sum(widths)]
+        softmax = to_weights(side_by_side)[:, : sum(widths)]
         if call.dropout is not None:
             softmax = softmax * call.dropout.factors(position.new_tensor(head), position[:, None], keys()).to(softmax)
         weights = softmax.split(widths, -1)

@@ -138,11 +138,11 @@ def layer_pattern(
     heads = slice(split.rank * num_heads, (split.rank + 1) * num_heads)
     kv_heads = slice(split.rank * num_kv_heads, (split.rank + 1) * num_kv_heads)
     config = config.of_layer(layer_idx)
-    entries = tuple(config.kv_head_entries(num_kv_heads * split.size)[kv_heads])
     if layer_idx in config.dense_layers:  # it may have another shape than those that the config was fitted to
         no_hash = BucketHash.empty(num_kv_heads, head_dim)
         no_keys = [0] * num_kv_heads, [0.0] * num_heads
         return LayerPattern(config, layer_idx, *no_keys, no_hash, sliding_window, is_causal)
+    entries = tuple(config.kv_head_entries(num_kv_heads * split.size)[kv_heads])
     budgets = config.key_budgets(layer_idx, num_kv_heads * split.size)[kv_heads]
     min_weights = config.min_weights(layer_idx, num_heads * split.size)[heads]
     whole = layer_hash(config, layer_idx, num_kv_heads * split.size, head_dim)

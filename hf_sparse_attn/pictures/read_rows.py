@@ -113,36 +113,47 @@ class RowReader:
         seen, self._seen = self._seen, None
         if seen is None or len(query) != 1 or query.shape[2] != self._num_tokens:
             return  # not the forward of the document
-        pattern, dtype = seen.pattern, compute_dtype(query, key)
-        num_heads, group = query.shape[1], query.shape[1] // key.shape[1]
+        dtype, num_heads, group = compute_dtype(query, key), query.shape[1], query.shape[1] // key.shape[1]
         layer, (layers, heads) = pattern.layer_idx, self._chosen
-        scored = self._scored(seen, query[0], key[0], value[0], scaling) if layer in layers else None
-        admissible = _admissible(self._rows, self._num_tokens, pattern)
-        reasons = _reasons(self._rows, self._num_tokens, pattern)
+        of_head = [seen.patterns[head] for head in range(num_heads)]
+        scored = self._scored(pattern, seen, query[0], key[0], value[0], scaling) if layer in layers else None
+        admissible = _admissible(self._rows, self._num_tokens, of_head[0])
+        kinds_of = {id(own): own for own in of_head}  # patterns are few
+        reasons = {place: _reasons(self._rows, self._num_tokens, own) for place, own in kinds_of.items()}
         mass = torch.zeros(num_heads, len(KINDS), dtype=torch.float64)
         sampled = query[0][:, self._rows.to(query.device)].to(dtype)
         for head in range(num_heads):
             scores = (sampled[head] @ key[0, head // group].to(dtype).T * scaling).cpu()
             weights = scores.masked_fill_(~admissible, -torch.inf).softmax(-1)
-            kinds = torch.where(seen.read[head], reasons, _UNSCORED)
+            kinds = torch.where(seen.read[head], reasons[id(of_head[head])], _UNSCORED)
             shares = weights.new_zeros(len(self._rows), len(KINDS)).scatter_add_(1, kinds.long(), weights)
             mass[head] = shares.double().mean(0)
             if scored is not None and head in heads:
                 kinds[scored[head] & ~seen.read[head]] = _LIGHT
                 self.rows[layer, head] = self._keys(kinds, weights, admissible)
-        self.layers[layer] = LayerMass(seen.attended / seen.admissible, mass[:, : len(READ_KINDS)])
+        attended, possible = torch.stack([seen.pairs[head] for head in range(num_heads)], 1)
+        self.layers[layer] = LayerMass(attended / possible, mass[:, : len(READ_KINDS)])
 
     def _of(self, pattern: LayerPattern) -> _Seen:
-        if self._seen is None or self._seen.pattern.layer_idx != pattern.layer_idx:
-            self._seen = _Seen(pattern, self._rows, self._num_tokens)
+        if self._seen is None or self._seen.layer_idx != pattern.layer_idx:
+            self._seen = _Seen(pattern.layer_idx, self._rows, self._num_tokens)
         return self._seen
 
-    def _scored(self, seen: _Seen, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """What the rows score, [num_heads, R, N] bool: what they would read if no weight were too small."""
-        if not any(seen.pattern.min_weights):
+    def _scored(
+        self, pattern: LayerPattern, seen: _Seen, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> dict[int, Tensor]:
+        """What each head's rows score, [R, N] bool: what they would read if no weight were too small."""
+        if not any(pattern.min_weights):
             return seen.read
-        all_read = replace(seen.pattern, min_weights=[0.0] * len(query))
-        scored = _Seen(all_read, self._rows, self._num_tokens)
+        told = seen.patterns[0]  # of these heads alone, but with all that a forward says
+        all_read = replace(
+            pattern,
+            min_weights=[0.0] * len(query),
+            sliding_window=told.sliding_window,
+            is_causal=told.is_causal,
+            marked=told.marked,
+        )
+        scored = _Seen(pattern.layer_idx, self._rows, self._num_tokens)
         document_attention(
             query, key, value, pattern=all_read, query_offset=0, key_offset=0, scaling=scaling, recorder=scored
         )
@@ -167,16 +178,16 @@ class RowReader:
 class _Seen:
     """A recorder of one layer: which keys the sampled rows read, and how many pairs all rows do.
 
-    `read` is [num_heads, R, N] bool, `attended` and `admissible` [num_heads] float64.
+    By head: `patterns`, `read` [R, N] bool, and `pairs` [2] float64, attended and admissible ones.
     """
 
-    def __init__(self, pattern: LayerPattern, rows: Tensor, num_tokens: int) -> None:
-        num_heads = len(pattern.min_weights)
-        self.pattern = pattern
+    def __init__(self, layer_idx: int, rows: Tensor, num_tokens: int) -> None:
+        self.layer_idx = layer_idx
         self.rows = rows
-        self.read = torch.zeros(num_heads, len(rows), num_tokens, dtype=torch.bool)
-        self.attended = torch.zeros(num_heads, dtype=torch.float64)
-        self.admissible = torch.zeros(num_heads, dtype=torch.float64)
+        self.num_tokens = num_tokens
+        self.patterns: dict[int, LayerPattern] = {}
+        self.read: dict[int, Tensor] = {}
+        self.pairs: dict[int, Tensor] = {}
 
     def add(
         self,
@@ -187,8 +198,7 @@ class _Seen:
         num_scored: int,
         read: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
-        self.attended[head] += num_attended
-        self.admissible[head] += admissible_pairs(position, pattern.sliding_window, pattern.num_tokens)
+        self._count(pattern, head, num_attended, admissible_pairs(position, pattern.sliding_window, pattern.num_tokens))
         is_sampled = torch.isin(position.cpu(), self.rows)
         if is_sampled.any():
             attended, keys = read()
@@ -196,16 +206,22 @@ class _Seen:
             attended, keys = attended[chosen].cpu(), keys.expand_as(attended)[chosen].cpu()
             slot = torch.searchsorted(self.rows, position.cpu()[is_sampled])
             row, column = attended.nonzero(as_tuple=True)
-            self.read[head, slot[row], keys[row, column].long()] = True
+            self.read[head][slot[row], keys[row, column].long()] = True
 
     def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
         pairs = admissible_pairs(torch.arange(start, stop), pattern.sliding_window, pattern.num_tokens)
-        chosen = slice(heads.start, heads.stop)
-        self.attended[chosen] += pairs
-        self.admissible[chosen] += pairs
         inside = (self.rows >= start) & (self.rows < stop)
-        admissible = _admissible(self.rows[inside], self.read.shape[-1], pattern)
-        self.read[chosen, inside] = admissible
+        admissible = _admissible(self.rows[inside], self.num_tokens, pattern)
+        for head in heads:
+            self._count(pattern, head, pairs, pairs)
+            self.read[head][inside] = admissible
+
+    def _count(self, pattern: LayerPattern, head: int, num_attended: int, num_admissible: int) -> None:
+        if head not in self.patterns:
+            self.patterns[head] = pattern
+            self.read[head] = torch.zeros(len(self.rows), self.num_tokens, dtype=torch.bool)
+            self.pairs[head] = torch.zeros(2, dtype=torch.float64)
+        self.pairs[head] += torch.tensor([num_attended, num_admissible])
 
 
 def _admissible(rows: Tensor, num_tokens: int, pattern: LayerPattern) -> Tensor:

@@ -243,3 +243,33 @@ def test_plot_pattern_writes_the_same_page_again(tiny_model_path, text_directory
     pairs = sum(min(row + 1, 8) + min(max(row - 7, 0), 2) for row in range(100))
     assert f"density {pairs / 5050:.3f}" in line
     assert len(SCRIPT.findall(pages[0].decode())) == 2
+
+
+@pytest.mark.parametrize("min_weight", [0.0, 0.02])
+def test_patterns_by_head(min_weight):
+    parts = [{"block_size": 6}, {"stride": 7, "window_size": 2}]
+    reader, given = read(tiny_model(**(FIELDS | {"min_weight": min_weight, "by_kv_head": parts})), range(LENGTH))
+    for layer, (pattern, query, key, scaling) in given.items():
+        attended = attended_keys(query, key, pattern, 0, scaling=scaling)
+        scored, _ = scored_keys(query, key, pattern, 0)
+        density = attended.sum((1, 2)) / torch.ones(LENGTH, LENGTH).tril().sum()
+        torch.testing.assert_close(reader.layers[layer].density, density.double(), rtol=1e-6, atol=0)
+        for head in (0, 3):
+            for row, found in enumerate(reader.rows[layer, head]):
+                read_keys = found.keys[found.kinds < KINDS.index("light")]
+                assert torch.equal(read_keys, attended[head, row].nonzero().flatten())
+                assert found.num_scored == scored[head, row].sum()
+    is_static = torch.tensor([kind == KINDS.index("static") for kind in reader.rows[0, 3][-1].kinds])
+    assert 35 in reader.rows[0, 3][-1].keys[is_static]  # a key of the stride that head 0 has not
+
+
+def test_statistics_beside_another_recorder():
+    model, alone, beside = tiny_model(), hf_sparse_attn.AttentionStatistics(), hf_sparse_attn.AttentionStatistics()
+    ids = torch.randint(VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        with record(model, alone):
+            model.base_model(input_ids=ids)
+        with record(model, beside), hf_sparse_attn.record_density(model):
+            model.base_model(input_ids=ids)
+    assert torch.equal(beside.kept_mass, alone.kept_mass)
+    assert torch.equal(beside.keys_per_row, alone.keys_per_row)

@@ -337,6 +337,12 @@ def cap(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
+def softmax_or_zeros(scores: Tensor) -> Tensor:
+    """The softmax of [..., K], with zeros where everything is hidden."""
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+
+
 def with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Append a column with each head's sink: [..., R, K] and [...] -> [..., R, K + 1]."""
     if sinks is None:
