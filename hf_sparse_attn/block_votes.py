@@ -25,17 +25,17 @@ from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.patterns import LayerPattern, row_keys, static_positions
 
 
-def check_votes(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
+def check_votes(call: AttentionCall) -> None:
     """Make sure that blocks may vote.
 
     Raises:
-        ValueError: where attention is not causal, and where gradients are to flow.
+        ValueError: where attention is not causal, and where gradients are recorded.
     """
     if not call.pattern.is_causal:
         raise ValueError("num_voted_blocks know causal attention alone")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, call.sinks)):
+    if torch.is_grad_enabled():  # also where nothing before this layer is trained: what comes after it may be
         raise ValueError(
-            "num_voted_blocks look at later tokens, so a model cannot be trained with them; use torch.no_grad() for "
+            "num_voted_blocks look at later tokens, so nothing can be trained with them; use torch.no_grad() for "
             "inference"
         )
 

@@ -18,6 +18,7 @@ from hf_sparse_attn.operation import (
     in_mode,
     sparse_attention,
 )
+from hf_sparse_attn.pattern_fields import check_causal
 from hf_sparse_attn.statistics import AttentionStatistics
 
 _SEEDS = 2**62
@@ -93,6 +94,8 @@ class SparseAttention(nn.Module):
             config.min_weights(layer_idx, num_heads)
             config.of_layer(layer_idx).kv_head_entries(num_key_value_heads)
             check_config(config)
+            if not is_causal:
+                check_causal(config)
         self.hidden_size, self.num_heads, self.num_key_value_heads = hidden_size, num_heads, num_key_value_heads
         self.head_dim, self.dropout, self.is_causal = head_dim, dropout, is_causal
         self.config, self.layer_idx = in_mode(config, mode), layer_idx

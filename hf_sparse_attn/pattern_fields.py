@@ -79,7 +79,7 @@ def check_causal(config: SparseAttentionConfig) -> None:
     if any(part.num_voted_blocks for part in layers + heads):
         raise ValueError(
             "num_voted_blocks look at later tokens, so a loss over them cannot be trained on or believed; they are for "
-            "the prefill of inference alone"
+            "the causal prefill of inference alone"
         )
 
 

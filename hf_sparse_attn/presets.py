@@ -1,8 +1,8 @@
 """Patterns of papers, by name: `SparseAttentionConfig.preset("longformer")`, or `{"preset": "longformer"}` in JSON.
 
-A preset gives every field that decides which keys a row reads, so it means the same whatever a model had before; other
-fields given beside it count. Papers of encoders read on both sides: here a row reads what their formula gives it out of
-the keys at or before itself. Each preset is held against its formula in tests/test_presets.py.
+A preset gives every field that decides which keys a row reads but `seed`, so it means the same whatever a model had
+before; other fields given beside it count. Papers of encoders read on both sides: here a row reads what their formula
+gives it out of the keys at or before itself. Each preset is held against its formula in tests/test_presets.py.
 
 longformer          Beltagy, Peters, Cohan 2020, arXiv 2004.05150, sections 3.1 and 5: half of a window of 512 on either
                     side of the row, and a global first token.

@@ -136,15 +136,17 @@ def test_generation_reads_a_cached_prefix_densely():
 
 
 @pytest.mark.parametrize("implementation", ["auto", "torch", "reference"])
-def test_refused_with_gradients(implementation):
-    tensors = [x.requires_grad_() for x in batch(70, 70)]
-    with pytest.raises(ValueError, match=r"^num_voted_blocks look at later tokens, so a model cannot be trained"):
-        sparse_attention(*tensors, config=config(**FIELDS, implementation=implementation))
+def test_refused_where_gradients_are_recorded(implementation):
+    """Whatever is trained: it may be what comes after the attention."""
+    tensors, own = batch(70, 70), config(**FIELDS, implementation=implementation)
+    for given in (tensors, [x.requires_grad_() for x in batch(70, 70)]):
+        with pytest.raises(ValueError, match=r"^num_voted_blocks look at later tokens, so nothing can be trained"):
+            sparse_attention(*given, config=own)
 
 
-def test_refused_where_sinks_alone_are_trained():
-    with pytest.raises(ValueError, match=r"^num_voted_blocks look at later tokens, so a model cannot be trained"):
-        sparse_attention(*batch(70, 70), config=config(**FIELDS), sinks=sinks_of().requires_grad_())
+def test_a_layer_on_both_sides_is_refused_when_it_is_made():
+    with pytest.raises(ValueError, match=r"^config: num_voted_blocks look at later tokens"):
+        SparseAttention(32, 4, 2, is_causal=False, **FIELDS)
 
 
 def test_memory_is_linear_in_the_number_of_blocks():

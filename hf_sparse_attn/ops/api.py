@@ -85,7 +85,7 @@ def document_attention(
 def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
     """`document_attention` by one pattern."""
     if call.pattern.config.num_voted_blocks and call.pattern.dense_rows() is not None:
-        check_votes(query, key, value, call)
+        check_votes(call)
         if call.query_offset:
             call = dataclasses.replace(call, pattern=reading_everything(call.pattern))
     pattern, dense_rows = call.pattern, call.pattern.dense_rows()
