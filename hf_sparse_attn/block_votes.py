@@ -15,14 +15,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops.common.call import AttentionCall
+from hf_sparse_attn.ops.common.chunked import cap, hide, with_sinks
 from hf_sparse_attn.patterns import LayerPattern, row_keys, static_positions
+from hf_sparse_attn.recording import at_hand
 
 
 def check_votes(call: AttentionCall) -> None:
@@ -69,32 +71,21 @@ def prefill(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> T
             columns = read.any(0).nonzero().flatten()
             keys, values = key[kv_head, columns], value[kv_head, columns]
             for head in range(kv_head * len(query) // len(key), (kv_head + 1) * len(query) // len(key)):
-                scores = query[head, start:stop] @ keys.T * call.scaling
-                scores = scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)
-                scores.masked_fill_(~read[:, columns], -torch.inf)
+                scores = hide(cap(query[head, start:stop] @ keys.T * call.scaling, call.softcap), ~read[:, columns])
                 sink = None if call.sinks is None else call.sinks[head]
                 if pattern.min_weights[head]:
-                    light = scores < _total(scores, sink) + math.log(pattern.min_weights[head])
-                    scores.masked_fill_(light & ~fixed[:, columns], -torch.inf)
-                weights = (scores - _total(scores, sink)).exp()
+                    total = with_sinks(scores, sink).logsumexp(-1, keepdim=True)
+                    light = scores < total + math.log(pattern.min_weights[head])
+                    scores = hide(scores, light & ~fixed[:, columns])
+                weights = with_sinks(scores, sink).softmax(-1)[:, : len(columns)]
                 if call.dropout is not None:
-                    weights *= call.dropout.factors(rows.new_tensor(head), rows[:, None], columns).to(weights)
+                    weights = weights * call.dropout.factors(rows.new_tensor(head), rows[:, None], columns).to(weights)
                 output[head, start:stop] = weights @ values
                 if call.recorder is not None:
                     attended = scores > -torch.inf
-                    told = partial(_pair, attended, columns.expand_as(attended))
+                    told = at_hand(attended, columns.expand_as(attended))
                     call.recorder.add(pattern, head, rows, int(attended.sum()), int(read.sum()), told)
     return output
-
-
-def _pair(attended: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    return attended, keys
-
-
-def _total(scores: Tensor, sink: Tensor | None) -> Tensor:
-    """log of the sum of exp(scores) in each row, [R, 1]; a sink takes part."""
-    total = scores.logsumexp(-1, keepdim=True)
-    return total if sink is None else torch.logaddexp(total, sink)
 
 
 def _votes(voter: Tensor, candidates: Tensor, num_votes: int) -> Tensor:

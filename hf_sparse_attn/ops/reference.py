@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops.backend import Backend
 from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.patterns import LayerPattern, global_patterns, row_patterns, static_patterns
+from hf_sparse_attn.recording import at_hand
 
 
 def scored_keys(
@@ -185,10 +184,6 @@ def _routed(query: Tensor, key: Tensor, bucket: Tensor, known: Tensor, nearest: 
     return routed
 
 
-def _pair(attended: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    return attended, keys
-
-
 def document_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
     """See `backend.AttendDocument`."""
     pattern, query_offset, key_offset, recorder = call.pattern, call.query_offset, call.key_offset, call.recorder
@@ -210,7 +205,7 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, call: Attentio
         scored, _ = scored_keys(query, key, pattern, query_offset, key_offset, candidates)
         for head in range(query.shape[0]):
             num_attended, num_scored = int(attended[head].sum()), int(scored[head].sum())
-            recorder.add(pattern, head, rows, num_attended, num_scored, partial(_pair, attended[head], keys))
+            recorder.add(pattern, head, rows, num_attended, num_scored, at_hand(attended[head], keys))
     weights = _softmax(_logits(query, key, scaling, softcap).masked_fill(~attended, -torch.inf), sinks)
     if call.dropout is not None:
         heads = torch.arange(query.shape[0], device=key.device)[:, None, None]

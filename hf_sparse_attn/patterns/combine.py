@@ -88,20 +88,6 @@ def row_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: in
     if not given:
         return position.new_empty(len(position), 0)
     keys = _sorted(torch.cat(given, 1))
-    found = not_read(pattern, position, keys, static, window, key_offset)
-    found[:, 1:].masked_fill_(keys[:, 1:] == keys[:, :-1], -1)
-    return found
-
-
-def not_read(
-    pattern: LayerPattern, position: Tensor, keys: Tensor, static: Tensor, window: int, key_offset: int = 0
-) -> Tensor:
-    """Keys as indices, -1 for those that the rows cannot see, or read as static ones or in their windows.
-
-    Args:
-        pattern, position, static, window, key_offset: as of `row_keys`.
-        keys: positions [R, W].
-    """
     older = position[:, None] - keys
     distance = older if pattern.is_causal else older.abs()
     known = (distance < window) | (keys < key_offset) | torch.isin(keys, static)
@@ -109,6 +95,7 @@ def not_read(
         known |= keys >= pattern.num_tokens
     if pattern.sliding_window is not None:
         known |= distance >= pattern.sliding_window
+    known[:, 1:] |= keys[:, 1:] == keys[:, :-1]
     return (keys - key_offset).masked_fill_(known, -1)
 
 
