@@ -111,10 +111,7 @@ def _means(x: Tensor, block: Tensor) -> Tensor:
 def _read_anyway(pattern: LayerPattern, rows: Tensor, stop: int, static: Tensor) -> tuple[Tensor, Tensor]:
     """The keys that rows read without any vote, and those that they may read: [R, stop] bool twice."""
     older = rows[:, None] - torch.arange(stop, device=rows.device)
-    admissible = older >= 0
-    if pattern.sliding_window is not None:
-        admissible &= older < pattern.sliding_window
-    window = pattern.window(stop)
+    admissible, window = pattern.admissible(older), pattern.window(stop)
     fixed = older < window
     fixed[:, static[static < stop]] = True
     own = row_keys(pattern, rows, static, window, 0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.ops.common.chunked import cap, hide
 from hf_sparse_attn.recording import Recorder, Recorders, admissible_pairs
 
 if TYPE_CHECKING:
@@ -67,20 +68,10 @@ class AttentionStatistics:
             return
         rows = torch.arange(self._rows.start, stop, step, device=key.device)
         position = torch.arange(key.shape[1], device=key.device) + call.key_offset
-        older = rows[:, None] - position
-        visible = older >= 0 if call.pattern.is_causal else torch.ones_like(older, dtype=torch.bool)
-        if call.pattern.sliding_window is not None:
-            visible &= older.abs() < call.pattern.sliding_window
+        visible = call.pattern.admissible(rows[:, None] - position)
         grouped = query[:, rows - call.query_offset].to(dtype).unflatten(0, (len(key), -1)) * call.scaling
         scores = (grouped @ key.to(dtype).unsqueeze(1).transpose(-1, -2)).flatten(0, 1)
-        if call.softcap is not None:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        scores = scores.masked_fill(~visible, -torch.inf)
-        total = scores.logsumexp(-1, keepdim=True)
-        if call.sinks is not None:
-            total = torch.logaddexp(total, call.sinks.to(total)[:, None, None])
-        weights = (scores - total).exp()
-        self._weights = weights / weights.sum(-1, keepdim=True)
+        self._weights = hide(cap(scores, call.softcap), ~visible).softmax(-1)
 
     def add(
         self,

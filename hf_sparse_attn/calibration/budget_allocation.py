@@ -290,9 +290,7 @@ def _errors(
         len(BUDGETS), len(MIN_WEIGHTS)].
     """
     column = torch.arange(len(key))
-    admissible = column <= position[:, None]
-    if pattern.sliding_window is not None:
-        admissible &= column > position[:, None] - pattern.sliding_window
+    admissible = pattern.admissible(position[:, None] - column)
     weights = (rows @ key.T).masked_fill(~admissible, -torch.inf).softmax(-1)  # [group, R, N]
     local = column > position[:, None] - pattern.config.window_size
     local[:, static] = True

@@ -111,7 +111,7 @@ def _observer(
         for start in starts:
             stop = start + _BLOCK_ROWS
             rows, keys = query[0, :, start:stop].to(dtype), key[0, :, :stop].to(dtype)
-            truth = _DenseRows.of(rows, keys, start, scaling, sliding_window, num_top)
+            truth = _DenseRows.of(rows, keys, start, scaling, dense, num_top)
             for name, pattern in patterns.items():
                 document_attention(
                     rows,
@@ -147,13 +147,11 @@ class _DenseRows:
 
     @classmethod
     def of(
-        cls, query: Tensor, key: Tensor, start: int, scaling: float, sliding_window: int | None, num_top: int
+        cls, query: Tensor, key: Tensor, start: int, scaling: float, pattern: LayerPattern, num_top: int
     ) -> _DenseRows:
         position = torch.arange(start, start + query.shape[1], device=key.device)[:, None]
         column = torch.arange(key.shape[1], device=key.device)
-        admissible = column <= position
-        if sliding_window is not None:
-            admissible &= column > position - sliding_window
+        admissible = pattern.admissible(position - column)
         scores = query @ key.repeat_interleave(len(query) // len(key), 0).transpose(-1, -2) * scaling
         scores = scores.masked_fill(~admissible, -torch.inf)
         ranked = scores.sort(-1, descending=True)

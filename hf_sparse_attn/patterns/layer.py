@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.hashing import BucketHash, layer_hash
@@ -62,6 +63,11 @@ class LayerPattern:
         if self.num_tokens is None:
             return self.config.dense_below
         return None if self.num_tokens <= self.config.dense_below else 0
+
+    def admissible(self, older: Tensor) -> Tensor:
+        """Whether the model itself lets rows see keys that are so much older than they are: bool, of the same shape."""
+        seen = older >= 0 if self.is_causal else torch.ones_like(older, dtype=torch.bool)
+        return seen if self.sliding_window is None else seen & (older.abs() < self.sliding_window)
 
     def of_kv_heads(self, kv_heads: slice) -> LayerPattern:
         """The pattern of some of the KV heads, start .. stop - 1, and their query heads."""

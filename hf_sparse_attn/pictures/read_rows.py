@@ -226,9 +226,7 @@ class _Seen:
 
 def _admissible(rows: Tensor, num_tokens: int, pattern: LayerPattern) -> Tensor:
     """Keys that the model itself lets rows at positions `rows` [R] see: [R, N] bool."""
-    older = rows[:, None] - torch.arange(num_tokens)
-    admissible = older >= 0 if pattern.is_causal else torch.ones_like(older, dtype=torch.bool)
-    return admissible if pattern.sliding_window is None else admissible & (older.abs() < pattern.sliding_window)
+    return pattern.admissible(rows[:, None] - torch.arange(num_tokens))
 
 
 def _reasons(rows: Tensor, num_tokens: int, pattern: LayerPattern) -> Tensor:

@@ -306,10 +306,7 @@ def _dense(
     column = torch.arange(first, first + key.shape[1], device=key.device)
     mask = None
     if (is_causal and (start > first or not call.plain)) or (sliding_window or key.shape[1]) < key.shape[1]:
-        older = row - column
-        mask = older >= 0 if is_causal else torch.ones_like(older, dtype=torch.bool)
-        if sliding_window is not None:
-            mask &= older.abs() < sliding_window
+        mask = call.pattern.admissible(row - column)
     if call.plain:
         if len(key) == 1:  # SDPA's backward takes 20 times as long if it repeats the one KV head itself
             key, value = (x.expand(len(query), -1, -1) for x in (key, value))
