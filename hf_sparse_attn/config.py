@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -211,6 +211,24 @@ class SparseAttentionConfig:
     def replace(self, **changes: Any) -> SparseAttentionConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+    def with_fields(self, fields: Mapping[str, Any]) -> SparseAttentionConfig:
+        """A copy with fields as `from_dict` takes them in place of its own, a `preset` among them.
+
+        Raises:
+            ValueError: as `from_dict`.
+        """
+        return self.from_dict({**self.to_dict(), **expand_preset(dict(fields))})
+
+    def check_heads(self, layer_idx: int, num_heads: int, num_key_value_heads: int) -> None:
+        """Make sure that what differs by head fits a layer.
+
+        Raises:
+            ValueError: if it lists other numbers of layers or heads, or more parts than there are KV heads.
+        """
+        self.key_budgets(layer_idx, num_key_value_heads)
+        self.min_weights(layer_idx, num_heads)
+        self.of_layer(layer_idx).kv_head_entries(num_key_value_heads)
 
     def of_layer(self, layer_idx: int) -> SparseAttentionConfig:
         """The config of one layer, without `by_layer`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_sparse_attn import ops
 from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.attributes import replaced_attribute
-from hf_sparse_attn.config import SparseAttentionConfig, expand_preset, layer_config, layer_shape, text_config
+from hf_sparse_attn.config import SparseAttentionConfig, layer_config, layer_shape, text_config
 from hf_sparse_attn.custom_op import compiled_attention
 from hf_sparse_attn.global_tokens import mark_global_tokens
 from hf_sparse_attn.masks.mask_function import asks_what_is_packed, reads_both_sides, signed_positions
@@ -301,14 +301,12 @@ def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None)
     if fields is not None and not isinstance(fields, dict):
         raise ValueError(f"sparse_attention in its config.json must be an object, got {type(fields).__name__}")
     own = SparseAttentionConfig.from_dict(fields)
-    merged = SparseAttentionConfig.from_dict({**own.to_dict(), **expand_preset(overrides or {})})
+    merged = own.with_fields(overrides or {})
     merged.check_vocabulary(getattr(config, "vocab_size", None))
     shapes = {layer: layer_shape(config, layer) for layer in range(num_layers) if layer not in merged.dense_layers}
     known = {layer: shape for layer, shape in shapes.items() if shape is not None}
     for layer, (num_heads, num_kv_heads, _) in known.items():
-        merged.key_budgets(layer, num_kv_heads)
-        merged.min_weights(layer, num_heads)
-        merged.of_layer(layer).kv_head_entries(num_kv_heads)
+        merged.check_heads(layer, num_heads, num_kv_heads)
     for shape, layer in {shape: layer for layer, shape in known.items()}.items():  # the hash, once for each shape
         layer_pattern(merged, layer, *shape, torch.device("cpu"), torch.float32)
     return merged.to_dict()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.config import SparseAttentionConfig, expand_preset
+from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.errors import ArgumentError, argument, check_integer
 from hf_sparse_attn.operation import (
     SparseIndex,
@@ -87,12 +87,8 @@ class SparseAttention(nn.Module):
         if config is not None and not isinstance(config, SparseAttentionConfig):
             raise ArgumentError("config", f"must be a SparseAttentionConfig or None, got {type(config).__name__}")
         with argument("config"):
-            config = SparseAttentionConfig.from_dict(
-                {**(config or SparseAttentionConfig()).to_dict(), **expand_preset(fields)}
-            )
-            config.key_budgets(layer_idx, num_key_value_heads)
-            config.min_weights(layer_idx, num_heads)
-            config.of_layer(layer_idx).kv_head_entries(num_key_value_heads)
+            config = (config or SparseAttentionConfig()).with_fields(fields)
+            config.check_heads(layer_idx, num_heads, num_key_value_heads)
             check_config(config)
             if not is_causal:
                 check_causal(config)

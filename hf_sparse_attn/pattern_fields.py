@@ -68,15 +68,20 @@ def _is_any(budget: Any) -> bool:
     return any(map(_is_any, budget)) if isinstance(budget, (list, tuple)) else budget != 0
 
 
+def looks_ahead(config: SparseAttentionConfig) -> bool:
+    """Whether later tokens decide what a row reads: there are voted blocks, in some layer or head."""
+    layers = [config.of_layer(layer) for layer in range(max(len(config.by_layer), 1))]
+    heads = [layer.of_entry(entry) for layer in layers for entry in range(len(layer.by_kv_head))]
+    return any(part.num_voted_blocks for part in layers + heads)
+
+
 def check_causal(config: SparseAttentionConfig) -> None:
     """Make sure that no later token decides what a row reads, for what computes losses.
 
     Raises:
-        ValueError: if there are voted blocks, in any layer or head.
+        ValueError: if one does.
     """
-    layers = [config.of_layer(layer) for layer in range(max(len(config.by_layer), 1))]
-    heads = [layer.of_entry(entry) for layer in layers for entry in range(len(layer.by_kv_head))]
-    if any(part.num_voted_blocks for part in layers + heads):
+    if looks_ahead(config):
         raise ValueError(
             "num_voted_blocks look at later tokens, so a loss over them cannot be trained on or believed; they are for "
             "the causal prefill of inference alone"

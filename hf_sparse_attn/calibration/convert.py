@@ -30,7 +30,7 @@ from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss, mi
 from hf_sparse_attn.calibration.kept_results import KeptResults, kept_results
 from hf_sparse_attn.calibration.place_weights import place_weights
 from hf_sparse_attn.calibration.refit import FITTED, Refit, aims_of, compare, not_fitted
-from hf_sparse_attn.config import SparseAttentionConfig, expand_preset, sliding_windows, text_config
+from hf_sparse_attn.config import SparseAttentionConfig, sliding_windows, text_config
 from hf_sparse_attn.data import load_documents, long_documents
 from hf_sparse_attn.environment import describe_environment
 from hf_sparse_attn.errors import ArgumentError, RunError, argument, check_integer, check_positive, one_line
@@ -175,8 +175,8 @@ class ConversionSettings:
         Args:
             old: in a refit, the model's own configuration, which says what is not given.
         """
-        own = {} if old is None else not_fitted(old).to_dict()
-        base = SparseAttentionConfig.from_dict({**own, **expand_preset(dict(self.sparse_attention))})
+        own = SparseAttentionConfig() if old is None else not_fitted(old)
+        base = own.with_fields(self.sparse_attention)
         check_causal(base)
         return base.replace(dense_below=self.dense_below) if isinstance(self.dense_below, int) else base
 

@@ -19,7 +19,7 @@ from hf_sparse_attn.evaluation.needle import retrieve
 from hf_sparse_attn.evaluation.perplexity import DENSE, SPARSE, paired_difference, token_nll
 from hf_sparse_attn.integration import configured, record
 from hf_sparse_attn.operation import sparse_attention
-from hf_sparse_attn.pattern_fields import check_causal
+from hf_sparse_attn.pattern_fields import looks_ahead
 from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.statistics import AttentionStatistics
 from hf_sparse_attn.tracing import input_device
@@ -137,7 +137,7 @@ def compare_patterns(
                     "kept_mass": statistics.kept_mass.mean().item(),
                     "ratio": math.exp(difference["mean"]),
                     "delta_nll": difference,
-                    "is_causal": _is_causal(config),
+                    "is_causal": not looks_ahead(config),
                 }
                 model.set_attn_implementation(DENSE)
                 result["dense_seconds"] = _seconds(model, rows[0])
@@ -152,14 +152,6 @@ def _seconds(model: PreTrainedModel, input_ids: Tensor) -> float:
     started = time.perf_counter()
     float(model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[0, -1, 0])  # ends on the CPU
     return time.perf_counter() - started
-
-
-def _is_causal(config: SparseAttentionConfig) -> bool:
-    try:
-        check_causal(config)
-    except ValueError:
-        return False
-    return True
 
 
 def plot_comparison(results: Mapping[str, Mapping[str, dict[str, Any]]], path: str | Path) -> None:
