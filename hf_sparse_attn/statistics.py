@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.ops.common.chunked import cap, hide
 from hf_sparse_attn.recording import Recorder, Recorders, admissible_pairs
 
 if TYPE_CHECKING:
@@ -71,7 +70,9 @@ class AttentionStatistics:
         visible = call.pattern.admissible(rows[:, None] - position)
         grouped = query[:, rows - call.query_offset].to(dtype).unflatten(0, (len(key), -1)) * call.scaling
         scores = (grouped @ key.to(dtype).unsqueeze(1).transpose(-1, -2)).flatten(0, 1)
-        self._weights = hide(cap(scores, call.softcap), ~visible).softmax(-1)
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        self._weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
     def add(
         self,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_sparse_attn.block_votes import check_votes, prefill, reading_everything
 from hf_sparse_attn.ops.backend import Backend, Index, compute_dtype
+from hf_sparse_attn.ops.block_votes import check_votes, prefill, reading_everything
 from hf_sparse_attn.ops.checks import check_document, check_scores
 from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.dropout import Dropout
