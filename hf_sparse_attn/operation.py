@@ -361,7 +361,7 @@ def _documents(
     num_queries, num_keys = inputs.query.shape[2], inputs.key.shape[2]
     if not cross_attention:
         return read_documents(inputs, num_keys, None, pattern.is_causal)[0]
-    configs = [part.config for _, part in pattern.parts] or [pattern.config]
+    configs = [part.config for _, part in pattern.parts]
     for config in configs:
         for name in ("dilated_window_size", "slash_distances", "block_size"):
             if getattr(config, name):

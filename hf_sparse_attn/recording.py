@@ -45,21 +45,13 @@ class Recorders:
     def __init__(self, recorders: Sequence[Recorder]) -> None:
         self.recorders = recorders
 
-    def add(
-        self,
-        pattern: LayerPattern,
-        head: int,
-        position: Tensor,
-        num_attended: int,
-        num_scored: int,
-        read: Callable[[], tuple[Tensor, Tensor]],
-    ) -> None:
+    def add(self, *rows: Any) -> None:
         for recorder in self.recorders:
-            recorder.add(pattern, head, position, num_attended, num_scored, read)
+            recorder.add(*rows)
 
-    def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
+    def add_dense(self, *rows: Any) -> None:
         for recorder in self.recorders:
-            recorder.add_dense(pattern, heads, start, stop)
+            recorder.add_dense(*rows)
 
 
 class HeadsFrom:

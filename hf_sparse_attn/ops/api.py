@@ -64,7 +64,7 @@ def document_attention(
     )
     for statistics in statistics_in(recorder):
         statistics.begin(query, key, call)
-    if not pattern.parts:
+    if not pattern.kv_head_entries:
         return _attend(query, key, value, call)
     group, outputs = len(query) // len(key), []
     for kv_heads, part in pattern.parts:  # kernels know one pattern for all heads
@@ -138,7 +138,7 @@ def find_candidates(query: Tensor, key: Tensor, *, pattern: LayerPattern, query_
         ValueError: as `document_attention`.
     """
     implementation = pattern.config.implementation
-    if any(part.config.num_voted_blocks for part in [part for _, part in pattern.parts] or [pattern]):
+    if any(part.config.num_voted_blocks for _, part in pattern.parts):
         raise ValueError("num_voted_blocks are not found through buckets; build_index does not know them")
     if not find_backend(implementation, query.device, pattern.is_causal).plain:
         _plain_backend(implementation, query.device)
@@ -150,7 +150,7 @@ def find_candidates(query: Tensor, key: Tensor, *, pattern: LayerPattern, query_
     dtype, group, found = compute_dtype(query, key), len(query) // len(key), []
     query, key = query.to(dtype), key.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
-        for kv_heads, part in pattern.parts or [(slice(0, len(key)), pattern)]:
+        for kv_heads, part in pattern.parts:
             heads = slice(kv_heads.start * group, kv_heads.stop * group)
             rows, keys = query[heads], key[kv_heads]
             found.append(candidates(rows, keys, AttentionCall(part, query_offset, key_offset)))
@@ -186,6 +186,6 @@ def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
     backend, group = find_backend(pattern.config.implementation, query.device), len(query) // len(key)
     dtype = backend.dtype(query, key)
     if pattern.dense_rows() is not None and backend.find_keys is not None:
-        for kv_heads, part in pattern.parts or [(slice(0, len(key)), pattern)]:
+        for kv_heads, part in pattern.parts:
             heads = slice(kv_heads.start * group, kv_heads.stop * group)
             backend.find_keys(query[heads].to(dtype), key[kv_heads].to(dtype), part)

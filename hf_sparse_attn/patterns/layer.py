@@ -82,7 +82,9 @@ class LayerPattern:
 
     @cached_property
     def parts(self) -> list[tuple[slice, LayerPattern]]:
-        """KV heads side by side with the same entry, and their pattern without `by_kv_head`; empty: none has one."""
+        """KV heads side by side with the same entry, and their pattern without `by_kv_head`; at least one part."""
+        if not self.kv_head_entries:
+            return [(slice(0, len(self.budgets)), self)]
         parts, start = [], 0
         for entry, heads in groupby(self.kv_head_entries):
             kv_heads = slice(start, start := start + len(list(heads)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,19 +92,11 @@ class RowReader:
         self._num_missed = num_missed
         self._seen: _Seen | None = None  # by the layer that is computed
 
-    def add(
-        self,
-        pattern: LayerPattern,
-        head: int,
-        position: Tensor,
-        num_attended: int,
-        num_scored: int,
-        read: Callable[[], tuple[Tensor, Tensor]],
-    ) -> None:
-        self._of(pattern).add(pattern, head, position, num_attended, num_scored, read)
+    def add(self, pattern: LayerPattern, *rows: Any) -> None:
+        self._of(pattern).add(pattern, *rows)
 
-    def add_dense(self, pattern: LayerPattern, heads: range, start: int, stop: int) -> None:
-        self._of(pattern).add_dense(pattern, heads, start, stop)
+    def add_dense(self, pattern: LayerPattern, *rows: Any) -> None:
+        self._of(pattern).add_dense(pattern, *rows)
 
     @torch.no_grad()
     def observe(

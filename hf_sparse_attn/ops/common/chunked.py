@@ -116,18 +116,11 @@ class Call:
         nothing_older = sliding_window is not None and sliding_window <= window
         return 0 if nothing_older else min(self.pattern.budgets[kv_head], num_keys)
 
-    def record(
-        self,
-        head: int,
-        position: Tensor,
-        num_attended: int,
-        num_scored: int,
-        read: Callable[[], tuple[Tensor, Tensor]],
-    ) -> None:
+    def record(self, head: int, *rows: Any) -> None:
         """Tell the recorder, from any thread; see `recording.Recorder.add`."""
         if self.recorder is not None:
             with _RECORDING:
-                self.recorder.add(self.pattern, head, position, num_attended, num_scored, read)
+                self.recorder.add(self.pattern, head, *rows)
 
     def dense_end(self, end: int) -> int:
         """The rows before this position read everything; `end` is the position after the last row."""
