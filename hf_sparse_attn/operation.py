@@ -19,7 +19,7 @@ from hf_sparse_attn.masks.documents import Document
 from hf_sparse_attn.masks.mask_function import signed_positions
 from hf_sparse_attn.masks.read import read_documents
 from hf_sparse_attn.ops.common.dropout import Dropout
-from hf_sparse_attn.pattern_fields import OVERRIDABLE, PATTERN_FIELDS
+from hf_sparse_attn.pattern_fields import FROM_THE_ROW, OVERRIDABLE, PATTERN_FIELDS
 from hf_sparse_attn.patterns import LayerPattern, layer_pattern
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.tensor_parallel import HeadSplit
@@ -363,7 +363,7 @@ def _documents(
         return read_documents(inputs, num_keys, None, pattern.is_causal)[0]
     configs = [part.config for _, part in pattern.parts]
     for config in configs:
-        for name in ("dilated_window_size", "slash_distances", "block_size"):
+        for name in FROM_THE_ROW:
             if getattr(config, name):
                 raise ArgumentError(name, "rows of cross-attention have no place among the keys that it counts from")
     documents, beyond = [], max(config.window_size for config in configs)

@@ -17,15 +17,14 @@ _NEEDS = {
     "num_random_blocks": "block_size",
     "num_voted_blocks": "block_size",
 }
+FROM_THE_ROW = ("dilated_window_size", "slash_distances", "block_size")  # cross-attention cannot count from there
 PATTERN_FIELDS = (
     "window_size",
     "num_global_tokens",
     "global_token_indices",
     "stride",
     "num_random_keys",
-    "dilated_window_size",
-    "slash_distances",
-    "block_size",
+    *FROM_THE_ROW,
     *_NEEDS,
 )
 OVERRIDABLE = {"by_layer": (*PATTERN_FIELDS, "by_kv_head"), "by_kv_head": PATTERN_FIELDS}

@@ -8,9 +8,9 @@ from helpers.tensors import EXACT, FIELDS, assert_all_close, batch, config, with
 
 from hf_sparse_attn import AttentionStatistics, SparseAttention, apply_index, build_index, sparse_attention
 from hf_sparse_attn.errors import ArgumentError
+from hf_sparse_attn.pattern_fields import FROM_THE_ROW
 from hf_sparse_attn.patterns import layer_pattern
 
-FROM_THE_ROW = ("dilated_window_size", "slash_distances", "block_size")
 NAMES = [name for name, fields in FEATURES.items() if not any(f"'{field}'" in str(fields) for field in FROM_THE_ROW)]
 NAMES = [name for name in NAMES if "sliding_window" not in FEATURES[name]]
 OTHERS = {"softcap": 0.9, "sinks": sinks_of()}

@@ -12,7 +12,7 @@ from helpers.drawings import drawing
 from helpers.operation import make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.pattern_fields import PATTERN_FIELDS
+from hf_sparse_attn.pattern_fields import FROM_THE_ROW, PATTERN_FIELDS
 from hf_sparse_attn.patterns import (
     ROW_PATTERNS,
     STATIC_PATTERNS,
@@ -24,6 +24,7 @@ from hf_sparse_attn.patterns import (
     static_patterns,
     static_positions,
 )
+from hf_sparse_attn.patterns.seeded_random import SeededRandom
 from hf_sparse_attn.presets import PRESETS
 from hf_sparse_attn.tensor_parallel import HeadSplit
 
@@ -53,6 +54,16 @@ ROWS = [
     {"block_size": 7, "num_random_blocks": 2, "block_offset": 4},
     {"block_size": 1, "num_random_blocks": 5},
 ]
+EVERY_PATTERN = SparseAttentionConfig(
+    num_global_tokens=2,
+    global_token_indices=(5,),
+    stride=3,
+    num_random_keys=1,
+    dilated_window_size=1,
+    slash_distances=(2,),
+    block_size=4,
+    num_random_blocks=1,
+)
 
 
 def random_keys(config, position):
@@ -177,7 +188,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "patterns.md"
 @pytest.mark.parametrize("section", DOCS.read_text(encoding="utf-8").split("\n## ")[1:], ids=lambda text: text[:12])
 def test_docs_patterns(section):
     """Each drawing is the pattern of the fields above it, and the file that is shown is the one that is there."""
-    blocks = re.findall(r"```(json|text|python)\n(.*?)\n```", section, re.DOTALL)
+    blocks = re.findall(r"^```(json|text|python)\n(.*?)\n?^```$", section, re.DOTALL | re.MULTILINE)
     configs = [json.loads(text) for language, text in blocks if language == "json"]
     for fields in configs:
         SparseAttentionConfig.from_dict(fields)
@@ -195,24 +206,22 @@ def test_docs_name_every_pattern_field_and_preset():
     others = {"key_budget", "min_weight", "hash", "num_hash_bits", "seed", "page_size", "dense_layers", "dense_below"}
     others |= {"implementation", "calibrated_hash", "by_layer", "by_kv_head", "global_token_ids"}
     assert set(PATTERN_FIELDS) == fields - others
+    drawn = "".join(re.findall(r"```json\n(.*)\n```\n\n```text\n", text))
+    assert [name for name in PATTERN_FIELDS if f'"{name}"' not in drawn] == ["num_voted_blocks"]  # it needs queries
 
 
 def test_what_is_turned_off_is_not_there():
     config = SparseAttentionConfig(num_global_tokens=0)
     assert static_patterns(config) == row_patterns(config) == ()
     assert num_row_keys(config) == 0
-    on = SparseAttentionConfig(
-        num_global_tokens=2,
-        global_token_indices=(5,),
-        stride=3,
-        num_random_keys=1,
-        dilated_window_size=1,
-        slash_distances=(2,),
-        block_size=4,
-        num_random_blocks=1,
-    )
-    assert tuple(map(type, static_patterns(on))) == STATIC_PATTERNS
-    assert tuple(map(type, row_patterns(on))) == ROW_PATTERNS
+    assert tuple(map(type, static_patterns(EVERY_PATTERN))) == STATIC_PATTERNS
+    assert tuple(map(type, row_patterns(EVERY_PATTERN))) == ROW_PATTERNS
+
+
+def test_every_row_pattern_but_random_keys_is_named_in_from_the_row():
+    """Else cross-attention would take it and count from a place that its rows do not have."""
+    off = {name: getattr(SparseAttentionConfig(), name) for name in (*FROM_THE_ROW, "num_random_blocks")}
+    assert tuple(map(type, row_patterns(EVERY_PATTERN.replace(**off)))) == (SeededRandom,)
 
 
 def test_static_positions():
