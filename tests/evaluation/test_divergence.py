@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_sparse_attn import logits
 from hf_sparse_attn.evaluation.divergence import Predictions, divergence, summarize, worst_tokens
@@ -22,8 +22,8 @@ SMALL = {
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "tied embeddings": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
-    "gemma2, which caps its logits": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SMALL, head_dim=8, sliding_window=64, final_logit_softcapping=2.0)
+    "gemma3, capped": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=64, final_logit_softcapping=2.0)
     ),
 }
 FIELDS = {"window_size": 16, "num_global_tokens": 1, "key_budget": 0, "dense_below": 0}
