@@ -15,7 +15,6 @@ VOTES = {"preset": "minference-like", "block_size": 12, "num_voted_blocks": 2}
 SPARSE = {
     "routed": {},
     "routed, torch": {"implementation": "torch"},
-    "by the specification": {"implementation": "reference"},
     "read whole": {"dense_below": 1000},
     "bigbird": {"preset": "bigbird", "block_size": 8, "num_global_tokens": 2},
     "longlora": {"preset": "longlora", "block_size": 16, "by_kv_head": [{}, {"block_offset": 8}]},
@@ -27,10 +26,12 @@ SPARSE = {
 
 
 def sparse_model(fields, family="llama"):
-    preset = dict(fields)
-    if name := preset.pop("preset", None):
-        preset = SparseAttentionConfig.preset(name, **preset).to_dict()
-    return tiny_model(family, dtype=torch.float32, **preset)
+    others = dict(fields)
+    name = others.pop("preset", None)
+    model = tiny_model(family, dtype=torch.float32)
+    own = model.config.sparse_attention | others
+    model.config.sparse_attention = SparseAttentionConfig.preset(name, **others).to_dict() if name else own
+    return model
 
 
 @pytest.mark.parametrize("fields", SPARSE.values(), ids=SPARSE.keys())
@@ -92,11 +93,10 @@ def test_a_leak_of_a_single_row_in_a_chunk(monkeypatch):
     monkeypatch.setattr("hf_sparse_attn.logits.CHUNK_BYTES", 4 * 64 * 6)
     model = tiny_model("llama", "sdpa", torch.float32)
 
-    def leak(module, args, output):
-        output.last_hidden_state[:, 31] += 1e-3 * output.last_hidden_state[:, -1]
-        return output
+    def leak(module, args, hidden):
+        hidden[:, 31] += 1e-3 * hidden[:, -1]
 
-    model.base_model.register_forward_hook(leak)
+    model.model.norm.register_forward_hook(leak)
     result = find_leaks(model, IDS)
     assert (result["leaks"], result["earliest_moved"], result["changes"][0]["moved"]) == (True, 31, 1)
     assert 0 < result["largest_difference"] < 0.1
@@ -127,13 +127,11 @@ class TestNoise:
         """A model whose hidden states are never the same twice."""
         model, generator = tiny_model("llama", "sdpa", torch.float32), torch.Generator().manual_seed(0)
 
-        def disturb(module, args, output):
-            hidden = output.last_hidden_state
+        def disturb(module, args, hidden):
             hidden += size * torch.rand(hidden.shape, generator=generator)
             hidden[:, 5] += leak * hidden[:, -1]
-            return output
 
-        model.base_model.register_forward_hook(disturb)
+        model.model.norm.register_forward_hook(disturb)
         return model
 
     def test_is_no_leak(self):
@@ -155,11 +153,10 @@ class TestNoise:
         """Such a leak would move the copy that is not changed, too, and must not pass for noise."""
         model = tiny_model("llama", "sdpa", torch.float32)
 
-        def mix(module, args, output):
-            output.last_hidden_state[:, 5] += output.last_hidden_state[:, -1].mean(0)
-            return output
+        def mix(module, args, hidden):
+            hidden[:, 5] += hidden[:, -1].mean(0)
 
-        model.base_model.register_forward_hook(mix)
+        model.model.norm.register_forward_hook(mix)
         with pytest.raises(RunError, match="logits of the same input"):
             find_leaks(model, IDS)
 

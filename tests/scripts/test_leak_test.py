@@ -1,4 +1,5 @@
 import json
+from importlib.util import find_spec
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_bad_arguments_are_refused(run_script, assert_refused, arguments, monkey
     assert not arguments["--output"].exists()
 
 
-def test_an_attention_that_is_not_installed(run_script, assert_refused, arguments, monkeypatch):
-    monkeypatch.setattr("transformers.modeling_utils.is_flash_attn_2_available", lambda: False)
+@pytest.mark.skipif(find_spec("flash_attn") or find_spec("kernels"), reason="it is installed")
+def test_an_attention_that_is_not_installed(run_script, assert_refused, arguments):
     changes = {"--attn-implementation": "flash_attention_2"}
-    assert_refused(run_script(SCRIPT, *flat(arguments | changes)), "--attn-implementation", "flash")
+    assert_refused(run_script(SCRIPT, *flat(arguments | changes)), "--attn-implementation", "FlashAttention2")
