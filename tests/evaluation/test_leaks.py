@@ -1,5 +1,7 @@
 """The leak test finds what looks at later tokens, and nothing else."""
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -55,24 +57,37 @@ def test_dense_attention_does_not_leak(family, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["torch", "reference"])
-def test_blocks_that_vote_leak(implementation):
-    result = find_leaks(sparse_model(VOTES | {"implementation": implementation}), IDS)
+def test_blocks_that_vote_leak(tiny_llama_config, implementation):
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(copy.deepcopy(tiny_llama_config)).eval()
+    fields = {"block_size": 24, "num_voted_blocks": 2, "implementation": implementation}
+    model.config.sparse_attention = SparseAttentionConfig.preset("minference-like", **fields).to_dict()
+    model.set_attn_implementation("sparse")
+    ids = torch.randint(256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
+    result = find_leaks(model, ids)
     (change,) = result["changes"]
     assert result["leaks"]
-    assert change["position"] == LENGTH - 1
+    assert change["position"] == 199
     assert result["tolerance"] == 0
     assert result["largest_difference"] == change["largest_difference"] > 0.01
-    # The last token has a vote on what the rows of its block read, and no others.
-    assert 60 <= result["earliest_moved"] == change["earliest_moved"] < LENGTH - 1
-    assert 1 <= change["moved"] <= 9
+    # The last token has a vote on what the rows of its block read, which is not whole, and no others.
+    assert 192 <= result["earliest_moved"] == change["earliest_moved"] < 199
+    assert 1 <= change["moved"] <= 7
 
 
 def test_the_earliest_of_several_changes():
-    result = find_leaks(sparse_model(VOTES), IDS, [34, 69])
+    model = tiny_model("llama", "sdpa", torch.float32)
+
+    def leak(module, args, hidden):
+        hidden[:, 20] += 1e-3 * hidden[:, 40]
+        hidden[:, 31] += 1e-3 * hidden[:, -1]
+
+    model.model.norm.register_forward_hook(leak)
+    result = find_leaks(model, IDS, [40, 69])
     first, second = result["changes"]
-    assert 24 <= first["earliest_moved"] < 34
-    assert second["earliest_moved"] >= 60
-    assert result["earliest_moved"] == first["earliest_moved"]
+    assert (first["earliest_moved"], first["moved"]) == (20, 2)
+    assert (second["earliest_moved"], second["moved"]) == (31, 1)
+    assert result["earliest_moved"] == 20
     assert result["largest_difference"] == max(first["largest_difference"], second["largest_difference"])
 
 
