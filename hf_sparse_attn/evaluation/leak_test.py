@@ -146,5 +146,5 @@ def _another(document: Tensor, position: int, generator: torch.Generator, model:
     own = int(document[position])
     others = [token for token in document.unique().tolist() if token != own]
     if not others:
-        return (own + 1) % model.get_input_embeddings().num_embeddings
+        return (own + 1) % len(next(model.get_input_embeddings().parameters()))
     return int(others[int(torch.randint(len(others), (), generator=generator))])
