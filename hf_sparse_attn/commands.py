@@ -87,7 +87,7 @@ def evaluate_perplexity(
     device: str | None = None,
     dtype: str = "auto",
 ) -> dict[str, Any]:
-    """Perplexity of the same weights over the same tokens, dense (SDPA) and sparse.
+    """Perplexity of the same weights over the same tokens, dense (SDPA) and sparse, and KL(dense || sparse).
 
     Args:
         model: a Hub id, a directory, or "demo".
@@ -130,7 +130,8 @@ def evaluate_perplexity(
         model, path, sparse_attention, device=found_device, num_tokens=context_length, dtype=found_dtype
     )
     with argument("model", model):
-        result = compare_perplexity(loaded, documents, progress=partial(tqdm, desc="evaluating", unit="forward"))
+        progress = partial(tqdm, desc="evaluating", unit="forward")
+        result = compare_perplexity(loaded, documents, tokenizer=tokenizer, progress=progress)
     return result | {
         "model": model,
         "dataset": dataset,

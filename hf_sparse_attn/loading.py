@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -107,8 +108,18 @@ def library_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def read_weights(path: str, config: Any, **kwargs: Any) -> PreTrainedModel:
-    """What `from_pretrained` loads with `attn_implementation="sparse"`, if the checkpoint holds all of its weights.
+def check_attention(config: Any, attn_implementation: str) -> None:
+    """Make sure that a family of models has an attention, and that what it needs is installed.
+
+    Raises:
+        ValueError, ImportError: it has not, or it is not.
+    """
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attn_implementation)
+
+
+def read_weights(path: str, config: Any, *, attn_implementation: str = "sparse", **kwargs: Any) -> PreTrainedModel:
+    """What `from_pretrained` loads with an attention, if the checkpoint holds all of its weights.
 
     Transformers draws those that are missing at random, and tells it in a table.
 
@@ -121,7 +132,7 @@ def read_weights(path: str, config: Any, **kwargs: Any) -> PreTrainedModel:
     try:
         with library_errors("its weights"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, attn_implementation="sparse", output_loading_info=True, **kwargs
+                path, config=config, attn_implementation=attn_implementation, output_loading_info=True, **kwargs
             )
     except ValueError as error:
         if "ignore_mismatched_sizes" in str(error):
@@ -171,11 +182,16 @@ def parse_dtype(dtype: str) -> torch.dtype | str:
 
 
 def load_sparse_model(
-    path: str, overrides: dict[str, Any] | None = None, *, config: Any = None, **kwargs: Any
+    path: str,
+    overrides: dict[str, Any] | None = None,
+    *,
+    config: Any = None,
+    attn_implementation: str = "sparse",
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """A causal language model with `attn_implementation="sparse"`, converted or not; `kwargs` go to from_pretrained.
 
-    `config` stands in place of the checkpoint's own.
+    `config` stands in place of the checkpoint's own, and `attn_implementation` names another attention.
 
     Raises:
         ValueError: an override that `SparseAttentionConfig` refuses, or a family of models whose attention does not
@@ -185,9 +201,10 @@ def load_sparse_model(
     # As a keyword of from_pretrained, sparse_attention reaches only a config that has the attribute already.
     config = read_config(path) if config is None else config
     text_config(config).sparse_attention = merge_sparse_attention(config, overrides)
-    model = read_weights(path, config, **kwargs)
-    mark_global_tokens(model)
-    check_model(model)
+    model = read_weights(path, config, attn_implementation=attn_implementation, **kwargs)
+    if attn_implementation == "sparse":
+        mark_global_tokens(model)
+        check_model(model)
     return model
 
 

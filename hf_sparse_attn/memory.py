@@ -14,7 +14,8 @@ A conversion's calibration takes the largest of
     queries and keys    a layer's forward, and 2 N K d s for each layer: a document's keys and values, kept
     costs               these keys and values, and N K (8 d + 512) for each thread: a layer's, in float32
 
-and its evaluation a layer's forward and logits. The keys and values of other documents are on the disk, mapped.
+and its evaluation a layer's forward, hidden states of both sides, 2 N D s, and logits. The keys and values of other
+documents are on the disk, mapped.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def conversion_memory(
     some = min(num_tokens, gradient_tokens)
     gradients = size.num_layers * size.hidden_states(some) + size.backward(some) + size.logits()
     reading = size.forward(num_tokens)
-    evaluation = reading + size.logits()
+    evaluation = reading + 2 * size.hidden_states(num_tokens) + size.logits()
     if on_cpu:
         costs = torch.get_num_threads() * size.layer_in_float32(num_tokens)
         reading = kept + max(reading, costs)

@@ -293,7 +293,7 @@ def _convert(
         trade = calibration.trade(settings.most_candidates)
         moved = None if old is None else compare(calibration, old, fitted, choice)
         text_config(loaded.config).sparse_attention = fitted.to_dict()
-        evaluation = _evaluate(loaded, held_out, progress)
+        evaluation = _evaluate(loaded, held_out, tokenizer, progress)
         conversion = Conversion(output, fitted, trade, choice, evaluation, calibration.local_layers, moved)
         with removed_on_failure(unfinished):
             save_pretrained(loaded, unfinished)
@@ -479,12 +479,14 @@ def _choose(
         return choose_by_loss(model, calibration, row, settings.max_loss, settings.most_candidates, progress=tell)
 
 
-def _evaluate(model: Any, documents: list[dict[str, Any]], progress: Progress) -> dict[str, Any] | None:
+def _evaluate(model: Any, documents: list[dict[str, Any]], tokenizer: Any, progress: Progress) -> dict[str, Any] | None:
     """The model card's figures, if there are documents for them and the losses are finite."""
     if not documents:
         return None
     try:
-        return perplexity.compare_perplexity(model, documents, progress=counted(progress, "evaluating"))
+        return perplexity.compare_perplexity(
+            model, documents, tokenizer=tokenizer, progress=counted(progress, "evaluating")
+        )
     except ValueError as error:
         logger.warning("not evaluated: %s", one_line(error))
         return None

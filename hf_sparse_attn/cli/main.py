@@ -15,6 +15,7 @@ COMMANDS = {
     "eval-perplexity": ("eval_perplexity", "Measure perplexity over long documents, dense and sparse."),
     "eval-needle": ("eval_needle", "Hide facts in long text and ask for them, dense and sparse."),
     "eval-recall": ("eval_recall", "Measure what the sparse attention keeps of the dense one, by layer and head."),
+    "leak-test": ("leak_test", "Show that no logit knows of later tokens, whatever the attention."),
     "eval-cache-policies": ("eval_cache_policies", "Compare the eviction policies: perplexity, needles and bytes."),
     "compare-patterns": ("compare_patterns", "Compare the field's sparse patterns on one model at the same density."),
     "finetune": ("finetune", "Fine-tune on long documents with Transformers' Trainer."),

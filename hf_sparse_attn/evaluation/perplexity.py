@@ -1,4 +1,4 @@
-"""Perplexity of one model over the same tokens, dense and sparse."""
+"""Perplexity of one model over the same tokens, dense and sparse, and how far their predictions are apart."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.data import IGNORED_LABEL
+from hf_sparse_attn.evaluation.divergence import Predictions, compare_predictions, summarize, worst_tokens
 from hf_sparse_attn.integration import record
-from hf_sparse_attn.logits import token_losses
+from hf_sparse_attn.logits import hidden_states_and_head, token_losses
 from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.tracing import input_device
 
@@ -81,10 +83,12 @@ def loss_by_position(
     return spans
 
 
+@torch.no_grad()
 def compare_perplexity(
     model: PreTrainedModel,
     documents: Sequence[dict[str, Any]],
     *,
+    tokenizer: Any = None,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Any]:
     """Evaluate the same weights with dense (SDPA) and sparse attention over the same documents.
@@ -92,21 +96,25 @@ def compare_perplexity(
     Args:
         model: what `load_sparse_model` returns; it is left with sparse attention.
         documents: dicts with "name" and "input_ids", all of one length N >= 2.
+        tokenizer: shows the worst tokens in their text; None leaves the text out.
         progress: wraps the iteration over the forwards (two a document), to show how far it is.
 
     Returns:
         A JSON-ready dict: "context_length" (N), "tokens" (predicted ones, N - 1 a document), "dense" and "sparse"
-        ("perplexity", "nll" in nats a token, "seconds" of all forwards; of the sparse side "density" and
-        "scored_density": attended and scored over admissible pairs; counting is part of the sparse seconds),
-        "perplexity_ratio" (sparse over dense), "delta_nll" (sparse minus dense per token, see `paired_difference`),
-        "by_position" (equal spans of positions), "documents" and the name of the "worst_document".
+        ("perplexity", "nll" in nats a token, "seconds" of all forwards without the logits, which take both sides as
+        long; of the sparse side "density" and "scored_density": attended and scored over admissible pairs; counting is
+        part of the sparse seconds), "perplexity_ratio" (sparse over dense), "delta_nll" (sparse minus dense per token,
+        see `paired_difference`), "kl" (dense to sparse) and "top1_agreement" (see `divergence.summarize`),
+        "by_position" (equal spans of positions), "documents", the name of the "worst_document", and the
+        "worst_tokens" (see `divergence.worst_tokens`).
 
     Raises:
         ValueError: a loss is not finite.
     """
     rows = [torch.tensor([document["input_ids"]], device=input_device(model)) for document in documents]
 
-    nll: dict[str, list[torch.Tensor]] = {DENSE: [], SPARSE: []}
+    pairs: list[Predictions] = []
+    found: dict[str, Any] = {}
     seconds = {DENSE: 0.0, SPARSE: 0.0}
     density = DensityRecorder()
     # Whoever goes first on a document pays for cold caches: they take turns.
@@ -115,16 +123,21 @@ def compare_perplexity(
         model.set_attn_implementation(implementation)
         with record(model, density) if implementation == SPARSE else nullcontext():
             started = time.perf_counter()
-            losses = token_nll(model, rows[index])  # ends on the CPU, so the time is all of it
+            found[implementation] = hidden_states_and_head(model, input_ids=rows[index], use_cache=False)
+            found[implementation][0][0, -1, 0].item()  # wait for the device, so that the time is all of it
             seconds[implementation] += time.perf_counter() - started
-        if not losses.isfinite().all():
-            name = documents[index]["name"]
-            raise ValueError(f"the loss of document {name!r} is not finite with {implementation} attention")
-        nll[implementation].append(losses)
+        if len(found) == 2:
+            pair = compare_predictions(found.pop(DENSE), found.pop(SPARSE), rows[index][0, 1:])
+            for name, losses in ((DENSE, pair.dense), (SPARSE, pair.sparse)):
+                if not losses.isfinite().all():
+                    document = documents[index]["name"]
+                    raise ValueError(f"the loss of document {document!r} is not finite with {name} attention")
+            pairs.append(pair)
     model.set_attn_implementation(SPARSE)
 
-    dense = torch.stack(nll[DENSE]).double()  # [documents, N - 1]
-    sparse = torch.stack(nll[SPARSE]).double()
+    parts = ([getattr(pair, field.name) for pair in pairs] for field in fields(Predictions))
+    predictions = Predictions(*map(torch.stack, parts))  # [documents, N - 1] each
+    dense, sparse, kl = predictions.dense.double(), predictions.sparse.double(), predictions.kl.double()
     by_document = [
         {
             "name": document["name"],
@@ -132,6 +145,7 @@ def compare_perplexity(
             "dense_nll": dense[index].mean().item(),
             "sparse_nll": sparse[index].mean().item(),
             "perplexity_ratio": _ratio(dense[index], sparse[index]),
+            "kl": kl[index].mean().item(),
         }
         for index, document in enumerate(documents)
     ]
@@ -143,9 +157,11 @@ def compare_perplexity(
         | {"density": density.density, "scored_density": density.scored_density},
         "perplexity_ratio": _ratio(dense, sparse),
         "delta_nll": paired_difference(sparse - dense),
-        "by_position": _by_position(dense, sparse),
+        **summarize(predictions),
+        "by_position": _by_position(dense, sparse, kl),
         "documents": by_document,
         "worst_document": max(by_document, key=lambda document: document["perplexity_ratio"])["name"],
+        "worst_tokens": worst_tokens(predictions, documents, tokenizer),
     }
 
 
@@ -192,7 +208,7 @@ def _ratio(dense: torch.Tensor, sparse: torch.Tensor) -> float:
     return math.exp((sparse - dense).mean().item())
 
 
-def _by_position(dense: torch.Tensor, sparse: torch.Tensor) -> list[dict[str, float]]:
+def _by_position(dense: torch.Tensor, sparse: torch.Tensor, kl: torch.Tensor) -> list[dict[str, float]]:
     """Equal spans [start, end) of the positions of predicted tokens."""
     num_tokens = dense.shape[1]
     bounds = np.linspace(0, num_tokens, min(NUM_SPANS, num_tokens) + 1).astype(int).tolist()
@@ -203,6 +219,7 @@ def _by_position(dense: torch.Tensor, sparse: torch.Tensor) -> list[dict[str, fl
             "dense_nll": dense[:, start:end].mean().item(),
             "sparse_nll": sparse[:, start:end].mean().item(),
             "ratio": _ratio(dense[:, start:end], sparse[:, start:end]),
+            "kl": kl[:, start:end].mean().item(),
         }
         for start, end in pairwise(bounds)
     ]

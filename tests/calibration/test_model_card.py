@@ -19,6 +19,8 @@ RESULT = {
     "sparse": {"perplexity": 10.12345, "nll": 2.31, "seconds": 1.0, "density": 0.18765, "scored_density": 0.22222},
     "perplexity_ratio": 1.025,
     "delta_nll": {"mean": 0.0247, "ci95": [-0.001, 0.05], "method": "bootstrap over 2 documents"},
+    "kl": {"mean": 0.00345, "median": 0.000456, "p99": 0.0567, "p99.9": 0.678},
+    "top1_agreement": 0.98765,
     "by_position": [{"start": 1, "end": 4097, "dense_nll": 2.3, "sparse_nll": 2.2, "ratio": 0.99}],
     "documents": [
         {"name": "whale", "tokens": 8191, "dense_nll": 2.1, "sparse_nll": 2.2, "perplexity_ratio": 1.1052},
@@ -81,6 +83,7 @@ def test_measured_figures(tmp_path):
         "| perplexity | 9.8765 | 10.1235 |",
         "| density (attended / admissible pairs) | 1 | 0.1877 |",
         "| scored / admissible pairs | 1 | 0.2222 |",
+        "| 0.00345 | 0.000456 | 0.0567 | 0.678 | 98.77% |",
         "| whale | 2.1000 | 2.2000 | 1.1052 |",
         "| ghost | 2.5000 | 2.4000 | 0.9048 |",
         "| 1 to 4096 | 2.3000 | 2.2000 | 0.9900 |",

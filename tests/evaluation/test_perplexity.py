@@ -54,6 +54,8 @@ def test_sparse_attention_that_covers_everything_costs_nothing(tiny_model_path):
     result = compare_perplexity(model, random_documents(2, 64))
     assert result["perplexity_ratio"] == pytest.approx(1, abs=1e-5)
     assert result["delta_nll"]["ci95"] == pytest.approx([0, 0], abs=1e-5)
+    assert 0 <= result["kl"]["p99.9"] < 1e-9
+    assert result["top1_agreement"] == 1
     assert result["sparse"]["density"] == 1
 
 
@@ -84,6 +86,7 @@ def test_report_agrees_with_its_parts(tiny_model_path):
     spans = result["by_position"]
     assert [(span["start"], span["end"]) for span in spans] == [(i, i + 10) for i in range(1, 81, 10)]
     assert sum(span["dense_nll"] for span in spans) / 8 == pytest.approx(result["dense"]["nll"])
+    assert sum(span["kl"] for span in spans) / 8 == pytest.approx(result["kl"]["mean"])
     assert spans[7]["ratio"] == pytest.approx(math.exp((losses["sparse"] - losses["sdpa"])[:, 70:].mean().item()))
 
     assert [document["name"] for document in result["documents"]] == ["document 0", "document 1", "document 2"]

@@ -22,7 +22,7 @@ def flat(arguments):
     return [part for pair in arguments.items() for part in pair]
 
 
-def test_writes_the_report_and_prints_the_table(run_script, arguments):
+def test_writes_the_report_and_prints_the_table(run_script, arguments, text_directory):
     finished = run_script(SCRIPT, *flat(arguments), "--max-documents", 2, "--sparse-attention", '{"window_size": 4}')
     assert finished.status == 0, finished.stderr
     result = json.loads(arguments["--output"].read_text())
@@ -33,7 +33,21 @@ def test_writes_the_report_and_prints_the_table(run_script, arguments):
     assert 0 < result["sparse"]["density"] < 0.1
     assert result["sparse_attention"]["window_size"] == 4
     assert [document["name"] for document in result["documents"]] == ["0.txt", "1.txt"]
-    for shown in (f"{result['perplexity_ratio']:.4f}", f"{result['sparse']['density']:.4f}"):
+    kl = result["kl"]
+    assert 0 < kl["median"] < kl["p99"] < kl["p99.9"]
+    worst = result["worst_tokens"][0]
+    text = (text_directory / worst["document"]).read_text()
+    assert len(result["worst_tokens"]) == 10
+    assert text[: worst["position"]].endswith(worst["before"])  # a token a byte
+    assert worst["token"] == text[worst["position"]]
+    for shown in (
+        f"{result['perplexity_ratio']:.4f}",
+        f"{result['sparse']['density']:.4f}",
+        *(f"{figure:.3g}" for figure in kl.values()),
+        f"{result['top1_agreement']:.4f}",
+        f"{worst['dense_logprob']:.2f}",
+        f"{worst['sparse_logprob']:.2f}",
+    ):
         assert shown in finished.stdout
 
 
