@@ -1,12 +1,12 @@
 """RULER-style tasks and bAbI-like facts in long text, made from a seed: a file for each family of tasks.
 
-    prompts      texts of an exact length, and questions about them
-    vocabulary   words that a tokenizer splits alike
-    needles, variables, words, facts
-                 the tasks
-    asking       dense and sparse on the same prompts
-    paired       what the answers say: intervals, tests, the worst task
-    picture      the same, drawn
+prompts      texts of an exact length, and questions about them
+vocabulary   words that a tokenizer splits alike
+needles, variables, words, facts
+             the tasks
+asking       dense and sparse on the same prompts
+paired       what the answers say: intervals, tests, the worst task
+picture      the same, drawn
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ class Vocabulary:
 
     @cached_property
     def variables(self) -> list[str]:
-        """At least 50 words of three random capital letters."""
-        return self.alike(_random_words(string.ascii_uppercase), 50)
+        """At least 20 words of three random capital letters."""
+        return self.alike(_random_words(string.ascii_uppercase), 20)
 
 
 def _random_words(letters: str) -> list[str]:

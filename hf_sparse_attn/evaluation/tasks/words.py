@@ -39,9 +39,7 @@ def common_words(generator: random.Random, vocabulary: Vocabulary, room: int) ->
     uncommon = [*wrong, *others]
     question = f"Question: What are the {NUM_COMMON} most common words in the list above?\n"
     question += f"Answer: The {NUM_COMMON} most common words in the list above are:"
-    questions = [
-        _listing(question, common[:known], common[known:], wrong) for known in range(NUM_COMMON_QUESTIONS)
-    ]
+    questions = [_listing(question, common[:known], common[known:], wrong) for known in range(NUM_COMMON_QUESTIONS)]
     order = generator.random()
 
     def body(entries: int) -> str:
