@@ -10,7 +10,6 @@ nothing about sparse attention and is left out where the worst task is named. Pr
 with the same options, are kept. docs/tasks.md describes each task, and how lm-evaluation-harness runs the same ones.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 

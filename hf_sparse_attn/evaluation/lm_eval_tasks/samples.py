@@ -48,7 +48,7 @@ def make(
 
 
 def process_results(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """ "acc", "generated" (greedy decoding starts with a right answer) and "margin" in nats, as `eval-tasks` has them."""
+    """ "acc", "generated" (greedy decoding starts with a right answer) and "margin" in nats, as in `eval-tasks`."""
     num_right = document["num_right"]
     margin = max(likelihood for likelihood, _ in results[:num_right]) - max(
         likelihood for likelihood, _ in results[num_right:]

@@ -11,10 +11,13 @@ from hf_sparse_attn.evaluation.tasks.prompts import Draft, Question
 from hf_sparse_attn.evaluation.tasks.variables import interleaved
 from hf_sparse_attn.evaluation.tasks.vocabulary import Vocabulary
 
-PLACES = tuple(
-    "bathroom bedroom hallway kitchen library gallery garden office pantry cellar stable garage closet lounge".split()
+PLACES, OBJECTS = (
+    words.split()
+    for words in (
+        "bathroom bedroom hallway kitchen library gallery garden office pantry cellar stable garage closet lounge",
+        "football apple milk box lamp ring map letter hammer umbrella basket candle",
+    )
 )
-OBJECTS = tuple("football apple milk box lamp ring map letter hammer umbrella basket candle".split())
 NUM_PLACES = NUM_PEOPLE = 8
 NUM_MOVES = 3
 _MOVED = ("moved to", "went to", "travelled to", "journeyed to")

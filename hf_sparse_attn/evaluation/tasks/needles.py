@@ -1,7 +1,7 @@
 """Facts hidden in a text and asked for: RULER's retrieval tasks (Hsieh et al. 2024, arXiv 2404.06654, section 3.1).
 
-The questions repeat the words of the fact, so that a model without any instruction tuning can answer, and the values are
-words, most of which are one token. All facts of a text are stated once.
+The questions repeat the words of the fact, so that a model without any instruction tuning can answer, and the values
+are words, most of which are one token. All facts of a text are stated once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _INTRO = "Some special magic words are hidden in the following text. Memorize th
 _FACT = "The special magic word of {key} is: {value}."
 # Of each kind a text has one fact, which is single in this sense.
 KINDS = (
-    *("password of the old lighthouse", "name of the grey horse", "code word of the night train"),
+    *("password of the old lighthouse", "name of the grey donkey", "code word of the night ferry"),
     *("gift for the youngest guest", "sign above the hidden door", "answer to the third riddle"),
     *("label on the green box", "mark on the pirate map"),
 )
