@@ -19,7 +19,7 @@ from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
 from hf_sparse_attn.cli.compare_patterns import earlier
 from hf_sparse_attn.cli.options import DATASET_HELP, add, command_parser
 from hf_sparse_attn.errors import argument
-from hf_sparse_attn.evaluation.tasks import TASKS
+from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Prompt, Vocabulary, prompt_of
 from hf_sparse_attn.output_files import replaced, write_json
 
 LM_EVAL_PATH = Path(hf_sparse_attn.evaluation.__file__).parent / "lm_eval_tasks"
@@ -67,7 +67,6 @@ def main() -> None:
 
     from hf_sparse_attn.data import stream_documents
     from hf_sparse_attn.environment import describe_environment, written_fields
-    from hf_sparse_attn.evaluation.tasks import Haystack, Vocabulary, prompt_of
     from hf_sparse_attn.evaluation.tasks.asking import ask_both
     from hf_sparse_attn.evaluation.tasks.paired import summarize
     from hf_sparse_attn.evaluation.tasks.picture import plot_tasks
@@ -79,10 +78,14 @@ def main() -> None:
     path, _, tokenizer, fields = read_checkpoint(arguments.model, arguments.sparse_attention)
     vocabulary = Vocabulary(tokenizer)
     tasks, lengths = dict.fromkeys(arguments.tasks), sorted(set(arguments.context_lengths))
+
+    def made(task: str, length: int, sample: int) -> Prompt:
+        with argument("context_lengths", f"{length} of {task}"):
+            return prompt_of(task, length, sample, vocabulary, haystack, arguments.seed)
+
     for length in lengths:
         for task in tasks:
-            with argument("context_lengths", f"{length} of {task}"):
-                prompt_of(task, length, 0, vocabulary, haystack, arguments.seed)
+            made(task, length, 0)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
     result = earlier(arguments.output, settings)
     model = load_model(
@@ -95,7 +98,7 @@ def main() -> None:
             name = f"{task} {length} {sample}"
             if name in result["results"]:
                 continue
-            prompt = prompt_of(task, length, sample, vocabulary, haystack, arguments.seed)
+            prompt = made(task, length, sample)
             result["results"][name] = ask_both(model, prompt, sparse_first=turn % 2 == 1)
             if arguments.output is not None:
                 write_json(arguments.output, result)

@@ -191,7 +191,7 @@ def _sizes(
     least = max(cuts, default=0)
     rate = vocabulary.tokens_per_character(passage)
     missing = 0
-    for _ in range(4):
+    for _ in range(8):
         missing = num_tokens - vocabulary.count(_assembled(draft, passage[:size], cuts)[0])
         if abs(missing) < _NEAR:
             break

@@ -22,7 +22,6 @@ class Vocabulary:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._alike: dict[tuple[tuple[str, ...], int], list[str]] = {}
-        self._rates: dict[str, float] = {}
 
     def whole(self, text: str) -> list[int]:
         """Tokens of a whole text, with those that the tokenizer puts in front."""
@@ -40,9 +39,7 @@ class Vocabulary:
     def tokens_per_character(self, text: str) -> float:
         """Of the beginning of a text."""
         sample = text[:_SAMPLE]
-        if sample not in self._rates:
-            self._rates[sample] = self.count(sample) / max(1, len(sample))
-        return self._rates[sample]
+        return self.count(sample) / max(1, len(sample))
 
     def alike(self, words: Sequence[str], at_least: int) -> list[str]:
         """Those of `words` that have equally many tokens after a space.
