@@ -1,5 +1,7 @@
+import copy
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,7 +114,9 @@ def test_the_path_for_lm_eval_holds_a_file_for_each_task(run_script):
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval")
 @pytest.mark.parametrize("implementation", ["sdpa", "sparse"])
-def test_lm_evaluation_harness_gives_the_same_answers(run_script, arguments, tiny_model_path, implementation):
+def test_lm_evaluation_harness_gives_the_same_answers(
+    run_script, arguments, tiny_model_path, tiny_tokenizer, tmp_path, implementation
+):
     """Each question of the same samples: margin, whether it is right, and whether greedy decoding gives it."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -121,16 +125,21 @@ def test_lm_evaluation_harness_gives_the_same_answers(run_script, arguments, tin
         ["niah_single", "niah_multivalue", "qa1"],
         {"num_samples": 1, "dataset": str(arguments["--dataset"][0])},
     )
+    model = str(shutil.copytree(tiny_model_path, tmp_path / "model"))
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(200)  # the harness needs one
+    tokenizer.save_pretrained(model)
     del arguments["--picture"]
+    arguments["--model"] = [model]
     arguments |= {"--tasks": tasks, "--num-samples": [1], "--dtype": ["float64"]}
     assert run_script(SCRIPT, *flat(arguments)).status == 0
     ours = json.loads(arguments["--output"][0].read_text())["results"]
-    settings = {"pretrained": str(tiny_model_path), "context_length": LENGTH, **shared}
+    settings = {"pretrained": model, "context_length": LENGTH, **shared}
     manager = TaskManager(include_path=str(LM_EVAL_PATH), metadata=settings)
     evaluated = lm_eval.simple_evaluate(
         model="hf",
         model_args={
-            "pretrained": str(tiny_model_path),
+            "pretrained": model,
             "attn_implementation": implementation,
             "dtype": "float64",
             "max_length": LENGTH + 1,

@@ -29,7 +29,10 @@ _INTRO = "Memorize where people go and what they carry. These facts are hidden i
 def qa1(generator: random.Random, vocabulary: Vocabulary, room: int) -> Draft:
     """One supporting fact: eight people move three times each; where is each of them at the end?"""
     people, places = _cast(generator, vocabulary)
-    moves = {person: generator.sample(places, NUM_MOVES) for person in people}
+    moves = {
+        person: [first, *generator.sample([place for place in places if place != first], NUM_MOVES - 1)]
+        for person, first in zip(people, places, strict=True)
+    }
     lines = [[_moved(generator, person, place) for place in way] for person, way in moves.items()]
     facts = interleaved(generator, lines)
     questions = [
@@ -50,8 +53,8 @@ def qa2(generator: random.Random, vocabulary: Vocabulary, room: int) -> Draft:
     goes_on = [True, False] * (NUM_PEOPLE // 2)
     generator.shuffle(goes_on)
     lines, ends = [], []
-    for person, carried, leaves in zip(people, objects, goes_on, strict=True):
-        first, end, other = generator.sample(places, 3)
+    for person, first, carried, leaves in zip(people, places, objects, goes_on, strict=True):
+        end, other = generator.sample([place for place in places if place != first], 2)
         line = [_moved(generator, person, first), f"{person} {generator.choice(_TOOK)} the {carried}."]
         line.append(_moved(generator, person, end))
         if leaves:
@@ -71,6 +74,7 @@ def qa2(generator: random.Random, vocabulary: Vocabulary, room: int) -> Draft:
 
 
 def _cast(generator: random.Random, vocabulary: Vocabulary) -> tuple[list[str], list[str]]:
+    """Equally many people and places: each person goes to another one first, so that the text names all of them."""
     places = generator.sample(vocabulary.alike(PLACES, NUM_PLACES), NUM_PLACES)
     return generator.sample(NAMES, NUM_PEOPLE), places
 

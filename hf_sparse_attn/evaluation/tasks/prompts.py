@@ -167,9 +167,10 @@ def _lay_out(
         raise ValueError(f"too short for the facts and the questions by {empty - num_tokens} tokens")
     room = num_tokens - empty
     places = sorted(generator.random() for _ in draft.facts)
-    for _ in range(_TRIED_PASSAGES):
+    for skipped in range(_TRIED_PASSAGES):
         characters = max(1, round(room / vocabulary.tokens_per_character(haystack.text)))
-        passage = haystack.passage(generator, 3 * characters)  # three times, for text differs in its tokens
+        # Three times, for text differs in its tokens; from within a word where the ends of words do not fit.
+        passage = haystack.passage(generator, 3 * characters)[skipped:]
         for _ in range(3):
             characters = round(characters * room / max(1, vocabulary.count(passage[:characters])))
             characters = max(1, characters)
