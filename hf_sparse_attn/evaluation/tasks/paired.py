@@ -29,7 +29,7 @@ def summarize(prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     by_cell: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for prompt in prompts:
         by_cell.setdefault((prompt["context_length"], prompt["task"]), []).append(prompt)
-    cells = [
+    cells: list[dict[str, Any]] = [
         {"task": task, "context_length": length} | summarize_cell(by_cell[length, task])
         for length, task in sorted(by_cell, key=lambda cell: cell[0])
     ]
