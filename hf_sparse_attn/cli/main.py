@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": ("convert", "Convert a dense checkpoint: fit the hash and what every head reads on sample documents."),
     "eval-perplexity": ("eval_perplexity", "Measure perplexity over long documents, dense and sparse."),
     "eval-needle": ("eval_needle", "Hide facts in long text and ask for them, dense and sparse."),
+    "eval-tasks": ("eval_tasks", "Ask RULER-style tasks, dense and sparse, and name the worst one."),
     "eval-recall": ("eval_recall", "Measure what the sparse attention keeps of the dense one, by layer and head."),
     "leak-test": ("leak_test", "Show that no logit knows of later tokens, whatever the attention."),
     "eval-cache-policies": ("eval_cache_policies", "Compare the eviction policies: perplexity, needles and bytes."),

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_sparse_attn.evaluation.haystack import SEVERAL, SINGLE, Context, Needle
+from hf_sparse_attn.evaluation.haystack import SEVERAL, SINGLE, Context
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.logits import hidden_states_and_head
 from hf_sparse_attn.recording import DensityRecorder
@@ -24,6 +25,7 @@ from hf_sparse_attn.tracing import input_device
 DENSE, SPARSE = "sdpa", "sparse"
 TASK_TITLES = {SINGLE: "one fact", SEVERAL: "several facts"}
 NUM_RESAMPLES = 10_000
+_REPLACING = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def compare_retrieval(
@@ -108,41 +110,69 @@ def retrieve(
     Raises:
         ValueError: a likelihood is not finite.
     """
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    input_ids = torch.tensor([context.input_ids], device=input_device(model))
-    for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
-        hidden_states_and_head(model, input_ids=chunk, past_key_values=cache, use_cache=True)
+    cache = read_context(model, context.input_ids, cache, chunk_size)
     found = []
     for needle in context.needles:
-        likelihoods, generated = _answer_likelihoods(model, cache, needle)
+        likelihoods, greedy = answer_likelihoods(model, cache, needle.question, needle.alternatives)
         if not likelihoods.isfinite().all():
             raise ValueError(
                 f"a likelihood in document {context.document!r} is not finite with "
                 f"{model.config._attn_implementation} attention"
             )
         margin = (likelihoods[0] - likelihoods[1:].max()).item()
-        found.append({"margin": margin, "right": margin > 0, "generated": generated})
+        found.append({"margin": margin, "right": margin > 0, "generated": greedy[0]})
     return found
 
 
-def _answer_likelihoods(model: PreTrainedModel, cache: DynamicCache, needle: Needle) -> tuple[Tensor, bool]:
-    """Log-likelihood of each alternative [A], and whether greedy decoding gives the first of them."""
-    cache = copy.deepcopy(cache)  # the next question needs it unchanged, and sliding layers cannot be cropped
-    alternatives = torch.tensor(needle.alternatives)  # [A, T]
-    (first,) = _log_probabilities(model, needle.question, cache, rows=1)  # [V]
-    likelihoods = first[alternatives[:, 0]]
+@torch.no_grad()
+def read_context(
+    model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache | None = None, chunk_size: int | None = None
+) -> DynamicCache:
+    """A cache (a new `DynamicCache`, or the empty one given) filled with tokens, all or `chunk_size` in one forward."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    input_ids = torch.tensor([tokens], device=input_device(model))
+    for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
+        hidden_states_and_head(model, input_ids=chunk, past_key_values=cache, use_cache=True)
+    return cache
+
+
+@torch.no_grad()
+def answer_likelihoods(
+    model: PreTrainedModel, cache: DynamicCache, question: Sequence[int], alternatives: Sequence[Sequence[int]]
+) -> tuple[Tensor, list[bool]]:
+    """Log-likelihood in nats of each alternative [A] float64 after the cached tokens and a question.
+
+    Args:
+        cache: left as it is.
+        alternatives: token ids, all of one length.
+
+    Returns:
+        The log-likelihoods, and of each alternative whether greedy decoding starts with its tokens.
+    """
+    cache = _copied(cache)  # the next question needs it unchanged
+    answers = torch.tensor(alternatives)  # [A, T]
+    (first,) = _log_probabilities(model, question, cache, rows=1)  # [V]
+    likelihoods = first[answers[:, 0]]
     # Greedy decoding gives these tokens exactly if each is the likeliest after the ones before it.
-    generated = first.argmax() == alternatives[0, 0]
-    if alternatives.shape[1] > 1:
-        for index, tokens in enumerate(alternatives):
-            following = _log_probabilities(model, tokens[:-1].tolist(), copy.deepcopy(cache))  # [T - 1, V]
+    greedy = first.argmax() == answers[:, 0]
+    if answers.shape[1] > 1:
+        for index, tokens in enumerate(answers):
+            following = _log_probabilities(model, tokens[:-1].tolist(), _copied(cache))  # [T - 1, V]
             likelihoods[index] += following.gather(1, tokens[1:, None]).sum()
-            if index == 0:
-                generated &= (following.argmax(-1) == tokens[1:]).all()
-    return likelihoods, bool(generated)
+            greedy[index] &= (following.argmax(-1) == tokens[1:]).all()
+    return likelihoods, greedy.tolist()
 
 
-def _log_probabilities(model: PreTrainedModel, tokens: list[int], cache: DynamicCache, rows: int = 0) -> Tensor:
+def _copied(cache: DynamicCache) -> DynamicCache:
+    """A cache to go on with; its tensors are shared where layers replace theirs and never write into them."""
+    if type(cache) is not DynamicCache or any(type(layer) not in _REPLACING for layer in cache.layers):
+        return copy.deepcopy(cache)
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+def _log_probabilities(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache, rows: int = 0) -> Tensor:
     """Of the token after each of the last `rows` of `tokens` (0: all, [R, V] float64), which follow the cached ones."""
     input_ids = torch.tensor([tokens], device=input_device(model))
     hidden, head = hidden_states_and_head(model, input_ids=input_ids, past_key_values=cache, use_cache=True)
@@ -181,7 +211,16 @@ def binomial_interval(successes: int, trials: int, level: float = 0.975) -> tupl
     """Clopper and Pearson's exact interval of a share: the shares that an equal-tailed test at 1 - level keeps."""
 
     def at_most(count: int, share: float) -> float:
-        return sum(math.comb(trials, k) * share**k * (1 - share) ** (trials - k) for k in range(count + 1))
+        ways = ways_of[: count + 1]
+        chosen = np.arange(len(ways))
+        return float(np.exp(ways + chosen * math.log(share) + (trials - chosen) * math.log1p(-share)).sum())
+
+    def log_factorial(number: int) -> float:
+        return math.lgamma(number + 1)
+
+    ways_of = np.array(
+        [log_factorial(trials) - log_factorial(k) - log_factorial(trials - k) for k in range(trials + 1)]
+    )
 
     def largest(count: int, probability: float) -> float:
         """The largest share under which at most `count` successes still have this probability."""

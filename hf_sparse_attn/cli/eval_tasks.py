@@ -1,0 +1,146 @@
+"""Ask RULER-style tasks of long text, dense and sparse on the same prompts, and name the task that loses most.
+
+    hf-sparse-attn eval-tasks --model converted --context-lengths 4096 8192 --num-samples 40 --output tasks.json
+    hf-sparse-attn eval-tasks --model demo --dataset book.txt --tasks niah_multikey qa1 --context-lengths 2048 \
+        --sparse-attention '{"key_budget": 256}' --picture tasks.png
+
+A sample is one text with up to eight questions, which share its prefill. Each is answered by the log-likelihood of the
+right answers against wrong ones and by greedy decoding. A task in which the dense model is not better than chance says
+nothing about sparse attention and is left out where the worst task is named. Prompts that --output holds already, asked
+with the same options, are kept. docs/tasks.md describes each task, and how lm-evaluation-harness runs the same ones.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import hf_sparse_attn.evaluation
+from hf_sparse_attn.cli.argument_types import positive_int
+from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
+from hf_sparse_attn.cli.compare_patterns import earlier
+from hf_sparse_attn.cli.options import DATASET_HELP, add, command_parser
+from hf_sparse_attn.errors import argument
+from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Prompt, Vocabulary, prompt_of
+from hf_sparse_attn.output_files import replaced, write_json
+
+LM_EVAL_PATH = Path(hf_sparse_attn.evaluation.__file__).parent / "lm_eval_tasks"
+
+
+def make_parser() -> OneLineErrors:
+    parser = command_parser(__doc__)
+    add(parser, "model")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=list(TASKS),
+        default=list(TASKS),
+        metavar="NAME",
+        help=f"Ask these: {', '.join(TASKS)} (default: all of them).",
+    )
+    parser.add_argument(
+        "--context-lengths",
+        type=positive_int,
+        nargs="+",
+        required=True,
+        metavar="N",
+        help="Make prompts of exactly N tokens, the longest question and its answer included.",
+    )
+    add(parser, "num-samples", default=20, help="Make N texts for each task and length (default: %(default)s).")
+    dataset_help = f"{DATASET_HELP[:-1]}, to hide facts in (default: %(default)s)."
+    add(parser, "dataset", required=False, default="demo", help=dataset_help)
+    add(parser, "split")
+    add(parser, "seed", help="Draw texts, facts and questions with the seed N (default: %(default)s).")
+    add(parser, "sparse-attention", "device", "dtype", "output")
+    add(parser, "picture", help="Draw accuracies and losses to this .png, .svg or .pdf file.")
+    parser.add_argument(
+        "--print-lm-eval-path",
+        action="version",
+        version=str(LM_EVAL_PATH),
+        help="Print the --include_path of these tasks for lm-evaluation-harness, and exit.",
+    )
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
+
+    from tqdm import tqdm
+
+    from hf_sparse_attn.data import stream_documents
+    from hf_sparse_attn.environment import describe_environment, written_fields
+    from hf_sparse_attn.evaluation.tasks.asking import ask_both
+    from hf_sparse_attn.evaluation.tasks.paired import summarize
+    from hf_sparse_attn.evaluation.tasks.picture import plot_tasks
+    from hf_sparse_attn.loading import load_model, parse_device, parse_dtype, read_checkpoint
+
+    device, dtype = parse_device(arguments.device), parse_dtype(arguments.dtype)
+    with argument("dataset"):
+        haystack = Haystack(stream_documents(arguments.dataset, arguments.split))
+    path, _, tokenizer, fields = read_checkpoint(arguments.model, arguments.sparse_attention)
+    vocabulary = Vocabulary(tokenizer)
+    tasks, lengths = dict.fromkeys(arguments.tasks), sorted(set(arguments.context_lengths))
+
+    def made(task: str, length: int, sample: int) -> Prompt:
+        with argument("context_lengths", f"{length} of {task}"):
+            return prompt_of(task, length, sample, vocabulary, haystack, arguments.seed)
+
+    for length in lengths:
+        for task in tasks:
+            made(task, length, 0)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
+    result = earlier(arguments.output, settings)
+    model = load_model(
+        arguments.model, path, arguments.sparse_attention, device=device, num_tokens=lengths[-1], dtype=dtype
+    )
+    result |= {"sparse_attention": written_fields(fields), "environment": describe_environment(device)}
+    asked = [(sample, length, task) for sample in range(arguments.num_samples) for length in lengths for task in tasks]
+    with argument("model", arguments.model):
+        for turn, (sample, length, task) in enumerate(tqdm(asked, desc="asking", unit="prompt")):
+            name = f"{task} {length} {sample}"
+            if name in result["results"]:
+                continue
+            prompt = made(task, length, sample)
+            result["results"][name] = ask_both(model, prompt, sparse_first=turn % 2 == 1)
+            if arguments.output is not None:
+                write_json(arguments.output, result)
+    result["summary"] = summarize(list(result["results"].values()))
+    report(result, arguments.output, print_result)
+    if arguments.picture:
+        with replaced(arguments.picture) as picture:
+            plot_tasks(result["summary"]["cells"], picture)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    summary, model = result["summary"], result["settings"]["model"]
+    rows, others = [], []
+    for cell in summary["cells"]:
+        name = [cell["task"], str(cell["context_length"])]
+        difference, (low, high) = cell["difference"], points(cell["difference"]["ci95"])
+        shares = [f"{cell[side]['accuracy']:.3f}" for side in ("dense", "sparse")]
+        change = [f"{100 * difference['accuracy']:+.2f}", f"{low} .. {high}", f"{difference['p_value_by_prompt']:.3g}"]
+        rows.append([*name, str(cell["samples"]), f"{cell['chance']:.3f}", *shares, *change])
+        low, high = (f"{end:+.3f}" for end in difference["margin_ci95"])
+        found = [
+            f"{cell[side][part]:.3f}" for part in ("generation_accuracy", "margin") for side in ("dense", "sparse")
+        ]
+        others.append([*name, *found, f"{difference['margin']:+.3f}", f"{low} .. {high}"])
+    title = f"{model}: share of right answers; density {summary['density']:.4f}"
+    print_table(title, ["task", "tokens", "asked", "chance", "dense", "sparse", "points", "95%", "p"], rows)
+    columns = ["task", "tokens", "dense", "sparse", "dense nats", "sparse nats", "difference", "95%"]
+    print_table("Right when generated; mean margin in nats", columns, others)
+    if summary["too_hard"]:
+        print(f"Say nothing, for the dense model is not above chance: {', '.join(summary['too_hard'])}")
+    print(worst_task(summary["worst"]))
+
+
+def worst_task(worst: dict[str, Any] | None) -> str:
+    """The line that names the worst task."""
+    if worst is None:
+        return "Worst task: none, for the dense model can do no task"
+    (low, high), (lowest, highest) = points(worst["difference"]["ci95"]), points(worst["simultaneous_ci95"])
+    told = f"Worst task: {worst['task']} at {worst['context_length']} tokens, "
+    told += f"{100 * worst['difference']['accuracy']:+.2f} points, 95% interval {low} .. {high}"
+    return told + (f" ({lowest} .. {highest} for all {worst['of']} at once)" if worst["of"] > 1 else "")
+
+
+def points(interval: list[float]) -> list[str]:
+    return [f"{100 * end:+.2f}" for end in interval]

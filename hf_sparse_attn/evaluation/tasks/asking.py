@@ -1,0 +1,76 @@
+"""The same weights with dense and with sparse attention on the same prompts."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_sparse_attn.evaluation.needle import DENSE, SPARSE, answer_likelihoods, read_context
+from hf_sparse_attn.evaluation.tasks.prompts import Prompt
+from hf_sparse_attn.integration import record
+from hf_sparse_attn.recording import DensityRecorder
+
+
+def ask(model: PreTrainedModel, prompt: Prompt) -> list[dict[str, Any]]:
+    """Ask every question of a prompt, with one prefill for all of them and the attention that the model has.
+
+    Returns:
+        For each question "margin" (log-likelihood of the likeliest right answer minus that of the likeliest wrong one,
+        nats), "right" (it is positive) and "generated" (greedy decoding starts with a right answer's tokens).
+
+    Raises:
+        ValueError: a likelihood is not finite.
+    """
+    cache = read_context(model, prompt.input_ids)
+    found = []
+    for question, tokens, answers in zip(prompt.questions, prompt.question_ids, prompt.answer_ids, strict=True):
+        likelihoods, greedy = answer_likelihoods(model, cache, tokens, answers)
+        if not likelihoods.isfinite().all():
+            attention = model.config._attn_implementation
+            raise ValueError(f"a likelihood of task {prompt.task} is not finite with {attention} attention")
+        num_right = len(question.right)
+        margin = (likelihoods[:num_right].max() - likelihoods[num_right:].max()).item()
+        found.append({"margin": margin, "right": margin > 0, "generated": any(greedy[:num_right])})
+    return found
+
+
+def ask_both(model: PreTrainedModel, prompt: Prompt, sparse_first: bool = False) -> dict[str, Any]:
+    """Ask dense (SDPA) and sparse.
+
+    Args:
+        model: what `load_sparse_model` returns; it is left with sparse attention.
+        sparse_first: whoever goes first pays for cold caches, so let them take turns.
+
+    Returns:
+        A JSON-ready dict: "task", "context_length", the "attended" and "admissible" pairs of the sparse side,
+        "dense_seconds", "sparse_seconds" and "questions", each with its "answer" (the first right one), "depth" (of its
+        fact, or None), "chance" and what `ask` returns as "dense" and "sparse".
+    """
+    answers, seconds, density = {}, {}, DensityRecorder()
+    for side in (SPARSE, DENSE) if sparse_first else (DENSE, SPARSE):
+        model.set_attn_implementation(side)
+        try:
+            with record(model, density) if side == SPARSE else nullcontext():
+                started = time.perf_counter()
+                answers[side] = ask(model, prompt)
+                seconds[side] = time.perf_counter() - started
+        finally:
+            model.set_attn_implementation(SPARSE)
+    return {
+        "task": prompt.task,
+        "context_length": prompt.context_length,
+        "attended": density.attended,
+        "admissible": density.admissible,
+        "dense_seconds": seconds[DENSE],
+        "sparse_seconds": seconds[SPARSE],
+        "questions": [
+            {"answer": question.right[0].strip(), "depth": depth, "chance": question.chance}
+            | {"dense": dense, "sparse": sparse}
+            for question, depth, dense, sparse in zip(
+                prompt.questions, prompt.depths, answers[DENSE], answers[SPARSE], strict=True
+            )
+        ],
+    }
