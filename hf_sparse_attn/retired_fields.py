@@ -1,6 +1,6 @@
-"""Fields of a config that only earlier releases had: checkpoints with them go on loading, for as long as they stand here.
+"""Fields of a config that only earlier releases had: checkpoints with them go on loading.
 
-CONTRIBUTING.md says how long that is.
+CONTRIBUTING.md says for how long.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def current_fields(fields: dict[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         if name in REMOVED:
             if value != REMOVED[name]:
-                raise ValueError(f"{name} was removed: only {REMOVED[name]!r}, which did nothing, is read; got {value!r}")
+                raise ValueError(
+                    f"{name} was removed: only {REMOVED[name]!r}, which did nothing, is read; got {value!r}"
+                )
             _warn(f"{name} was removed and did nothing here; leave it out")
         elif name in RENAMED:
             if RENAMED[name] in fields:
