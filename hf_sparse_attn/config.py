@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from hf_sparse_attn.pattern_fields import MAX_ROW_KEYS, OVERRIDABLE, Overrides, check_patterns, plain, read_overrides
+from hf_sparse_attn.retired_fields import current_fields
 
 HASHES = ("random", "calibrated")
 IMPLEMENTATIONS = ("auto", "reference", "torch", "numba", "triton")
@@ -293,11 +294,12 @@ _RANGES = {
 
 
 def expand_preset(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a config, `preset` replaced by the fields that it stands for.
+    """Fields of a config by their names of today, `preset` replaced by the fields that it stands for.
 
     Raises:
-        ValueError: for an unknown preset, listing the names.
+        ValueError: for an unknown preset, listing the names, or a retired field that cannot be read.
     """
+    fields = current_fields(fields)
     if "preset" not in fields:
         return fields
     from hf_sparse_attn.presets import preset_fields

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hf_sparse_attn.retired_fields import current_fields
+
 if TYPE_CHECKING:
     from hf_sparse_attn.config import SparseAttentionConfig
 
@@ -100,7 +102,7 @@ def read_overrides(config: SparseAttentionConfig, name: str) -> Overrides:
         is_pairs = isinstance(entry, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in entry)
         if not isinstance(entry, dict) and not is_pairs:
             raise ValueError(f"{name} must be a list of dicts of fields, got {entry!r} as entry {i}")
-        fields = dict(entry)
+        fields = current_fields(dict(entry))
         for field in fields:
             if field not in allowed:
                 raise ValueError(f"{name} may name {', '.join(allowed)}; got {field!r} in entry {i}")
