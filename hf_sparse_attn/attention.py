@@ -59,6 +59,7 @@ def attention(
     dropout: Dropout | None = None,
     documents: list[Document] | None = None,
     candidates: list[Tensor] | None = None,
+    choose: ops.Chooser | None = None,
 ) -> Tensor:
     """Sparse attention of a batch with any padding and packing.
 
@@ -69,6 +70,7 @@ def attention(
         dropout: of the weights, or None.
         documents: the documents of the batch; None: as the masks say.
         candidates: of each of these `documents`, in place of what the buckets would give; see `AttentionCall`.
+        choose: chooses the keys of every document, in place of the buckets.
 
     Returns:
         [batch, Q, num_heads, head_dim], in query's dtype; zeros for padding.
@@ -102,6 +104,10 @@ def attention(
     if not pattern.is_causal:
         if kept is not None:
             raise ValueError("a SparseCache with a policy holds keys of causal attention alone")
+        indexes = None
+    if choose is not None:
+        if kept is not None:
+            raise ValueError("a SparseCache with a policy knows no other choice of keys")
         indexes = None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, inputs.sinks)):
         if kept is not None:
@@ -139,6 +145,7 @@ def attention(
                 index=None if indexes is None else indexes.of(document, pattern, keys, marked),
                 dropout=None if dropout is None else dataclasses.replace(dropout, batch=document.batch),
                 candidates=candidates,
+                choose=choose,
                 **given,
             )
         return heads_first.transpose(0, 1).to(query.dtype)

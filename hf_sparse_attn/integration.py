@@ -41,7 +41,7 @@ Observer = Callable[[LayerPattern, Tensor, Tensor, Tensor, float, Tensor], None]
 
 
 class _Attached(NamedTuple):
-    """The recorders and observers of a model's forwards in one block of one thread."""
+    """The recorders, observers and choosers of a model's forwards in one block of one thread."""
 
     model: nn.Module
     modules: frozenset[int]  # ids of the model's modules
@@ -50,6 +50,7 @@ class _Attached(NamedTuple):
 
 _RECORDERS: ContextVar[tuple[_Attached, ...]] = ContextVar("recorders", default=())
 _OBSERVERS: ContextVar[tuple[_Attached, ...]] = ContextVar("observers", default=())
+_CHOOSERS: ContextVar[tuple[_Attached, ...]] = ContextVar("choosers", default=())
 
 
 def register() -> None:
@@ -137,7 +138,8 @@ def sparse_attention_forward(
     notice_positions(module.config, inputs, pattern)
     recorders = _attached_to(module, _RECORDERS)
     recorder = recorders[0] if len(recorders) == 1 else Recorders(recorders) if recorders else None
-    output = attention(inputs, pattern, scaling, softcap, recorder)
+    choose = next(iter(_attached_to(module, _CHOOSERS)[::-1]), None)
+    output = attention(inputs, pattern, scaling, softcap, recorder, choose=choose)
     for observer in _attached_to(module, _OBSERVERS):
         observer(pattern, query, key, value, scaling, output)
     return output, None
@@ -321,6 +323,11 @@ def observe(model: nn.Module, observer: Observer) -> AbstractContextManager[None
     """Call `observer(pattern, query, key, value, scaling, output)` after each attention of this thread's forwards of
     this block."""
     return _attach(model, _OBSERVERS, observer)
+
+
+def choosing(model: nn.Module, choose: ops.Chooser) -> AbstractContextManager[None]:
+    """Have `choose` find the keys that the buckets would give in this thread's forwards of this block."""
+    return _attach(model, _CHOOSERS, choose)
 
 
 @contextmanager

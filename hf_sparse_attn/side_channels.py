@@ -14,7 +14,7 @@ to. So these ride on the tensors and the module:
 | PATTERN | an attention layer's `__dict__` | `integration` | `integration` | the pattern is built anew |
 | PART | a model's modules' `__dict__` | `split_heads` | `tensor_parallel` | a part of the heads is refused |
 
-Recorders and observers belong to a block of one thread and are context variables of `integration`.
+Recorders, observers and choosers belong to a block of one thread and are context variables of `integration`.
 """
 
 INDEXES = "_sparse_attention_indexes"

@@ -1,36 +1,47 @@
-"""Compare the field's sparse patterns on one model at the same density: perplexity, kept mass, hidden facts and time.
+"""Compare the field's sparse patterns on one model at the same density: perplexity, divergence, tasks and time.
 
     hf-sparse-attn compare-patterns --model demo --dataset demo --context-length 8192 --densities 0.2 0.1 \
         --output patterns.json --picture patterns.png
     hf-sparse-attn compare-patterns --model demo --dataset book.txt --context-length 4096 --densities 0.15 \
-        --patterns converted longformer ssa --num-samples 2
+        --patterns converted longformer ssa oracle --num-samples 2
 
-Patterns are the presets of docs/patterns.md, each with the number that brings it to the density; "converted" is what
-`convert` fits on --calibration-dataset, and "block-votes" has the blocks of minference-like beside the window and the
-leading keys of ssa. Both of these look at later tokens, so that their perplexity is no measure. The table has the
-perplexity over that of dense attention, the share of its mass that is read, right answers about hidden facts, and the
-speed over that of dense attention. Results that --output holds already, made with the same options, are kept.
+Patterns are the presets of docs/patterns.md, each with the number that brings it to the density, and:
+
+  converted    what `convert` fits on --calibration-dataset
+  block-votes  the blocks of minference-like beside the window and the leading keys of ssa
+  quest-like   the window and the leading keys of ssa, and pages with the largest bounds of a score, as in Quest
+  oracle       the same, and the keys with the largest weights of the dense softmax
+
+minference-like and block-votes look at later tokens, so that their perplexity is no measure; the last two compute every
+score to choose by, so that they say what could be had, and their time nothing. The table has the perplexity over that
+of dense attention, the mean KL(dense || sparse) in nats, how often both expect the same token most, the share of dense
+attention's mass that is read, the task of docs/tasks.md that loses most, and the speed over that of dense attention.
+Results that --output holds already, made with the same options, are kept.
 """
 
+from __future__ import annotations
+
 import json
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_sparse_attn.cli.argument_types import fraction, positive_int
 from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
-from hf_sparse_attn.cli.needles import make_all_contexts
-from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, add, command_parser
+from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, SUFFIXES, add, command_parser
 from hf_sparse_attn.config import SparseAttentionConfig, layer_shape
 from hf_sparse_attn.errors import argument
+from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Vocabulary, prompt_of
 from hf_sparse_attn.output_files import replaced, write_json
 from hf_sparse_attn.presets import PRESETS
 
+if TYPE_CHECKING:
+    from hf_sparse_attn.ops import Chooser
+
 CONVERTED = "converted"
-NAMES = (CONVERTED, *PRESETS, "block-votes")
+NAMES = (CONVERTED, *PRESETS, "block-votes", "quest-like", "oracle")
 
 
 def make_parser() -> OneLineErrors:
@@ -66,9 +77,17 @@ def make_parser() -> OneLineErrors:
         metavar="N",
         help="Measure the kept mass of N rows of the first document (default: %(default)s).",
     )
-    add(parser, "depths", default=[0.0, 0.25, 0.5, 0.75, 1.0])
-    add(parser, "num-samples", default=1)
-    add(parser, "needles-per-depth", "seed", "device", "dtype", "output", "picture")
+    parser.add_argument(
+        "--tasks",
+        nargs="*",
+        choices=list(TASKS),
+        default=["niah_single", "niah_multikey"],
+        metavar="NAME",
+        help=f"Ask these: {', '.join(TASKS)}; none to ask nothing (default: niah_single niah_multikey).",
+    )
+    add(parser, "num-samples", default=1, help="Make N texts for each task (default: %(default)s).")
+    add(parser, "seed", "device", "dtype", "output")
+    add(parser, "picture", help=f"Draw what each pattern costs to this {SUFFIXES} file.")
     return parser
 
 
@@ -77,7 +96,7 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from hf_sparse_attn.data import load_documents, long_documents
+    from hf_sparse_attn.data import load_documents, long_documents, stream_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.pattern_comparison import compare_patterns, plot_comparison
     from hf_sparse_attn.loading import load_model, parse_device, parse_dtype, read_checkpoint
@@ -92,9 +111,13 @@ def main() -> None:
     variants = chosen_patterns(arguments, (layer_shape(model_config, 0) or (1, 1, 1))[1])
     is_converted = CONVERTED in (arguments.patterns or [CONVERTED])
     with argument("sparse_attention"):
-        base = SparseAttentionConfig.from_dict(arguments.sparse_attention)
-    outside = widest([*variants.values(), *[base] * is_converted])
-    contexts = make_all_contexts(arguments, "context_length", {num_tokens: documents}, tokenizer, outside)
+        SparseAttentionConfig.from_dict(arguments.sparse_attention)
+    haystack = Haystack(stream_documents(arguments.dataset, arguments.split))
+    vocabulary, prompts = Vocabulary(tokenizer), []
+    for task in dict.fromkeys(arguments.tasks):
+        with argument("tasks", task):
+            for sample in range(arguments.num_samples):
+                prompts.append(prompt_of(task, num_tokens, sample, vocabulary, haystack, arguments.seed))
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
     result = earlier(arguments.output, settings)
 
@@ -109,7 +132,7 @@ def main() -> None:
         if name not in known and name not in fitted:
             fitted[name] = converted(arguments, density).to_dict()
             keep()
-        variants[name] = SparseAttentionConfig.from_dict(fitted.get(name))
+        variants[name] = SparseAttentionConfig.from_dict(fitted.get(name)), None
     model = load_model(arguments.model, path, device=device, num_tokens=num_tokens, dtype=dtype)
     result |= {
         "documents": [document["name"] for document in documents],
@@ -119,7 +142,7 @@ def main() -> None:
         for name, found in compare_patterns(
             model,
             documents,
-            contexts,
+            prompts,
             variants,
             num_rows=arguments.num_rows,
             known=known,
@@ -139,9 +162,9 @@ def main() -> None:
             plot_comparison(by_pattern, picture)
 
 
-def chosen_patterns(arguments: Any, num_kv_heads: int) -> dict[str, SparseAttentionConfig]:
+def chosen_patterns(arguments: Any, num_kv_heads: int) -> dict[str, tuple[SparseAttentionConfig, Chooser | None]]:
     """Each preset at each density, by name; presets that the model cannot have are left out if nobody named them."""
-    from hf_sparse_attn.evaluation.pattern_comparison import pattern_at
+    from hf_sparse_attn.evaluation.pattern_comparison import CHOOSERS, pattern_at
 
     variants = {}
     for name in arguments.patterns or NAMES:
@@ -151,18 +174,12 @@ def chosen_patterns(arguments: Any, num_kv_heads: int) -> dict[str, SparseAttent
             try:
                 for density in arguments.densities:
                     config = pattern_at(name, density, arguments.context_length, num_kv_heads)
-                    variants[f"{name} {density:g}"] = config
+                    variants[f"{name} {density:g}"] = config, CHOOSERS.get(name)
             except ValueError as error:
                 if arguments.patterns:
                     raise
                 print(f"{name} is left out: {error}")
     return variants
-
-
-def widest(configs: Iterable[SparseAttentionConfig]) -> dict[str, Any]:
-    """Fields outside of whose windows and global tokens facts are hidden."""
-    names = ("window_size", "num_global_tokens", "dense_below")
-    return {name: max(getattr(config, name) for config in configs) for name in names}
 
 
 def earlier(output: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -199,18 +216,20 @@ def print_result(result: dict[str, Any]) -> None:
     for name, row in sorted(found.items(), key=lambda item: (item[0].rpartition(" ")[2], item[1]["ratio"])):
         low, high = row["delta_nll"]["ci95"]
         figures = [f"{row['density']:.4f}", f"{row['ratio']:.4f}", f"{low:+.4f} .. {high:+.4f}"]
-        speed = f"{row['dense_seconds'] / row['seconds']:.2f}"
+        figures += [f"{row['kl']['mean']:.3g}", f"{row['top1_agreement']:.4f}"]
+        speed = f"{row['dense_seconds'] / row['seconds']:.2f}" if row["seconds"] else "-"
         shown = name if row["is_causal"] else f"{name} (not causal)"
-        rows.append([shown, *figures, f"{row['kept_mass']:.4f}", share_right(row), speed])
+        rows.append([shown, *figures, f"{row['kept_mass']:.4f}", *worst_task(row["tasks"]), speed])
     settings = result["settings"]
     print_table(
         f"{settings['model']}: {len(result['documents'])} documents of {settings['context_length']} tokens; dense "
-        f"perplexity {dense['perplexity']:.4f}, {share_right(dense)} facts",
-        ["pattern", "density", "ratio", "95%, nats", "mass", "facts", "speed"],
+        f"perplexity {dense['perplexity']:.4f}",
+        ["pattern", "density", "ratio", "95%, nats", "KL", "top-1", "mass", "worst task", "points", "speed"],
         rows,
     )
 
 
-def share_right(row: dict[str, Any]) -> str:
-    answers = row["needles"]
-    return f"{sum(answer['right'] for answer in answers)}/{len(answers)}"
+def worst_task(tasks: dict[str, Any] | None) -> list[str]:
+    """Its name, and what is lost in points, if anything was asked that the dense model knows."""
+    worst = tasks and tasks["worst"]
+    return [worst["task"], f"{100 * worst['difference']['accuracy']:+.1f}"] if worst else ["-", "-"]

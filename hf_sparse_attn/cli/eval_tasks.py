@@ -17,7 +17,7 @@ import hf_sparse_attn.evaluation
 from hf_sparse_attn.cli.argument_types import positive_int
 from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
 from hf_sparse_attn.cli.compare_patterns import earlier
-from hf_sparse_attn.cli.options import DATASET_HELP, add, command_parser
+from hf_sparse_attn.cli.options import DATASET_HELP, SUFFIXES, add, command_parser
 from hf_sparse_attn.errors import argument
 from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Prompt, Vocabulary, prompt_of
 from hf_sparse_attn.output_files import replaced, write_json
@@ -50,7 +50,7 @@ def make_parser() -> OneLineErrors:
     add(parser, "split")
     add(parser, "seed", help="Draw texts, facts and questions with the seed N (default: %(default)s).")
     add(parser, "sparse-attention", "device", "dtype", "output")
-    add(parser, "picture", help="Draw accuracies and losses to this .png, .svg or .pdf file.")
+    add(parser, "picture", help=f"Draw accuracies and losses to this {SUFFIXES} file.")
     parser.add_argument(
         "--print-lm-eval-path",
         action="version",

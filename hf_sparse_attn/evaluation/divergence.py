@@ -6,8 +6,8 @@ fails on few tokens that few words depend on. Logits exist for a few rows at a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,12 @@ class Predictions:
     sparse: Tensor
     kl: Tensor
     agrees: Tensor
+
+
+def joined(documents: Iterable[Predictions]) -> Predictions:
+    """Those of documents of one length T: [documents, T] each."""
+    found = list(documents)
+    return Predictions(*(torch.stack([getattr(each, field.name) for each in found]) for field in fields(Predictions)))
 
 
 def compare_predictions(dense: tuple[Tensor, Head], sparse: tuple[Tensor, Head], targets: Tensor) -> Predictions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.evaluation.haystack import Context
-from hf_sparse_attn.evaluation.needle import retrieve
-from hf_sparse_attn.evaluation.perplexity import DENSE, SPARSE, paired_difference, token_nll
-from hf_sparse_attn.integration import configured, record
-from hf_sparse_attn.operation import sparse_attention
+from hf_sparse_attn.evaluation import choosers
+from hf_sparse_attn.evaluation.divergence import compare_predictions, joined, summarize
+from hf_sparse_attn.evaluation.perplexity import DENSE, SPARSE, paired_difference
+from hf_sparse_attn.evaluation.tasks.asking import ask, paired
+from hf_sparse_attn.evaluation.tasks.paired import summarize as summarize_tasks
+from hf_sparse_attn.evaluation.tasks.prompts import Prompt
+from hf_sparse_attn.integration import choosing, configured, record
+from hf_sparse_attn.logits import Head, hidden_states_and_head
+from hf_sparse_attn.ops import Chooser, document_attention
 from hf_sparse_attn.pattern_fields import looks_ahead
+from hf_sparse_attn.patterns import layer_pattern
 from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.statistics import AttentionStatistics
 from hf_sparse_attn.tracing import input_device
@@ -27,7 +32,11 @@ from hf_sparse_attn.tracing import input_device
 _LEAST_STRIDE = 64
 Fields = Callable[[int], dict[str, Any]]
 BLOCK_VOTES = "block-votes"  # no preset: those of minference-like beside a window and leading keys
+# No patterns: what they read beside the window and the leading keys of ssa is chosen by dense scores.
+CHOOSERS: dict[str, Chooser] = {"quest-like": choosers.quest, "oracle": choosers.oracle}
+_PRESETS = {BLOCK_VOTES: "minference-like"} | dict.fromkeys(CHOOSERS, "ssa")  # under another name
 # Of each pattern, the number that sets its density, as fields, and the least and the most that it may be.
+_BUDGET: tuple[Fields, int, None] = (lambda n: {"key_budget": n, "min_weight": 0.0, "dense_below": 0}, 0, None)
 KNOBS: dict[str, tuple[Fields, int, int | None]] = {
     "longformer": (lambda n: {"window_size": n}, 1, None),
     "bigbird": (lambda n: {"num_random_blocks": n}, 0, 200),
@@ -35,9 +44,10 @@ KNOBS: dict[str, tuple[Fields, int, int | None]] = {
     "sparse-transformer-strided": (lambda n: {"window_size": n + 1, "dilation": n}, _LEAST_STRIDE, None),
     "streaming-llm": (lambda n: {"window_size": n}, 1, None),
     "longlora": (lambda n: {"block_size": n, "by_kv_head": [{}, {"block_offset": n // 2}]}, 2, None),
-    "ssa": (lambda n: {"key_budget": n, "min_weight": 0.0, "dense_below": 0}, 0, None),
+    "ssa": _BUDGET,
     "minference-like": (lambda n: {"num_voted_blocks": n}, 0, None),
     BLOCK_VOTES: (lambda n: {"num_voted_blocks": n, "window_size": 256, "num_global_tokens": 16}, 0, None),
+    **dict.fromkeys(CHOOSERS, _BUDGET),
 }
 
 
@@ -45,7 +55,7 @@ def pattern_at(name: str, density: float, num_tokens: int, num_kv_heads: int) ->
     """A pattern with the number of `KNOBS` that brings its density nearest to another one, from below where it can.
 
     Args:
-        name: a preset, or `BLOCK_VOTES`.
+        name: a preset, `BLOCK_VOTES` or one of `CHOOSERS`.
         density: read over admissible pairs.
         num_tokens: of the documents.
         num_kv_heads: KV heads of a layer, which a pattern by head is dealt to.
@@ -57,11 +67,11 @@ def pattern_at(name: str, density: float, num_tokens: int, num_kv_heads: int) ->
     high = num_tokens if most is None else most
 
     def config(number: int) -> SparseAttentionConfig:
-        return SparseAttentionConfig.preset("minference-like" if name == BLOCK_VOTES else name, **fields(number))
+        return SparseAttentionConfig.preset(_PRESETS.get(name, name), **fields(number))
 
     while low < high:  # the largest number of at most this density
         middle = (low + high + 1) // 2
-        if expected_density(config(middle), num_tokens, num_kv_heads) <= density:
+        if expected_density(config(middle), num_tokens, num_kv_heads, CHOOSERS.get(name)) <= density:
             low = middle
         else:
             high = middle - 1
@@ -69,12 +79,16 @@ def pattern_at(name: str, density: float, num_tokens: int, num_kv_heads: int) ->
 
 
 @torch.no_grad()
-def expected_density(config: SparseAttentionConfig, num_tokens: int, num_kv_heads: int) -> float:
+def expected_density(
+    config: SparseAttentionConfig, num_tokens: int, num_kv_heads: int, choose: Chooser | None = None
+) -> float:
     """Density of one document whose queries and keys are random; data decide it only where `min_weight` is not 0."""
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, num_kv_heads, num_tokens, 2, generator=generator)
-    recorder = DensityRecorder()
-    sparse_attention(query, query, query, config=config, recorder=recorder)
+    x = torch.randn(num_kv_heads, num_tokens, 2, generator=generator)
+    pattern, recorder = layer_pattern(config, 0, num_kv_heads, num_kv_heads, 2, x.device, x.dtype), DensityRecorder()
+    document_attention(
+        x, x, x, pattern=pattern, query_offset=0, key_offset=0, scaling=1.0, recorder=recorder, choose=choose
+    )
     return recorder.density
 
 
@@ -82,8 +96,8 @@ def expected_density(config: SparseAttentionConfig, num_tokens: int, num_kv_head
 def compare_patterns(
     model: PreTrainedModel,
     documents: Sequence[dict[str, Any]],
-    contexts: Sequence[Context],
-    variants: Mapping[str, SparseAttentionConfig],
+    prompts: Sequence[Prompt],
+    variants: Mapping[str, tuple[SparseAttentionConfig, Chooser | None]],
     *,
     num_rows: int = 64,
     known: Mapping[str, dict[str, Any]] | None = None,
@@ -94,56 +108,72 @@ def compare_patterns(
     Args:
         model: what `load_sparse_model` returns; it is left with the attention and the config that it had.
         documents: dicts with "name" and "input_ids", all of one length.
-        contexts: with facts to be asked for, or none.
-        variants: what is measured, by name.
+        prompts: of RULER-style tasks, or none.
+        variants: what is measured, by name, and what chooses keys in place of the buckets.
         num_rows: rows of the first document whose kept mass is measured.
         known: results of variants, and of "dense", that need not be measured again.
         progress: wraps the iteration over the names.
 
     Returns:
-        "dense" and each variant with a JSON-ready dict: "nll" (nats a token, of each document), "perplexity",
-        "needles" ("right" and "margin" of each fact; see `retrieve`) and "seconds" of a forward of the first document.
-        Of a variant also "density", "kept_mass" (share of the dense softmax on the keys that rows read), "ratio" (of
-        perplexities), "delta_nll" (see `paired_difference`), "dense_seconds" (measured beside "seconds") and
-        "is_causal": whether its losses mean anything.
+        "dense" and each variant with a JSON-ready dict: "nll" (nats a token, of each document), "perplexity", and
+        "seconds" of a forward of the first document (None where dense scores choose the keys). Of a variant also
+        "density", "kept_mass" (share of the dense softmax on the keys that rows read), "ratio" (of perplexities),
+        "delta_nll" (see `paired_difference`), "kl" and "top1_agreement" (see `divergence.summarize`), "tasks" (see
+        `tasks.paired.summarize`; None without prompts), "dense_seconds" (measured beside "seconds") and "is_causal":
+        whether its losses mean anything.
     """
     rows = [torch.tensor([document["input_ids"]], device=input_device(model)) for document in documents]
     known = known or {}
-    dense_losses: Tensor | None = None
+    dense: list[tuple[Tensor, Head]] = []
+    dense_answers: list[list[dict[str, Any]]] = []
     for name in progress(["dense", *variants]):
         if name in known and name != "dense":
             yield name, known[name]
             continue
-        config = variants.get(name)
-        with nullcontext() if config is None else configured(model, config.to_dict()):
+        config, choose = variants.get(name, (None, None))
+        with ExitStack() as stack:
+            if config is not None:
+                stack.enter_context(configured(model, config.to_dict()))
+            if choose is not None:
+                stack.enter_context(choosing(model, choose))
             model.set_attn_implementation(DENSE if config is None else SPARSE)
-            density = DensityRecorder()
-            with nullcontext() if config is None else record(model, density):
-                losses = torch.stack([token_nll(model, row) for row in rows]).double()
+            density, asked_density = DensityRecorder(), DensityRecorder()
+            with record(model, density):
+                sides = [hidden_states_and_head(model, input_ids=row, use_cache=False) for row in rows]
+            with record(model, asked_density):
+                answers = [ask(model, prompt) for prompt in prompts]
+            dense, dense_answers = dense or sides, dense_answers or answers
+            predictions = joined(
+                compare_predictions(expected, found, row[0, 1:])
+                for expected, found, row in zip(dense, sides, rows, strict=True)
+            )
+            losses = predictions.sparse.double()
             result: dict[str, Any] = {
                 "nll": losses.mean(1).tolist(),
                 "perplexity": math.exp(losses.mean().item()),
-                "needles": [answer for context in contexts for answer in retrieve(model, context)],
-                "seconds": _seconds(model, rows[0]),
+                "seconds": None if choose is not None else _seconds(model, rows[0]),
             }
             if config is not None:
-                assert dense_losses is not None
                 statistics = AttentionStatistics(num_rows)
                 with record(model, statistics):
                     model.base_model(input_ids=rows[0], use_cache=False)
-                difference = paired_difference(losses - dense_losses)
+                difference = paired_difference(losses - predictions.dense.double())
+                asked = [
+                    paired(prompt, expected, found, asked_density)
+                    for prompt, expected, found in zip(prompts, dense_answers, answers, strict=True)
+                ]
                 result |= {
                     "density": density.density,
                     "kept_mass": statistics.kept_mass.mean().item(),
                     "ratio": math.exp(difference["mean"]),
                     "delta_nll": difference,
+                    **summarize(predictions),
+                    "tasks": summarize_tasks(asked) if asked else None,
                     "is_causal": not looks_ahead(config),
                 }
                 model.set_attn_implementation(DENSE)
                 result["dense_seconds"] = _seconds(model, rows[0])
         model.set_attn_implementation(SPARSE)
-        if config is None:
-            dense_losses = losses
         yield name, result
 
 

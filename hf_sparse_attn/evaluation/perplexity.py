@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.data import IGNORED_LABEL
-from hf_sparse_attn.evaluation.divergence import Predictions, compare_predictions, summarize, worst_tokens
+from hf_sparse_attn.evaluation.divergence import Predictions, compare_predictions, joined, summarize, worst_tokens
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.logits import hidden_states_and_head, token_losses
 from hf_sparse_attn.recording import DensityRecorder
@@ -135,8 +134,7 @@ def compare_perplexity(
             pairs.append(pair)
     model.set_attn_implementation(SPARSE)
 
-    parts = ([getattr(pair, field.name) for pair in pairs] for field in fields(Predictions))
-    predictions = Predictions(*map(torch.stack, parts))  # [documents, N - 1] each
+    predictions = joined(pairs)
     dense, sparse, kl = predictions.dense.double(), predictions.sparse.double(), predictions.kl.double()
     by_document = [
         {

@@ -2,9 +2,12 @@
 
 from hf_sparse_attn.ops.api import document_attention, find_candidates, find_keys, new_index
 from hf_sparse_attn.ops.backend import Index, compute_dtype
+from hf_sparse_attn.ops.common.call import AttentionCall, Chooser
 from hf_sparse_attn.ops.dispatch import check_implementation
 
 __all__ = [
+    "AttentionCall",
+    "Chooser",
     "Index",
     "check_implementation",
     "compute_dtype",

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from hf_sparse_attn.ops.backend import Backend, Index, compute_dtype
 from hf_sparse_attn.ops.block_votes import check_votes, prefill, reading_everything
 from hf_sparse_attn.ops.checks import check_document, check_scores
-from hf_sparse_attn.ops.common.call import AttentionCall
+from hf_sparse_attn.ops.common.call import AttentionCall, Chooser
 from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.ops.dispatch import find_backend, warn_if_slow
 from hf_sparse_attn.patterns import LayerPattern
@@ -35,6 +35,7 @@ def document_attention(
     index: Index | None = None,
     dropout: Dropout | None = None,
     candidates: Tensor | None = None,
+    choose: Chooser | None = None,
 ) -> Tensor:
     """Attention of one document through the implementation that the config names.
 
@@ -43,6 +44,7 @@ def document_attention(
         key, value: [num_key_value_heads, N, head_dim].
         pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index, dropout, candidates: see
             `AttentionCall`.
+        choose: makes the candidates of each pattern's heads.
 
     Returns:
         [num_heads, Q, head_dim], in the dtype that was computed in: at least float32, except that "triton" keeps to the
@@ -65,7 +67,7 @@ def document_attention(
     for statistics in statistics_in(recorder):
         statistics.begin(query, key, call)
     if not pattern.kv_head_entries:
-        return _attend(query, key, value, call)
+        return _attend(query, key, value, call, choose)
     group, outputs = len(query) // len(key), []
     for kv_heads, part in pattern.parts:  # kernels know one pattern for all heads
         heads = slice(kv_heads.start * group, kv_heads.stop * group)
@@ -78,12 +80,14 @@ def document_attention(
             candidates=None if candidates is None else candidates[kv_heads],
             index=None,
         )
-        outputs.append(_attend(query[heads], key[kv_heads], value[kv_heads], own))
+        outputs.append(_attend(query[heads], key[kv_heads], value[kv_heads], own, choose))
     return torch.cat(outputs)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, choose: Chooser | None) -> Tensor:
     """`document_attention` by one pattern."""
+    if choose is not None and call.pattern.dense_rows() is not None:
+        call = dataclasses.replace(call, candidates=choose(query, key, call))
     if call.pattern.config.num_voted_blocks and call.pattern.dense_rows() is not None:
         check_votes(call)
         if call.query_offset:

@@ -9,7 +9,7 @@ from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.calibration import budget_allocation as allocation
 from hf_sparse_attn.cli import compare_patterns
 from hf_sparse_attn.evaluation import pattern_comparison
-from hf_sparse_attn.evaluation.pattern_comparison import BLOCK_VOTES, KNOBS, expected_density, pattern_at
+from hf_sparse_attn.evaluation.pattern_comparison import BLOCK_VOTES, CHOOSERS, KNOBS, expected_density, pattern_at
 from hf_sparse_attn.presets import PRESETS
 
 SCRIPT = "compare_patterns.py"
@@ -20,15 +20,14 @@ def arguments(tiny_model_path, tmp_path):
     directory = tmp_path / "long"
     directory.mkdir()
     for index in range(2):
-        (directory / f"{index}.txt").write_text(" ".join(f"document {index} says {number}." for number in range(150)))
+        (directory / f"{index}.txt").write_text(" ".join(f"document {index} says {number}." for number in range(250)))
     return {
         "--model": [tiny_model_path],
         "--dataset": [directory],
-        "--context-length": [700],
+        "--context-length": [900],
         "--densities": [0.5],
         "--patterns": ["streaming-llm", "minference-like"],
-        "--depths": [0, 1],
-        "--needles-per-depth": [1],
+        "--tasks": ["qa1"],
         "--num-rows": [8],
         "--output": [tmp_path / "result.json"],
         "--picture": [tmp_path / "picture.png"],
@@ -40,7 +39,8 @@ def flat(arguments):
 
 
 def test_every_preset_has_a_number_that_sets_its_density():
-    assert set(KNOBS) == {*PRESETS, BLOCK_VOTES}
+    assert set(KNOBS) == {*PRESETS, BLOCK_VOTES, *CHOOSERS}
+    assert set(compare_patterns.NAMES) == {"converted", *KNOBS}
 
 
 @pytest.mark.parametrize("name", KNOBS)
@@ -48,11 +48,13 @@ def test_patterns_have_the_density_that_is_asked_for(name):
     """The largest number of at most that density."""
     config = pattern_at(name, 0.5, 1200, 2)
     preset, (fields, _, most) = "minference-like" if name == BLOCK_VOTES else name, KNOBS[name]
+    preset = "ssa" if name in CHOOSERS else preset
     number = getattr(config, next(iter(fields(0)))) - (name == "sparse-transformer-strided")
     assert config == SparseAttentionConfig.preset(preset, **fields(number))
-    assert 0.38 < expected_density(config, 1200, 2) <= 0.5
+    choose = CHOOSERS.get(name)
+    assert 0.38 < expected_density(config, 1200, 2, choose) <= 0.5
     if number != most:
-        assert expected_density(SparseAttentionConfig.preset(preset, **fields(number + 1)), 1200, 2) > 0.5
+        assert expected_density(SparseAttentionConfig.preset(preset, **fields(number + 1)), 1200, 2, choose) > 0.5
 
 
 def test_expected_density_is_the_share_of_pairs():
@@ -64,26 +66,33 @@ def test_expected_density_is_the_share_of_pairs():
 def test_writes_the_report_the_table_and_the_picture(run_script, arguments, monkeypatch):
     monkeypatch.setattr(allocation, "BUDGETS", (0, 8, 16, 32))
     monkeypatch.setattr(allocation, "MIN_WEIGHTS", (0.0, 1e-2))
-    arguments["--patterns"].insert(0, "converted")
+    arguments["--patterns"] = ["converted", "streaming-llm", "minference-like", "oracle", "ssa"]
     arguments["--calibration-dataset"] = arguments["--dataset"]
     arguments["--sparse-attention"] = ['{"window_size": 16, "num_global_tokens": 2, "dense_below": 32}']
     finished = run_script(SCRIPT, *flat(arguments))
     assert finished.status == 0, finished.stderr
     result = json.loads(arguments["--output"][0].read_text())
     results = result["results"]
-    assert set(results) == {"dense", "converted 0.5", "streaming-llm 0.5", "minference-like 0.5"}
+    assert set(results) == {"dense", *(f"{name} 0.5" for name in arguments["--patterns"])}
     assert result["documents"] == ["0.txt", "1.txt"]
-    assert [results[name]["is_causal"] for name in list(results)[1:]] == [True, False, True]
+    assert {name for name, found in results.items() if not found.get("is_causal", True)} == {"minference-like 0.5"}
     dense = results.pop("dense")
-    assert len(dense["nll"]) == len(dense["needles"]) == 2
+    assert len(dense["nll"]) == 2
+    assert results["ssa 0.5"]["density"] == pytest.approx(results["oracle 0.5"]["density"], abs=1e-4)
+    assert results["ssa 0.5"]["kept_mass"] < results["oracle 0.5"]["kept_mass"]
+    assert results["oracle 0.5"]["seconds"] is None
     assert results.keys() - {"converted 0.5"} == {
         name for name, found in results.items() if found["density"] == pytest.approx(0.5, abs=0.15)
     }
     for found in results.values():
         assert found["density"] < found["kept_mass"] < 1
         assert found["ratio"] == pytest.approx(math.exp((sum(found["nll"]) - sum(dense["nll"])) / 2))
-        assert len(found["needles"]) == 2
-        assert min(found["seconds"], found["dense_seconds"]) > 0
+        assert 0 < found["kl"]["median"] < found["kl"]["p99"]
+        assert 0.2 < found["top1_agreement"] <= 1
+        (cell,) = found["tasks"]["cells"]
+        assert (cell["task"], cell["samples"], cell["context_length"]) == ("qa1", 8, 900)
+        assert 0.2 < found["tasks"]["density"] < 0.6
+        assert min(found["seconds"] or 1, found["dense_seconds"]) > 0
     assert finished.stdout.count("(not") == 1  # the table marks what looks at later tokens
     assert arguments["--picture"][0].stat().st_size > 5000
 

@@ -45,9 +45,7 @@ def ask_both(model: PreTrainedModel, prompt: Prompt, sparse_first: bool = False)
         sparse_first: whoever goes first pays for cold caches, so let them take turns.
 
     Returns:
-        A JSON-ready dict: "task", "context_length", the "attended" and "admissible" pairs of the sparse side,
-        "dense_seconds", "sparse_seconds" and "questions", each with its "answer" (the first right one), "depth" (of its
-        fact, or None), "chance" and what `ask` returns as "dense" and "sparse".
+        What `paired` returns, with "dense_seconds" and "sparse_seconds".
     """
     answers, seconds, density = {}, {}, DensityRecorder()
     for side in (SPARSE, DENSE) if sparse_first else (DENSE, SPARSE):
@@ -59,18 +57,28 @@ def ask_both(model: PreTrainedModel, prompt: Prompt, sparse_first: bool = False)
                 seconds[side] = time.perf_counter() - started
         finally:
             model.set_attn_implementation(SPARSE)
+    result = paired(prompt, answers[DENSE], answers[SPARSE], density)
+    return result | {"dense_seconds": seconds[DENSE], "sparse_seconds": seconds[SPARSE]}
+
+
+def paired(
+    prompt: Prompt, dense: list[dict[str, Any]], sparse: list[dict[str, Any]], density: DensityRecorder
+) -> dict[str, Any]:
+    """What `ask` returned with both, in one.
+
+    Returns:
+        A JSON-ready dict: "task", "context_length", the "attended" and "admissible" pairs of the sparse side, and
+        "questions", each with its "answer" (the first right one), "depth" (of its fact, or None), "chance" and what
+        `ask` returned as "dense" and "sparse".
+    """
     return {
         "task": prompt.task,
         "context_length": prompt.context_length,
         "attended": density.attended,
         "admissible": density.admissible,
-        "dense_seconds": seconds[DENSE],
-        "sparse_seconds": seconds[SPARSE],
         "questions": [
             {"answer": question.right[0].strip(), "depth": depth, "chance": question.chance}
-            | {"dense": dense, "sparse": sparse}
-            for question, depth, dense, sparse in zip(
-                prompt.questions, prompt.depths, answers[DENSE], answers[SPARSE], strict=True
-            )
+            | {"dense": expected, "sparse": found}
+            for question, depth, expected, found in zip(prompt.questions, prompt.depths, dense, sparse, strict=True)
         ],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,3 +47,8 @@ class AttentionCall:
     index: Any = None  # a `backend.Index`, of the implementation that is called
     dropout: Dropout | None = None
     candidates: Tensor | None = None
+
+
+# query [num_heads, Q, head_dim], key [num_key_value_heads, N, head_dim] and the call -> its `candidates`, none of which
+# may be static or in the row's window.
+Chooser = Callable[[Tensor, Tensor, AttentionCall], Tensor]
