@@ -61,7 +61,8 @@ def convert(model: str, output: str | Path, **settings: Any) -> dict[str, Any]:
         ValueError: for a setting, a model or a dataset that cannot be, before any long work; the message names it.
         RuntimeError: what was computed cannot be written; the message says where it is kept.
     """
-    from hf_sparse_attn.calibration.convert import ConversionSettings, convert
+    from hf_sparse_attn.calibration.convert import convert
+    from hf_sparse_attn.calibration.settings import ConversionSettings
     from hf_sparse_attn.progress import ProgressBars
 
     done = convert(str(model), output, ConversionSettings(**settings), progress=ProgressBars(), tell=print)

@@ -1,8 +1,8 @@
 """Compare the field's sparse patterns on one model at the same density: perplexity, divergence, tasks and time.
 
-    hf-sparse-attn compare-patterns --model demo --dataset demo --context-length 8192 --densities 0.2 0.1 \
+    hf-sparse-attn compare-patterns --model demo --dataset demo --context-lengths 8192 --densities 0.2 0.1 \
         --output patterns.json --picture patterns.png
-    hf-sparse-attn compare-patterns --model demo --dataset book.txt --context-length 4096 --densities 0.15 \
+    hf-sparse-attn compare-patterns --model demo --dataset book.txt --context-lengths 2048 4096 --densities 0.15 \
         --patterns converted longformer ssa oracle --num-samples 2
 
 Patterns are the presets of docs/patterns.md, each with the number that brings it to the density, and:
@@ -32,12 +32,15 @@ from hf_sparse_attn.cli.argument_types import fraction, positive_int
 from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
 from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, SUFFIXES, add, command_parser
 from hf_sparse_attn.config import SparseAttentionConfig, layer_shape
-from hf_sparse_attn.errors import argument
+from hf_sparse_attn.errors import ArgumentError, argument
 from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Vocabulary, prompt_of
 from hf_sparse_attn.output_files import replaced, write_json
 from hf_sparse_attn.presets import PRESETS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hf_sparse_attn.evaluation.tasks import Prompt
     from hf_sparse_attn.ops import Chooser
 
 CONVERTED = "converted"
@@ -46,7 +49,15 @@ NAMES = (CONVERTED, *PRESETS, "block-votes", "quest-like", "oracle")
 
 def make_parser() -> OneLineErrors:
     parser = command_parser(__doc__)
-    add(parser, "model", "dataset", "split", "context-length")
+    add(parser, "model", "dataset", "split")
+    parser.add_argument(
+        "--context-lengths",
+        type=positive_int,
+        nargs="+",
+        required=True,
+        metavar="N",
+        help="Compare at these numbers of tokens.",
+    )
     add(parser, "max-documents", default=4)
     parser.add_argument(
         "--densities",
@@ -96,28 +107,18 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from hf_sparse_attn.data import load_documents, long_documents, stream_documents
     from hf_sparse_attn.environment import describe_environment
     from hf_sparse_attn.evaluation.pattern_comparison import compare_patterns, plot_comparison
     from hf_sparse_attn.loading import load_model, parse_device, parse_dtype, read_checkpoint
 
     device, dtype = parse_device(arguments.device), parse_dtype(arguments.dtype)
-    with argument("dataset"):
-        texts = load_documents(arguments.dataset, arguments.split)
     path, model_config, tokenizer, _ = read_checkpoint(arguments.model)
-    num_tokens = arguments.context_length
-    with argument("dataset"):
-        documents = long_documents(texts, tokenizer, num_tokens, arguments.max_documents)
-    variants = chosen_patterns(arguments, (layer_shape(model_config, 0) or (1, 1, 1))[1])
-    is_converted = CONVERTED in (arguments.patterns or [CONVERTED])
     with argument("sparse_attention"):
         SparseAttentionConfig.from_dict(arguments.sparse_attention)
-    haystack = Haystack(stream_documents(arguments.dataset, arguments.split))
-    vocabulary, prompts = Vocabulary(tokenizer), []
-    for task in dict.fromkeys(arguments.tasks):
-        with argument("tasks", task):
-            for sample in range(arguments.num_samples):
-                prompts.append(prompt_of(task, num_tokens, sample, vocabulary, haystack, arguments.seed))
+    lengths = sorted(set(arguments.context_lengths))
+    inputs = {length: read_inputs(arguments, tokenizer, length) for length in lengths}
+    num_kv_heads = (layer_shape(model_config, 0) or (1, 1, 1))[1]
+    variants = {length: chosen_patterns(arguments, length, num_kv_heads) for length in lengths}
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
     result = earlier(arguments.output, settings)
 
@@ -125,46 +126,55 @@ def main() -> None:
         if arguments.output is not None:
             write_json(arguments.output, result)
 
-    known = {name: found for name, found in result["results"].items() if name != "dense"}
-    for density in arguments.densities if is_converted else []:
-        name = f"{CONVERTED} {density:g}"
-        fitted = result["fitted"]
-        if name not in known and name not in fitted:
-            fitted[name] = converted(arguments, density).to_dict()
-            keep()
-        variants[name] = SparseAttentionConfig.from_dict(fitted.get(name)), None
-    model = load_model(arguments.model, path, device=device, num_tokens=num_tokens, dtype=dtype)
+    if CONVERTED in (arguments.patterns or [CONVERTED]):
+        fit_conversions(arguments, lengths, variants, result, keep)
+    model = load_model(arguments.model, path, device=device, num_tokens=lengths[-1], dtype=dtype)
     result |= {
-        "documents": [document["name"] for document in documents],
+        "documents": {str(length): [document["name"] for document in inputs[length][0]] for length in lengths},
         "environment": describe_environment(device),
     }
-    with argument("model", arguments.model):
-        for name, found in compare_patterns(
-            model,
-            documents,
-            prompts,
-            variants,
-            num_rows=arguments.num_rows,
-            known=known,
-            progress=partial(tqdm, desc="comparing", unit="pattern"),
-        ):
-            result["results"][name] = found
-            keep()
+    for length in lengths:
+        results = result["results"].setdefault(str(length), {})
+        with argument("model", arguments.model):
+            for name, found in compare_patterns(
+                model,
+                *inputs[length],
+                variants[length],
+                num_rows=arguments.num_rows,
+                known=dict(results),
+                progress=partial(tqdm, desc=f"comparing at {length} tokens", unit="pattern"),
+            ):
+                results[name] = found
+                keep()
     del result["fitted"]  # it was kept in case of an interruption
     report(result, arguments.output, print_result)
     if arguments.picture:
-        by_pattern: dict[str, dict[str, Any]] = {}
-        for name, found in result["results"].items():
-            pattern, _, density = name.rpartition(" ")
-            if pattern:
-                by_pattern.setdefault(pattern, {})[density] = found
         with replaced(arguments.picture) as picture:
-            plot_comparison(by_pattern, picture)
+            plot_comparison({int(length): by_pattern(found) for length, found in result["results"].items()}, picture)
 
 
-def chosen_patterns(arguments: Any, num_kv_heads: int) -> dict[str, tuple[SparseAttentionConfig, Chooser | None]]:
-    """Each preset at each density, by name; presets that the model cannot have are left out if nobody named them."""
-    from hf_sparse_attn.evaluation.pattern_comparison import CHOOSERS, pattern_at
+def read_inputs(arguments: Any, tokenizer: Any, num_tokens: int) -> tuple[list[dict[str, Any]], list[Prompt]]:
+    """The documents and the prompts of one length."""
+    from hf_sparse_attn.data import load_documents, long_documents, stream_documents
+
+    with argument("dataset"):
+        texts = load_documents(arguments.dataset, arguments.split)
+        documents = long_documents(texts, tokenizer, num_tokens, arguments.max_documents)
+        haystack = Haystack(stream_documents(arguments.dataset, arguments.split))
+    vocabulary, prompts = Vocabulary(tokenizer), []
+    for task in dict.fromkeys(arguments.tasks):
+        with argument("tasks", f"{task}, {num_tokens} tokens"):
+            for sample in range(arguments.num_samples):
+                prompts.append(prompt_of(task, num_tokens, sample, vocabulary, haystack, arguments.seed))
+    return documents, prompts
+
+
+def chosen_patterns(
+    arguments: Any, num_tokens: int, num_kv_heads: int
+) -> dict[str, tuple[SparseAttentionConfig, Chooser | None]]:
+    """Each preset at each density, by name; presets that the model cannot have are left out if nobody named them, and
+    densities that a preset cannot have, too."""
+    from hf_sparse_attn.evaluation.pattern_comparison import CHOOSERS, expected_density, pattern_at
 
     variants = {}
     for name in arguments.patterns or NAMES:
@@ -173,13 +183,69 @@ def chosen_patterns(arguments: Any, num_kv_heads: int) -> dict[str, tuple[Sparse
         with argument("patterns", name):
             try:
                 for density in arguments.densities:
-                    config = pattern_at(name, density, arguments.context_length, num_kv_heads)
-                    variants[f"{name} {density:g}"] = config, CHOOSERS.get(name)
+                    config, choose = pattern_at(name, density, num_tokens, num_kv_heads), CHOOSERS.get(name)
+                    least = expected_density(config, num_tokens, num_kv_heads, choose)
+                    if least > density:
+                        tell_left_out(f"{name} {density:g}", num_tokens, f"it reads at least {least:.4f}")
+                    else:
+                        variants[f"{name} {density:g}"] = config, choose
             except ValueError as error:
                 if arguments.patterns:
                     raise
-                print(f"{name} is left out: {error}")
+                tell_left_out(name, num_tokens, error)
     return variants
+
+
+def tell_left_out(name: str, num_tokens: int, reason: object) -> None:
+    print(f"{name} is left out at {num_tokens} tokens: {reason}")
+
+
+def fit_conversions(
+    arguments: Any,
+    lengths: list[int],
+    variants: dict[int, dict[str, tuple[SparseAttentionConfig, Chooser | None]]],
+    result: dict[str, Any],
+    keep: Callable[[], None],
+) -> None:
+    """Add what `convert` fits at each length for each density; densities that it cannot have are left out."""
+    from hf_sparse_attn.calibration.convert import fit
+    from hf_sparse_attn.calibration.settings import ConversionSettings
+    from hf_sparse_attn.progress import ProgressBars
+
+    with TemporaryDirectory() as folder:
+        for length in lengths:
+            known, fitted = result["results"].get(str(length), {}), result["fitted"].setdefault(str(length), {})
+            for density in arguments.densities:
+                name = f"{CONVERTED} {density:g}"
+                settings = ConversionSettings(
+                    calibration_dataset=arguments.calibration_dataset,
+                    context_length=length,
+                    target_density=density,
+                    sparse_attention=arguments.sparse_attention,
+                    num_evaluation_documents=0,
+                    device=arguments.device,
+                    dtype=arguments.dtype,
+                )
+                if name not in known and name not in fitted:
+                    try:
+                        config = fit(arguments.model, settings, Path(folder), progress=ProgressBars(), tell=print)
+                    except ArgumentError as error:
+                        if error.name not in ("target_density", "context_length"):
+                            raise
+                        tell_left_out(name, length, error)
+                        continue
+                    fitted[name] = config.to_dict()
+                    keep()
+                variants[length][name] = SparseAttentionConfig.from_dict(fitted.get(name)), None
+
+
+def by_pattern(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What was found with each pattern, at one density after the other."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, measured in results.items():
+        if name != "dense":
+            found.setdefault(name.rpartition(" ")[0], []).append(measured)
+    return found
 
 
 def earlier(output: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -192,41 +258,23 @@ def earlier(output: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     return {"settings": settings, "results": {}, "fitted": {}}
 
 
-def converted(arguments: Any, density: float) -> SparseAttentionConfig:
-    """What `convert` fits for this density."""
-    from hf_sparse_attn.calibration.convert import ConversionSettings, convert
-    from hf_sparse_attn.progress import ProgressBars
-
-    settings = ConversionSettings(
-        calibration_dataset=arguments.calibration_dataset,
-        context_length=arguments.context_length,
-        target_density=density,
-        sparse_attention=arguments.sparse_attention,
-        num_evaluation_documents=0,
-        device=arguments.device,
-        dtype=arguments.dtype,
-    )
-    with TemporaryDirectory() as folder:
-        return convert(arguments.model, Path(folder) / "model", settings, progress=ProgressBars(), tell=print).config
-
-
 def print_result(result: dict[str, Any]) -> None:
-    found = dict(result["results"])
-    dense, rows = found.pop("dense"), []
-    for name, row in sorted(found.items(), key=lambda item: (item[0].rpartition(" ")[2], item[1]["ratio"])):
-        low, high = row["delta_nll"]["ci95"]
-        figures = [f"{row['density']:.4f}", f"{row['ratio']:.4f}", f"{low:+.4f} .. {high:+.4f}"]
-        figures += [f"{row['kl']['mean']:.3g}", f"{row['top1_agreement']:.4f}"]
-        speed = f"{row['dense_seconds'] / row['seconds']:.2f}" if row["seconds"] else "-"
-        shown = name if row["is_causal"] else f"{name} (not causal)"
-        rows.append([shown, *figures, f"{row['kept_mass']:.4f}", *worst_task(row["tasks"]), speed])
-    settings = result["settings"]
-    print_table(
-        f"{settings['model']}: {len(result['documents'])} documents of {settings['context_length']} tokens; dense "
-        f"perplexity {dense['perplexity']:.4f}",
-        ["pattern", "density", "ratio", "95%, nats", "KL", "top-1", "mass", "worst task", "points", "speed"],
-        rows,
-    )
+    for length, results in result["results"].items():
+        found = dict(results)
+        dense, rows = found.pop("dense"), []
+        for name, row in sorted(found.items(), key=lambda item: (item[0].rpartition(" ")[2], item[1]["ratio"])):
+            low, high = row["delta_nll"]["ci95"]
+            figures = [f"{row['density']:.4f}", f"{row['ratio']:.4f}", f"{low:+.4f} .. {high:+.4f}"]
+            figures += [f"{row['kl']['mean']:.3g}", f"{row['top1_agreement']:.4f}"]
+            speed = f"{row['dense_seconds'] / row['seconds']:.2f}" if row["seconds"] else "-"
+            shown = name if row["is_causal"] else f"{name} (not causal)"
+            rows.append([shown, *figures, f"{row['kept_mass']:.4f}", *worst_task(row["tasks"]), speed])
+        print_table(
+            f"{result['settings']['model']}: {len(dense['nll'])} documents of {length} tokens; dense perplexity "
+            f"{dense['perplexity']:.4f}",
+            ["pattern", "density", "ratio", "95%, nats", "KL", "top-1", "mass", "worst task", "points", "speed"],
+            rows,
+        )
 
 
 def worst_task(tasks: dict[str, Any] | None) -> list[str]:

@@ -20,14 +20,9 @@ from dataclasses import fields
 from typing import Any
 
 from hf_sparse_attn.calibration.budget_allocation import KEY_BUDGET
-from hf_sparse_attn.calibration.convert import (
-    AUTO,
-    TARGET_DENSITY,
-    Conversion,
-    ConversionSettings,
-    convert,
-)
+from hf_sparse_attn.calibration.convert import Conversion, convert
 from hf_sparse_attn.calibration.refit import Refit
+from hf_sparse_attn.calibration.settings import AUTO, TARGET_DENSITY, ConversionSettings
 from hf_sparse_attn.cli.argument_types import count, output_directory, positive_int, positive_number, share
 from hf_sparse_attn.cli.arguments import OneLineErrors, print_table
 from hf_sparse_attn.cli.options import DATASET_HELP, add, command_parser

@@ -184,32 +184,37 @@ def _seconds(model: PreTrainedModel, input_ids: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def plot_comparison(results: Mapping[str, Mapping[str, dict[str, Any]]], path: str | Path) -> None:
-    """Draw what each pattern costs by its density; patterns that are not causal are dashed.
+def plot_comparison(results: Mapping[int, Mapping[str, Sequence[dict[str, Any]]]], path: str | Path) -> None:
+    """Draw what each pattern costs by its density, a panel for each length; patterns that are not causal are dashed.
 
     Args:
-        results: by pattern and aim a dict with "density", "ratio" and "is_causal".
+        results: by length in tokens and pattern, dicts with "density", "ratio" and "is_causal".
         path: the picture to write; its suffix chooses the format.
     """
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
+    figure = Figure(figsize=(3 + 5 * len(results), 5), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, aims in results.items():
-        found = sorted(aims.values(), key=lambda result: result["density"])
-        is_causal = all(result["is_causal"] for result in found)
-        axes.plot(
-            [result["density"] for result in found],
-            [result["ratio"] - 1 for result in found],
-            marker="o",
-            linestyle="-" if is_causal else "--",
-            label=name if is_causal else f"{name} (not causal)",
-        )
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_yscale("symlog", linthresh=1e-2)
-    axes.set_xlabel("density: pairs of rows and keys that are read")
-    axes.set_ylabel("perplexity over that of dense attention, less 1")
-    axes.legend(fontsize="small")
+    names = list(dict.fromkeys(name for patterns in results.values() for name in patterns))
+    colours = matplotlib.color_sequences["tab20"]
+    panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
+    for panel, (length, patterns) in zip(panels, results.items(), strict=True):
+        for name, found in patterns.items():
+            points = sorted((result["density"], result["ratio"] - 1) for result in found)
+            is_causal = all(result["is_causal"] for result in found)
+            panel.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                color=colours[names.index(name) % len(colours)],
+                linestyle="-" if is_causal else "--",
+                label=name if is_causal else f"{name} (not causal)",
+            )
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set_yscale("symlog", linthresh=1e-2)
+        panel.set_title(f"{length} tokens")
+        panel.set_xlabel("density: pairs of rows and keys that are read")
+    panels[0].set_ylabel("perplexity over that of dense attention, less 1")
+    panels[0].legend(fontsize="small")
     figure.savefig(path)

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from hf_sparse_attn import offloading
 from hf_sparse_attn.calibration import budget_allocation as allocation
-from hf_sparse_attn.calibration import calibrate, place_weights
+from hf_sparse_attn.calibration import calibrate, place_weights, prepare
 from hf_sparse_attn.calibration import convert as conversion
-from hf_sparse_attn.calibration.convert import ConversionSettings, convert
+from hf_sparse_attn.calibration.convert import convert
+from hf_sparse_attn.calibration.settings import ConversionSettings
 from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.loading import load_model
 from hf_sparse_attn.logits import token_losses
@@ -159,7 +160,7 @@ def test_too_little_memory_is_told_before_the_weights_are_loaded(
         raise LoadedError
 
     monkeypatch.setattr(place_weights, "available_memory", lambda device: 10**8)
-    monkeypatch.setattr(conversion, "load_model", load)
+    monkeypatch.setattr(prepare, "load_model", load)
     settings = ConversionSettings(
         calibration_dataset=str(text_directory),
         context_length=LENGTH,

@@ -7,6 +7,7 @@ import pytest
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.calibration import budget_allocation as allocation
+from hf_sparse_attn.calibration import convert as conversion
 from hf_sparse_attn.cli import compare_patterns
 from hf_sparse_attn.evaluation import pattern_comparison
 from hf_sparse_attn.evaluation.pattern_comparison import BLOCK_VOTES, CHOOSERS, KNOBS, expected_density, pattern_at
@@ -24,7 +25,7 @@ def arguments(tiny_model_path, tmp_path):
     return {
         "--model": [tiny_model_path],
         "--dataset": [directory],
-        "--context-length": [900],
+        "--context-lengths": [900],
         "--densities": [0.5],
         "--patterns": ["streaming-llm", "minference-like"],
         "--tasks": ["qa1"],
@@ -64,25 +65,26 @@ def test_expected_density_is_the_share_of_pairs():
 
 
 def test_writes_the_report_the_table_and_the_picture(run_script, arguments, monkeypatch):
-    monkeypatch.setattr(allocation, "BUDGETS", (0, 8, 16, 32))
+    monkeypatch.setattr(allocation, "BUDGETS", (0, 16, 64, 256))
     monkeypatch.setattr(allocation, "MIN_WEIGHTS", (0.0, 1e-2))
     arguments["--patterns"] = ["converted", "streaming-llm", "minference-like", "oracle", "ssa"]
     arguments["--calibration-dataset"] = arguments["--dataset"]
     arguments["--sparse-attention"] = ['{"window_size": 16, "num_global_tokens": 2, "dense_below": 32}']
+    arguments["--densities"] = [0.6]
     finished = run_script(SCRIPT, *flat(arguments))
     assert finished.status == 0, finished.stderr
     result = json.loads(arguments["--output"][0].read_text())
-    results = result["results"]
-    assert set(results) == {"dense", *(f"{name} 0.5" for name in arguments["--patterns"])}
-    assert result["documents"] == ["0.txt", "1.txt"]
-    assert {name for name, found in results.items() if not found.get("is_causal", True)} == {"minference-like 0.5"}
+    results = result["results"]["900"]
+    assert set(results) == {"dense", *(f"{name} 0.6" for name in arguments["--patterns"])}
+    assert result["documents"] == {"900": ["0.txt", "1.txt"]}
+    assert {name for name, found in results.items() if not found.get("is_causal", True)} == {"minference-like 0.6"}
     dense = results.pop("dense")
     assert len(dense["nll"]) == 2
-    assert results["ssa 0.5"]["density"] == pytest.approx(results["oracle 0.5"]["density"], abs=1e-4)
-    assert results["ssa 0.5"]["kept_mass"] < results["oracle 0.5"]["kept_mass"]
-    assert results["oracle 0.5"]["seconds"] is None
-    assert results.keys() - {"converted 0.5"} == {
-        name for name, found in results.items() if found["density"] == pytest.approx(0.5, abs=0.15)
+    assert results["ssa 0.6"]["density"] == pytest.approx(results["oracle 0.6"]["density"], abs=1e-4)
+    assert results["ssa 0.6"]["kept_mass"] < results["oracle 0.6"]["kept_mass"]
+    assert results["oracle 0.6"]["seconds"] is None
+    assert results.keys() == {
+        name for name, found in results.items() if found["density"] == pytest.approx(0.6, abs=0.15)
     }
     for found in results.values():
         assert found["density"] < found["kept_mass"] < 1
@@ -91,7 +93,7 @@ def test_writes_the_report_the_table_and_the_picture(run_script, arguments, monk
         assert 0.2 < found["top1_agreement"] <= 1
         (cell,) = found["tasks"]["cells"]
         assert (cell["task"], cell["samples"], cell["context_length"]) == ("qa1", 8, 900)
-        assert 0.2 < found["tasks"]["density"] < 0.6
+        assert 0.2 < found["tasks"]["density"] < 0.9
         assert min(found["seconds"] or 1, found["dense_seconds"]) > 0
     assert finished.stdout.count("(not") == 1  # the table marks what looks at later tokens
     assert arguments["--picture"][0].stat().st_size > 5000
@@ -104,15 +106,15 @@ def test_goes_on_where_it_was_interrupted(run_script, arguments):
     whole = json.loads(output.read_text())
     left = json.loads(output.read_text())
     assert list(whole) == ["settings", "results", "documents", "environment"]
-    del left["results"]["minference-like 0.5"]
-    left["results"]["streaming-llm 0.5"]["density"] = 0.123
+    del left["results"]["900"]["minference-like 0.5"]
+    left["results"]["900"]["streaming-llm 0.5"]["density"] = 0.123
     output.write_text(json.dumps(left))
     assert run_script(SCRIPT, *flat(arguments)).status == 0
-    found = json.loads(output.read_text())["results"]
+    found = json.loads(output.read_text())["results"]["900"]
     assert found["streaming-llm 0.5"]["density"] == 0.123
-    assert found["minference-like 0.5"]["nll"] == pytest.approx(whole["results"]["minference-like 0.5"]["nll"])
+    assert found["minference-like 0.5"]["nll"] == pytest.approx(whole["results"]["900"]["minference-like 0.5"]["nll"])
     assert run_script(SCRIPT, *flat(arguments | {"--num-rows": [9]})).status == 0
-    assert json.loads(output.read_text())["results"]["streaming-llm 0.5"]["density"] != 0.123
+    assert json.loads(output.read_text())["results"]["900"]["streaming-llm 0.5"]["density"] != 0.123
 
 
 def test_a_pattern_that_the_model_cannot_have(run_script, arguments, hybrid_path):
@@ -124,28 +126,63 @@ def test_a_pattern_that_the_model_cannot_have(run_script, arguments, hybrid_path
     assert not arguments["--output"][0].exists()
 
 
+def test_several_lengths_and_densities(run_script, arguments, monkeypatch):
+    """One calibration for every length; what a pattern or a conversion cannot have is left out, with the reason."""
+    monkeypatch.setattr(allocation, "BUDGETS", (0, 16, 32, 64, 128, 256))
+    monkeypatch.setattr(allocation, "MIN_WEIGHTS", (0.0, 1e-3))
+    calibrations = []
+    measured = conversion.calibrate._gradient_moments
+
+    def counted(model, part, seed):
+        calibrations.append(len(part))
+        return measured(model, part, seed)
+
+    monkeypatch.setattr(conversion.calibrate, "_gradient_moments", counted)
+    arguments |= {
+        "--context-lengths": [600, 300],
+        "--densities": [0.17, 0.14, 0.03],
+        "--patterns": ["converted", "bigbird"],
+        "--tasks": [],
+        "--calibration-dataset": arguments["--dataset"],
+        "--sparse-attention": ['{"window_size": 16, "num_global_tokens": 2, "dense_below": 32, "page_size": 4}'],
+    }
+    finished = run_script(SCRIPT, *flat(arguments))
+    assert finished.status == 0, finished.stderr
+    result = json.loads(arguments["--output"][0].read_text())
+    assert list(result["results"]) == ["300", "600"]
+    for length in ("300", "600"):
+        found = result["results"][length]
+        assert {name for name in found if "converted" in name} == {"converted 0.17", "converted 0.14"}
+        assert found["converted 0.14"]["density"] < found["converted 0.17"]["density"] <= 0.18
+        assert found["converted 0.14"]["tasks"] is None
+        assert f"converted 0.03 is left out at {length} tokens: target_density: must be at least" in finished.stdout
+        assert f"bigbird 0.03 is left out at {length} tokens: it reads at least" in finished.stdout
+    assert calibrations == [300, 300, 600, 600]
+    assert arguments["--picture"][0].stat().st_size > 5000
+
+
 def test_a_conversion_is_kept(run_script, arguments, monkeypatch):
     """Interrupted after it, nothing is converted again."""
     arguments |= {"--patterns": ["converted"], "--sparse-attention": ['{"dense_below": 32, "window_size": 16}']}
     fitted = SparseAttentionConfig(window_size=9, dense_below=0, key_budget=0).to_dict()
     calls = []
 
-    def convert(arguments, density):
-        calls.append(density)
+    def fit(model, settings, calibrations, **told):
+        calls.append((settings.context_length, settings.target_density))
         return SparseAttentionConfig.from_dict(fitted)
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare_patterns, "converted", convert)
+    monkeypatch.setattr(conversion, "fit", fit)
     with monkeypatch.context() as patch:
         patch.setattr(pattern_comparison, "compare_patterns", interrupted)
         assert run_script(SCRIPT, *flat(arguments)).status == 130
-    assert json.loads(arguments["--output"][0].read_text())["fitted"] == {"converted 0.5": fitted}
+    assert json.loads(arguments["--output"][0].read_text())["fitted"] == {"900": {"converted 0.5": fitted}}
     assert run_script(SCRIPT, *flat(arguments)).status == 0
-    assert calls == [0.5]
+    assert calls == [(900, 0.5)]
     result = json.loads(arguments["--output"][0].read_text())
-    assert result["results"]["converted 0.5"]["density"] < 0.1
+    assert result["results"]["900"]["converted 0.5"]["density"] < 0.1
     assert "fitted" not in result
 
 
@@ -154,7 +191,7 @@ def test_a_conversion_is_kept(run_script, arguments, monkeypatch):
     [
         ("--densities", "1.5", "argument --densities: "),
         ("--patterns", "bert", "argument --patterns: invalid choice: 'bert'"),
-        ("--context-length", "99999", "argument --dataset"),
+        ("--context-lengths", "99999", "argument --dataset"),
         ("--sparse-attention", '{"stride": -1}', "argument --sparse-attention: stride must be"),
     ],
 )

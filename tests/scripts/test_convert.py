@@ -167,7 +167,7 @@ def test_a_hybrid_whose_windows_are_larger_than_dense_below_is_sparse_in_all_lay
 
 
 def test_a_model_of_local_layers_alone_is_refused(run_script, assert_refused, arguments, hybrid_path, monkeypatch):
-    monkeypatch.setattr("hf_sparse_attn.calibration.convert.load_model", None)  # before it is loaded
+    monkeypatch.setattr("hf_sparse_attn.calibration.prepare.load_model", None)  # before it is loaded
     config = json.loads((hybrid_path / "config.json").read_text())
     (hybrid_path / "config.json").write_text(json.dumps(config | {"layer_types": ["sliding_attention"] * 2}))
     finished = run_script(SCRIPT, *flat(arguments | {"--model": hybrid_path}))
@@ -364,9 +364,9 @@ def test_nothing_to_evaluate_on(convert):
 
 
 def test_dense_below_auto_writes_a_number(convert, monkeypatch):
-    from hf_sparse_attn.calibration import convert as conversion
+    from hf_sparse_attn.calibration import prepare
 
-    monkeypatch.setattr(conversion, "measure_dense_below", lambda *_: 40)
+    monkeypatch.setattr(prepare, "measure_dense_below", lambda *_: 40)
     sparse, card, _ = convert(dense_below="auto")
     assert sparse["dense_below"] == 40
     assert "positions under 40 read everything" in card

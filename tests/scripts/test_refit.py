@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_attn
 from hf_sparse_attn.calibration import budget_allocation as allocation
-from hf_sparse_attn.calibration import calibrate
+from hf_sparse_attn.calibration import calibrate, prepare
 from hf_sparse_attn.calibration import convert as conversion
 
 SCRIPT = "convert.py"
@@ -151,7 +151,7 @@ def test_from_python(converted, tuned, text_directory, tmp_path):
 def test_a_model_that_was_not_converted_is_refused(
     run_script, assert_refused, monkeypatch, tiny_model_path, text_directory, tmp_path
 ):
-    monkeypatch.setattr(conversion, "load_model", None)  # before it is loaded
+    monkeypatch.setattr(prepare, "load_model", None)  # before it is loaded
     arguments = ("--model", tiny_model_path, "--output", tmp_path / "refitted", "--calibration-dataset", text_directory)
     finished = run_script(SCRIPT, *arguments, "--refit")
     assert_refused(finished, f"--model {tiny_model_path}", "it was not converted", "leave out --refit")
