@@ -6,11 +6,13 @@ import argparse
 import io
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from hf_sparse_attn.cli.argument_types import integer, number
 from hf_sparse_attn.errors import (
@@ -161,8 +163,35 @@ def _check_outputs_apart(arguments: Mapping[str, Any]) -> None:
                     raise UserError(f"argument --{output}: {str(path)!r} is the file of --{other}, too")
 
 
+class ShownTable(NamedTuple):
+    """What `print_table` was given."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+_TABLES: ContextVar[list[ShownTable] | None] = ContextVar("tables", default=None)
+
+
+@contextmanager
+def collected_tables() -> Iterator[list[ShownTable]]:
+    """Tables that this block prints come into the list instead."""
+    found: list[ShownTable] = []
+    before = _TABLES.set(found)
+    try:
+        yield found
+    finally:
+        _TABLES.reset(before)
+
+
 def report(result: dict[str, Any], output: Path | None, show: Callable[[dict[str, Any]], None]) -> None:
-    """Write a result to `output`, if there is one, and show it; one that is in neither place is kept in another."""
+    """Write a result to `output`, if there is one, and show it; one that is in neither place is kept in another.
+
+    Its "command" is the one that made it: that of the module with `show`, and the arguments of this process.
+    """
+    name = show.__module__.rpartition(".")[2].replace("_", "-")
+    result = result | {"command": shlex.join(["hf-sparse-attn", name, *sys.argv[1:]])}
     if output is not None:
         write_json(output, result)
     try:
@@ -187,6 +216,10 @@ def origin(arguments: Any, sparse_attention: dict[str, Any], device: Any) -> dic
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a short table on standard output: the first column is left-aligned, the figures right-aligned."""
+    collected = _TABLES.get()
+    if collected is not None:
+        collected.append(ShownTable(title, columns, rows))
+        return
     from rich.console import Console
     from rich.table import Table
 

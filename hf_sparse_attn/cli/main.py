@@ -19,6 +19,7 @@ COMMANDS = {
     "leak-test": ("leak_test", "Show that no logit knows of later tokens, whatever the attention."),
     "eval-cache-policies": ("eval_cache_policies", "Compare the eviction policies: perplexity, needles and bytes."),
     "compare-patterns": ("compare_patterns", "Compare the field's sparse patterns on one model at the same density."),
+    "report": ("report", "Gather what other commands measured into one page and a model card's tables."),
     "finetune": ("finetune", "Fine-tune on long documents with Transformers' Trainer."),
     "benchmark": ("benchmark", "Measure time and memory against dense attention."),
     "roofline": ("roofline", "Say what the GPU kernels compute and move, and the least time that this takes."),

@@ -37,7 +37,7 @@ def test_commands_are_sentences():
 @pytest.mark.parametrize("command", MODULES)
 def test_options(command):
     for action in own_options(command):
-        name = action.option_strings[0]
+        name = (*action.option_strings, action.dest)[0]
         assert action.help, name
         if action.nargs != 0 and action.choices is None:
             assert action.metavar in METAVARS, (name, action.metavar)

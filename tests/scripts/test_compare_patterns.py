@@ -105,7 +105,7 @@ def test_goes_on_where_it_was_interrupted(run_script, arguments):
     assert run_script(SCRIPT, *flat(arguments)).status == 0
     whole = json.loads(output.read_text())
     left = json.loads(output.read_text())
-    assert list(whole) == ["settings", "results", "documents", "environment"]
+    assert list(whole) == ["settings", "results", "documents", "environment", "command"]
     del left["results"]["900"]["minference-like 0.5"]
     left["results"]["900"]["streaming-llm 0.5"]["density"] = 0.123
     output.write_text(json.dumps(left))
