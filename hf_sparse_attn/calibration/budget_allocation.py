@@ -183,7 +183,7 @@ def least_density(config: SparseAttentionConfig, windows: Mapping[int, int | Non
 def fitting_dense_below(
     config: SparseAttentionConfig, windows: Mapping[int, int | None], num_tokens: int, density: float
 ) -> int:
-    """`dense_below`, halved until the rows under it take at most a third of the pairs that may be read.
+    """`dense_below`, halved until the rows under it take at most a sixth of the pairs that may be read.
 
     It stays at least as large as the window, which such rows read anyway, and as the own windows of local layers, which
     stay local.
@@ -194,7 +194,7 @@ def fitting_dense_below(
     """
     least = max([config.window_size, *(window for window in windows.values() if window and is_local(config, window))])
     dense_below = config.dense_below
-    while (dense_below / num_tokens) ** 2 > density / 3 and dense_below // 2 >= least:
+    while (dense_below / num_tokens) ** 2 > density / 6 and dense_below // 2 >= least:
         dense_below //= 2
     return dense_below
 

@@ -41,7 +41,7 @@ class ConversionSettings:
         sparse_attention: fields of `SparseAttentionConfig`, other than those that the conversion fits.
         dense_below: rows at earlier positions read everything; "auto" measures from which length on sparse attention is
             faster on this machine. None takes it from `sparse_attention`; where that does not say it, it is the default
-            one, or smaller if such rows would take over a third of `target_density`.
+            one, or smaller if such rows would take over a sixth of `target_density`.
         num_evaluation_documents: for the model card's figures, of the datasets in turns; 0 leaves them out.
         device: such as "cpu" or "cuda"; None takes the GPU if there is one.
         dtype: what is computed in and written; "auto" for the checkpoint's own.

@@ -90,7 +90,7 @@ def make_parser() -> OneLineErrors:
         type=positions_or_auto,
         metavar="N",
         help="Let rows at positions less than N read everything; auto measures where sparse attention starts to win "
-        "(default: 2048, or less if such rows would take over a third of the density).",
+        "(default: 2048, or less if such rows would take over a sixth of the density).",
     )
     parser.add_argument(
         "--refit",

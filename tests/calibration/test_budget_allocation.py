@@ -235,19 +235,19 @@ def test_least_density_counts_dense_rows_window_and_globals(fields):
 @pytest.mark.parametrize(
     ("num_tokens", "density", "own_window", "expected"),
     [
-        (8192, 0.19, None, 2048),  # a sixteenth of the pairs, a third of 0.19 being slightly more
-        (8192, 0.18, None, 1024),
-        (8192, 0.05, None, 1024),
-        (8192, 0.04, None, 512),
+        (8192, 0.38, None, 2048),  # a sixteenth of the pairs, a sixth of 0.38 being slightly more
+        (8192, 0.37, None, 1024),
+        (8192, 0.1, None, 1024),
+        (8192, 0.08, None, 512),
         (8192, 0.001, None, 256),  # the window
-        (4096, 0.19, None, 1024),
+        (4096, 0.19, None, 512),
         (131072, 0.02, None, 2048),
-        (8192, 0.04, 512, 512),
-        (8192, 0.04, 1024, 1024),  # which stays a local layer
-        (8192, 0.04, 4096, 512),  # and which is none
+        (8192, 0.08, 512, 512),
+        (8192, 0.08, 1024, 1024),  # which stays a local layer
+        (8192, 0.08, 4096, 512),  # and which is none
     ],
 )
-def test_dense_rows_take_a_third_at_most(num_tokens, density, own_window, expected):
+def test_dense_rows_take_a_sixth_at_most(num_tokens, density, own_window, expected):
     windows = {0: None, 1: own_window}
     assert fitting_dense_below(SparseAttentionConfig(), windows, num_tokens, density) == expected
 

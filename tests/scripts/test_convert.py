@@ -375,9 +375,9 @@ def test_dense_below_auto_writes_a_number(convert, monkeypatch):
 def test_dense_below_follows_from_the_density_unless_it_is_given(convert, arguments):
     fields = json.dumps({"window_size": 16, "num_global_tokens": 2})
     sparse, card, printed = convert(sparse_attention=fields, target_density=0.4)
-    assert sparse["dense_below"] == 64
-    assert "positions under 64 read everything, not under 2048: that would take too much of density 0.4" in printed
-    assert "positions under 64 read everything" in card
+    assert sparse["dense_below"] == 32
+    assert "positions under 32 read everything, not under 2048: that would take too much of density 0.4" in printed
+    assert "positions under 32 read everything" in card
     shutil.rmtree(arguments["--output"])
     for given in ({"dense_below": 40}, {"sparse_attention": json.dumps(json.loads(fields) | {"dense_below": 40})}):
         sparse, _, printed = convert(**{"sparse_attention": fields, "target_density": 0.4} | given)
