@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import logging
 import os
 import shlex
@@ -183,6 +184,24 @@ def collected_tables() -> Iterator[list[ShownTable]]:
         yield found
     finally:
         _TABLES.reset(before)
+
+
+def resumed(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], None]]:
+    """The report that an interrupted run with the same options has left in its --output, or a new one, and what writes
+    it there."""
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
+    output, result = arguments.output, {"settings": settings, "results": {}}
+    if output is not None and output.is_file():
+        with suppress(ValueError, OSError):
+            found = json.loads(output.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings)):
+                result = found
+
+    def keep() -> None:
+        if output is not None:
+            write_json(output, result)
+
+    return result, keep
 
 
 def report(result: dict[str, Any], output: Path | None, show: Callable[[dict[str, Any]], None]) -> None:

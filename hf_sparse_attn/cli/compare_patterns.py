@@ -21,20 +21,18 @@ Results that --output holds already, made with the same options, are kept.
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse_attn.cli.argument_types import fraction, positive_int
-from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
+from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report, resumed
 from hf_sparse_attn.cli.options import DATASET_HELP, FIELDS_HELP, SUFFIXES, add, command_parser
 from hf_sparse_attn.config import SparseAttentionConfig, layer_shape
 from hf_sparse_attn.errors import ArgumentError, argument
 from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Vocabulary, prompt_of
-from hf_sparse_attn.output_files import replaced, write_json
+from hf_sparse_attn.output_files import replaced
 from hf_sparse_attn.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -50,14 +48,7 @@ NAMES = (CONVERTED, *PRESETS, "block-votes", "quest-like", "oracle")
 def make_parser() -> OneLineErrors:
     parser = command_parser(__doc__)
     add(parser, "model", "dataset", "split")
-    parser.add_argument(
-        "--context-lengths",
-        type=positive_int,
-        nargs="+",
-        required=True,
-        metavar="N",
-        help="Compare at these numbers of tokens.",
-    )
+    add(parser, "context-lengths", help="Compare at these numbers of tokens.")
     add(parser, "max-documents", default=4)
     parser.add_argument(
         "--densities",
@@ -116,16 +107,11 @@ def main() -> None:
     with argument("sparse_attention"):
         SparseAttentionConfig.from_dict(arguments.sparse_attention)
     lengths = sorted(set(arguments.context_lengths))
-    inputs = {length: read_inputs(arguments, tokenizer, length) for length in lengths}
+    inputs = read_inputs(arguments, tokenizer, lengths)
     num_kv_heads = (layer_shape(model_config, 0) or (1, 1, 1))[1]
     variants = {length: chosen_patterns(arguments, length, num_kv_heads) for length in lengths}
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
-    result = earlier(arguments.output, settings)
-
-    def keep() -> None:
-        if arguments.output is not None:
-            write_json(arguments.output, result)
-
+    result, keep = resumed(arguments)
+    result.setdefault("fitted", {})
     if CONVERTED in (arguments.patterns or [CONVERTED]):
         fit_conversions(arguments, lengths, variants, result, keep)
     model = load_model(arguments.model, path, device=device, num_tokens=lengths[-1], dtype=dtype)
@@ -153,20 +139,26 @@ def main() -> None:
             plot_comparison({int(length): by_pattern(found) for length, found in result["results"].items()}, picture)
 
 
-def read_inputs(arguments: Any, tokenizer: Any, num_tokens: int) -> tuple[list[dict[str, Any]], list[Prompt]]:
-    """The documents and the prompts of one length."""
+def read_inputs(
+    arguments: Any, tokenizer: Any, lengths: list[int]
+) -> dict[int, tuple[list[dict[str, Any]], list[Prompt]]]:
+    """The documents and the prompts of each length."""
     from hf_sparse_attn.data import load_documents, long_documents, stream_documents
 
     with argument("dataset"):
         texts = load_documents(arguments.dataset, arguments.split)
-        documents = long_documents(texts, tokenizer, num_tokens, arguments.max_documents)
         haystack = Haystack(stream_documents(arguments.dataset, arguments.split))
-    vocabulary, prompts = Vocabulary(tokenizer), []
-    for task in dict.fromkeys(arguments.tasks):
-        with argument("tasks", f"{task}, {num_tokens} tokens"):
-            for sample in range(arguments.num_samples):
-                prompts.append(prompt_of(task, num_tokens, sample, vocabulary, haystack, arguments.seed))
-    return documents, prompts
+    vocabulary, inputs = Vocabulary(tokenizer), {}
+    for length in lengths:
+        with argument("dataset"):
+            documents = long_documents(texts, tokenizer, length, arguments.max_documents)
+        prompts = []
+        for task in dict.fromkeys(arguments.tasks):
+            with argument("tasks", f"{task}, {length} tokens"):
+                for sample in range(arguments.num_samples):
+                    prompts.append(prompt_of(task, length, sample, vocabulary, haystack, arguments.seed))
+        inputs[length] = documents, prompts
+    return inputs
 
 
 def chosen_patterns(
@@ -246,16 +238,6 @@ def by_pattern(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         if name != "dense":
             found.setdefault(name.rpartition(" ")[0], []).append(measured)
     return found
-
-
-def earlier(output: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an interrupted run with the same settings has left, or the beginning of a result."""
-    if output is not None and output.is_file():
-        with suppress(ValueError, OSError):
-            found = json.loads(output.read_text(encoding="utf-8"))
-            if isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings)):
-                return {"fitted": {}, **found}
-    return {"settings": settings, "results": {}, "fitted": {}}
 
 
 def print_result(result: dict[str, Any]) -> None:

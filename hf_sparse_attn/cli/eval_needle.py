@@ -13,7 +13,7 @@ depth 1 the last one outside the window of the question.
 from functools import partial
 from typing import Any
 
-from hf_sparse_attn.cli.argument_types import count, positive_int
+from hf_sparse_attn.cli.argument_types import count
 from hf_sparse_attn.cli.arguments import OneLineErrors, origin, print_table, report
 from hf_sparse_attn.cli.needles import make_all_contexts
 from hf_sparse_attn.cli.options import DATASET_HELP, add, command_parser
@@ -24,14 +24,7 @@ from hf_sparse_attn.output_files import replaced
 def make_parser() -> OneLineErrors:
     parser = command_parser(__doc__)
     add(parser, "model")
-    parser.add_argument(
-        "--context-lengths",
-        type=positive_int,
-        nargs="+",
-        required=True,
-        metavar="N",
-        help="Make contexts of N tokens, question and answer included.",
-    )
+    add(parser, "context-lengths", help="Make contexts of N tokens, question and answer included.")
     add(parser, "depths", default=[0.0, 0.25, 0.5, 0.75, 1.0])
     dataset_help = f"{DATASET_HELP[:-1]}, to hide facts in (default: %(default)s)."
     add(parser, "dataset", required=False, default="demo", help=dataset_help)

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import hf_sparse_attn.evaluation
-from hf_sparse_attn.cli.argument_types import positive_int
-from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report
-from hf_sparse_attn.cli.compare_patterns import earlier
+from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report, resumed
 from hf_sparse_attn.cli.options import DATASET_HELP, SUFFIXES, add, command_parser
 from hf_sparse_attn.errors import argument
 from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Prompt, Vocabulary, prompt_of
-from hf_sparse_attn.output_files import replaced, write_json
+from hf_sparse_attn.output_files import replaced
 
 LM_EVAL_PATH = Path(hf_sparse_attn.evaluation.__file__).parent / "lm_eval_tasks"
 
@@ -36,12 +34,9 @@ def make_parser() -> OneLineErrors:
         metavar="NAME",
         help=f"Ask these: {', '.join(TASKS)} (default: all of them).",
     )
-    parser.add_argument(
-        "--context-lengths",
-        type=positive_int,
-        nargs="+",
-        required=True,
-        metavar="N",
+    add(
+        parser,
+        "context-lengths",
         help="Make prompts of exactly N tokens, the longest question and its answer included.",
     )
     add(parser, "num-samples", default=20, help="Make N texts for each task and length (default: %(default)s).")
@@ -86,8 +81,7 @@ def main() -> None:
     for length in lengths:
         for task in tasks:
             made(task, length, 0)
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
-    result = earlier(arguments.output, settings)
+    result, keep = resumed(arguments)
     model = load_model(
         arguments.model, path, arguments.sparse_attention, device=device, num_tokens=lengths[-1], dtype=dtype
     )
@@ -100,8 +94,7 @@ def main() -> None:
                 continue
             prompt = made(task, length, sample)
             result["results"][name] = ask_both(model, prompt, sparse_first=turn % 2 == 1)
-            if arguments.output is not None:
-                write_json(arguments.output, result)
+            keep()
     result["summary"] = summarize(list(result["results"].values()))
     report(result, arguments.output, print_result)
     if arguments.picture:

@@ -42,6 +42,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "Read the first N tokens of each document; shorter documents are left out.",
     },
+    "context-lengths": {"type": positive_int, "nargs": "+", "required": True, "metavar": "N"},
     "max-documents": {
         "type": positive_int,
         "metavar": "N",
