@@ -26,9 +26,9 @@ from hf_sparse_attn.routing import BucketIndex
 Array = npt.NDArray[Any]
 Choice = TypeVar("Choice")
 
-BUDGETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+BUDGETS = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 MIN_WEIGHTS = (0.0, 1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
-KEY_BUDGET = 1024  # largest mean of a row's candidates that is chosen unless another one is asked for
+KEY_BUDGET = 1536  # largest mean of a row's candidates that is chosen unless another one is asked for
 NUM_SAMPLED_ROWS = 64
 FIXED = "dense rows and layers, windows, static keys and rows' own"  # what is read in any case
 _BLOCK_ROWS = 8
