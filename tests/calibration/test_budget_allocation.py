@@ -350,7 +350,7 @@ class TestAllocateCurves:
         assert choice.mean_key_budget == pytest.approx(2 * 512 / 3), "dense layers find no keys"
 
     def test_a_density_of_one_reads_everything_that_costs(self):
-        choice = allocate(curves([falling(1.0, 8192)], [NOTHING]), 1.0, UNLIMITED)
+        choice = allocate(curves([falling(1.0, 2 * allocation.BUDGETS[-1])], [NOTHING]), 1.0, UNLIMITED)
         assert choice.dense_layers == (0,)
         assert choice.loss == 0
 
