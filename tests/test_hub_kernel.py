@@ -105,12 +105,9 @@ def test_what_is_registered_stays(kernel, checkpoint):
     assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
 
 
-def test_function_under_another_name_leaves_its_masks_alone(kernel, checkpoint, monkeypatch):
-    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", kernel.flash_attn_forward)
-    model = load(checkpoint, "sdpa")
-    model.config._attn_implementation = "eager"
-    kernel._register_mask_function(model.config._attn_implementation)
-    assert ALL_MASK_ATTENTION_FUNCTIONS["eager"] is not kernel.signed_positions
+def test_masks_of_other_implementations_stay(kernel):
+    kernel._register_mask_function("sdpa")
+    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
 
 
 CACHES = {
@@ -246,7 +243,37 @@ def test_nothing_is_installed(kernel, kernel_path, checkpoint, tmp_path):
     assert torch.equal(torch.load(files[1]), logits(load(checkpoint, "sparse"), left_padded()))
 
 
-def test_page(kernel, checkpoint, monkeypatch):
+COMPILED = """
+import importlib.util, sys
+import numpy as np
+
+name, folder = sys.argv[1:]
+spec = importlib.util.spec_from_file_location(name, f"{folder}/__init__.py")
+sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[name])
+link_keys = importlib.import_module(f"{name}.ops.numba.kernels").link_keys
+previous = np.full((1, 4), -1, np.int32)
+link_keys(np.zeros((1, 4), np.int32), previous, np.full((1, 1), -1, np.int32), 0, 4)
+assert previous.tolist() == [[-1, 0, 1, 2]]
+print(sum(link_keys.stats.cache_hits.values()))
+"""
+
+
+@pytest.mark.nightly
+def test_compiled_code_of_another_build_is_not_taken(kernel_path, tmp_path, monkeypatch):
+    """What Numba keeps names its module, of which the next build has another in the same place."""
+    pytest.importorskip("numba")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    hits = []
+    for name in ("one", "one", "two"):
+        command = [sys.executable, "-c", COMPILED, name, str(kernel_path / "build" / "torch-cpu")]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        hits.append(int(finished.stdout))
+    assert hits == [0, 1, 0]
+
+
+def test_page(kernel, checkpoint):
     """The Python blocks of docs/hub_kernel.md."""
     text = Path(ROOT, "docs", "hub_kernel.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
