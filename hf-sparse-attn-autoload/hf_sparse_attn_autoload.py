@@ -56,8 +56,8 @@ class _Waiting(MetaPathFinder):
         return exec_module
 
     def _register(self) -> None:
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+        # A new list: whoever goes through the old one, as every import does, misses no finder.
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
         try:
             import hf_sparse_attn  # noqa: F401
         except Exception as error:

@@ -162,3 +162,25 @@ except ZeroDivisionError:
 import {REGISTRY}
 assert {IS_REGISTERED}
 """)
+
+
+def test_no_other_finder_is_passed_over(run, stubs):
+    """The import at which the waiting ends is of a module that only the next finder finds."""
+    text = "import hf_sparse_attn_autoload as auto\nauto.install()\nregistry = {}"
+    stubs.joinpath(*REGISTRY.split("."), "__init__.py").write_text(text)
+    (stubs / "elsewhere").mkdir()
+    (stubs / "elsewhere" / "only_here.py").touch()
+    run(f"""
+from importlib.machinery import PathFinder
+import {REGISTRY}
+assert {WAITS}
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        return PathFinder.find_spec(name, [{str(stubs / "elsewhere")!r}])
+
+sys.meta_path.insert(1, Finder())
+import only_here
+assert {IS_REGISTERED}
+assert not {WAITS}
+""")
