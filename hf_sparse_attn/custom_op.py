@@ -1,7 +1,8 @@
 """The attention as one opaque operation, for graphs: torch.compile and torch.export cannot follow what reads values.
 
 Everything about the pattern goes in as plain arguments, so an exported graph stands on its own; loading one needs
-`import hf_sparse_attn`, as custom operations do.
+`import hf_sparse_attn`, as custom operations do. The operations carry the package's name, which for a Hub kernel is one
+of its own: two copies in one process each have theirs.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def compiled_attention(
     return _attention(*inputs, fields, layer_idx, parts, sliding_window, scaling, softcap, is_causal)
 
 
-@torch.library.custom_op("hf_sparse_attn::attention", mutates_args=())
+@torch.library.custom_op(f"{__package__}::attention", mutates_args=())
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -77,7 +78,7 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tenso
     return query.new_empty(batch_size, q_length, num_heads, value.shape[-1])
 
 
-@torch.library.custom_op("hf_sparse_attn::attention_backward", mutates_args=())
+@torch.library.custom_op(f"{__package__}::attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor,
     query: Tensor,

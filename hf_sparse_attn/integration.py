@@ -122,7 +122,7 @@ def sparse_attention_forward(
     elif not causal and cu_seq_lens_q is None and seq_idx is None:
         seq_idx = _restarts(position_ids, query, key)
     elif attention_mask is None and cu_seq_lens_q is None and seq_idx is None:
-        seq_idx = _packed_documents(module, position_ids, query, key)
+        seq_idx = packed_documents(module, position_ids, query, key)
     fields, marks = getattr(module.config, "sparse_attention", None), kwargs.get(MARKS)
     if marks is None and fields and fields.get("global_token_ids"):
         raise marks_are_missing()
@@ -145,7 +145,7 @@ def sparse_attention_forward(
     return output, None
 
 
-def _packed_documents(module: nn.Module, position_ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+def packed_documents(module: nn.Module, position_ids: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """Number of each token's document [1 or batch, Q] by Transformers' own rule, for families that do not ask it."""
     if asks_what_is_packed(module.config) or query.shape[2] != key.shape[2]:
         return None

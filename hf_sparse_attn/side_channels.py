@@ -15,13 +15,16 @@ to. So these ride on the tensors and the module:
 | PART | a model's modules' `__dict__` | `split_heads` | `tensor_parallel` | a part of the heads is refused |
 
 Recorders, observers and choosers belong to a block of one thread and are context variables of `integration`.
+
+The names begin with the package's, so that a Hub kernel (`hub_kernel`) and an installed copy of another release, whose
+objects are not of the same classes, do not read what the other has left.
 """
 
-INDEXES = "_sparse_attention_indexes"
-KEPT = "_sparse_attention_kept"
-DOCUMENTS = "_sparse_attention_documents"
-SEEN_BY = "_sparse_attention_seen_by"
-MARKS = "_sparse_attention_marks"
-TOKEN_IDS = "_sparse_attention_token_ids"
-PATTERN = "_sparse_attention_pattern"
-PART = "_sparse_attention_part"
+INDEXES = f"_{__package__}_indexes"
+KEPT = f"_{__package__}_kept"
+DOCUMENTS = f"_{__package__}_documents"
+SEEN_BY = f"_{__package__}_seen_by"
+MARKS = f"_{__package__}_marks"
+TOKEN_IDS = f"_{__package__}_token_ids"
+PATTERN = f"_{__package__}_pattern"
+PART = f"_{__package__}_part"

@@ -47,7 +47,7 @@ def find_backend(name: str, device: torch.device, is_causal: bool = True) -> Bac
             f'implementation="{name}": {name.capitalize()} is installed but cannot be used here, {failure}; '
             'choose "auto" or "torch"'
         ) from failure
-    backend: Backend = import_module(f"hf_sparse_attn.ops.{name}").BACKEND
+    backend: Backend = import_module(f"{__package__}.{name}").BACKEND
     if not (is_causal or backend.both_sides):
         raise ValueError(f'implementation="{name}" has no non-causal attention; choose "auto" or "torch"')
     return backend
@@ -104,7 +104,7 @@ def _usable(name: str) -> bool:
 def _failure(name: str) -> Exception | None:
     """The outcome of loading an implementation: compiled libraries that do not fit raise all kinds of errors."""
     try:
-        import_module(f"hf_sparse_attn.ops.{name}")
+        import_module(f"{__package__}.{name}")
     except Exception as error:
         return error
     return None

@@ -14,6 +14,7 @@ from hf_sparse_attn.calibration.budget_allocation import least_density
 from hf_sparse_attn.calibration.calibrate import calibrate, choose_by_loss, minimum_tokens, num_steps
 from hf_sparse_attn.errors import ArgumentError
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
+from hf_sparse_attn.side_channels import PATTERN
 
 CONFIG = SparseAttentionConfig(window_size=16, num_global_tokens=2, page_size=16, dense_below=60)
 LENGTH = minimum_tokens(CONFIG) + 22
@@ -121,7 +122,7 @@ class TestCalibrate:
         config = CONFIG.replace(dense_below=10)  # smaller than any layer's own window
         calibrate(model, [tokens(minimum_tokens(config))[0]], config)
         after = traces(model)
-        after["attached"] = [key for key in after["attached"] if key != "_sparse_attention_pattern"]
+        after["attached"] = [key for key in after["attached"] if key != PATTERN]
         assert after == before
 
     def test_local_layers_become_dense_ones_that_cost_nothing(self):
@@ -161,7 +162,7 @@ class TestCalibrate:
             calibrate(model, [tokens(LENGTH)[0]], CONFIG)
         hook.remove()
         after = traces(model)
-        after["attached"] = [key for key in after["attached"] if key != "_sparse_attention_pattern"]
+        after["attached"] = [key for key in after["attached"] if key != PATTERN]
         assert after == before
 
     def test_too_short(self):

@@ -115,5 +115,6 @@ def _warn(failures: str) -> None:
 
 
 # A digest of what this process runs, whatever happens to the files later.
-_VERSIONS = f"{numba.__version__} {llvmlite.__version__} {np.__version__} {LANES} "
+# What is kept names the module that it was compiled for, and a Hub kernel's has another name in each build.
+_VERSIONS = f"{numba.__version__} {llvmlite.__version__} {np.__version__} {LANES} {__package__} "
 _DEPENDENCIES = sha256(b"".join([_VERSIONS.encode(), *map(_read, _SOURCES)])).digest()
