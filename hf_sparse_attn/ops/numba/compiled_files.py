@@ -115,7 +115,7 @@ def _read(module: str) -> bytes:
 @cache
 def _warn(failures: str) -> None:
     logging.getLogger("hf_sparse_attn").warning(
-        "What Numba compiles cannot be kept and takes about 20 seconds in each process; let NUMBA_CACHE_DIR name a "
+        "What Numba compiles cannot be kept and takes 10 to 15 seconds in each process; let NUMBA_CACHE_DIR name a "
         f"folder that can be written to ({failures})"
     )
 
