@@ -47,7 +47,7 @@ def document_attention(
         choose: makes the candidates of each pattern's heads.
 
     Returns:
-        [num_heads, Q, head_dim], in the dtype that was computed in: at least float32, except that "triton" keeps to the
+        [num_heads, Q, head_dim]: in at least float32 from "reference" and "torch", from "numba" and "triton" in the
         dtype of query and key.
 
     Raises:
@@ -103,16 +103,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, choo
     if implementation == "auto" and grows:
         warn_if_slow(query.device)
     dtype = backend.dtype(query, key)
-    stored = call.index is not None and dtype == torch.float32
-    as_stored = stored and {key.dtype} == {value.dtype} <= backend.cached_dtypes
     autocast = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
-        result: Tensor = attend(
-            query.to(dtype),
-            key if as_stored else key.to(dtype),
-            value if as_stored else value.to(dtype),
-            call,
-        )
+        result: Tensor = attend(query.to(dtype), key.to(dtype), value.to(dtype), call)
     return result
 
 

@@ -47,7 +47,7 @@ class AttendDocument(Protocol):
 
         Args:
             query: [num_heads, Q, head_dim], in a dtype of `Backend.dtype`.
-            key, value: [num_key_value_heads, N, head_dim]; with an index, they may be in one of the cached dtypes.
+            key, value: [num_key_value_heads, N, head_dim], in the same dtype.
             call: the rest.
 
         Returns:
@@ -69,7 +69,6 @@ class Backend:
         find_keys: to measure what routing costs; None where keys are not found by themselves.
         index: makes the index of a cached document's keys; None where a step groups them anew.
         keeps_half: inputs of half precision are not converted to float32.
-        cached_dtypes: half-precision dtypes in which the keys and values of a cache are read as they are.
         plain: it drops weights out and takes candidates that are given.
         both_sides: has non-causal attention.
     """
@@ -81,7 +80,6 @@ class Backend:
         find_keys: FindKeys | None = None,
         index: StartIndex | None = None,
         keeps_half: bool = False,
-        cached_dtypes: frozenset[torch.dtype] = frozenset(),
         plain: bool = False,
         both_sides: bool = False,
     ) -> None:
@@ -89,7 +87,6 @@ class Backend:
         self.find_keys = find_keys
         self.index = index
         self.keeps_half = keeps_half
-        self.cached_dtypes = cached_dtypes
         self.plain = plain
         self.both_sides = both_sides
 

@@ -90,11 +90,25 @@ def test_a_copy_goes_its_own_way():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [DIM, 16, 48])
 def test_half_precision_is_read_as_it_is_stored(dtype, dim):
-    """Bit for bit what the same numbers give in float32."""
+    """What the same numbers give in float32, rounded once."""
     pattern = pattern_of({}, dtype=torch.float32, dim=dim)
     tensors = [x.to(dtype) for x in inputs(dim=dim)]
     stored, widened = in_steps(NUMBA, pattern, tensors), in_steps(NUMBA, pattern, [x.float() for x in tensors])
-    assert torch.equal(stored, widened)
+    assert torch.equal(stored, widened.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_step_copies_no_cached_keys_of_half_precision(dtype, monkeypatch):
+    def spy(*args, keys, **others):
+        arrays.extend(keys[1:3])
+        attend_heads(*args, keys=keys, **others)
+
+    attend_heads, arrays = numba_decode.attend_heads, []
+    monkeypatch.setattr(numba_decode, "attend_heads", spy)
+    tensors = [x.to(dtype) for x in inputs(dim=16)]
+    in_steps(NUMBA, pattern_of({}, dtype=torch.float32, dim=16), tensors, (149, 1))
+    cached = [x.view(torch.int16).numpy() for x in tensors[1:]]
+    assert [np.shares_memory(*pair) for pair in zip(arrays, cached, strict=True)] == [True, True]
 
 
 def test_memory_is_counted():

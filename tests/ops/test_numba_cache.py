@@ -22,6 +22,10 @@ def half(x):
     return x / 2
 
 
+def add(x, y):
+    return x + y
+
+
 def hits(function=double):
     """Whether the next process finds a function's code. It gives the right answer in any case."""
     dispatcher = compiled(function)
@@ -45,6 +49,17 @@ def test_code_is_kept(folder):
     assert hits()
     assert compiled(double)(3) == 6  # another signature
     assert len(files(folder)) == 2
+
+
+def test_constants_need_no_code_of_their_own(folder):
+    inner = compiled(add)
+
+    @numba.njit
+    def outer(x):
+        return inner(x, 1) + inner(x, 2) + inner(x, x)
+
+    assert outer(3) == 15
+    assert len(inner.signatures) == 1
 
 
 DAMAGES = {

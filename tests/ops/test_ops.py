@@ -177,8 +177,28 @@ def test_only_what_needs_a_gradient_gets_one():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["defaults of this file", "everything at once", "random keys"])
-def test_error_of_lower_precision_is_at_most_twice_that_of_sdpa(name, dtype):
-    check_lower_precision("torch", name, dtype)
+@pytest.mark.parametrize("implementation", ["torch", "numba"])
+def test_error_of_lower_precision_is_at_most_twice_that_of_sdpa(implementation, name, dtype):
+    check_lower_precision(implementation, name, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [8, 48])
+def test_half_precision_is_widened_as_it_is_read(dim, dtype):
+    """Numba gives what the same numbers give in float32, rounded once, and keeps none of them in float32."""
+
+    def results(numbers):
+        leaves = [x.clone().requires_grad_() for x in numbers]
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.dtype) or x, lambda x: x):
+            output = attend(*leaves, pattern_of({}, dtype=torch.float32, dim=dim), "numba")
+        return [output, *torch.autograd.grad(output, leaves, probe.to(output.dtype))]
+
+    tensors, saved = [x.to(dtype) for x in inputs(dim=dim)], []
+    probe = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours = results(tensors)
+    assert set(saved) == {dtype}
+    for stored, widened in zip(ours, results([x.float() for x in tensors]), strict=True):
+        assert torch.equal(stored, widened.to(dtype))
 
 
 def test_autocast_changes_nothing_forward_or_backward():

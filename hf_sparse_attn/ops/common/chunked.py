@@ -300,15 +300,17 @@ def _dense(
     mask = None
     if (is_causal and (start > first or not call.plain)) or (sliding_window or key.shape[1]) < key.shape[1]:
         mask = call.pattern.admissible(row - column)
+    dtype = query.dtype
+    if not call.plain or query.device.type == "cpu":  # where SDPA may take five times as long in half precision
+        query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     if call.plain:
         if len(key) == 1:  # SDPA's backward takes 20 times as long if it repeats the one KV head itself
             key, value = (x.expand(len(query), -1, -1) for x in (key, value))
         query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-        return F.scaled_dot_product_attention(
+        output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal and mask is None, scale=call.scaling, enable_gqa=True
-        )[0]
-    dtype, precise = query.dtype, torch.promote_types(query.dtype, torch.float32)
-    query, key, value = (x.to(precise) for x in (query, key, value))
+        )
+        return output[0].to(dtype)
     grouped = (query * call.scaling).unflatten(0, (len(key), -1))  # [num_key_value_heads, group, R, head_dim]
     scores = hide(cap(grouped @ key.unsqueeze(1).transpose(-1, -2), call.softcap), None if mask is None else ~mask)
     sinks = None if sinks is None else sinks.view(grouped.shape[:2])

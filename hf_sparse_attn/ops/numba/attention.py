@@ -27,4 +27,4 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, call: Attentio
         few = query.shape[1] <= max(key.shape[1] // _KEYS_PER_LINKED_ROW, 1)
         if few and call.query_offset >= (dense_rows or 0):
             return attend_linked(Call.of(call, pieces), index, query, key, value, call.sinks)
-    return attend_in_pieces(pieces, query, key.to(query.dtype), value.to(query.dtype), call)
+    return attend_in_pieces(pieces, query, key, value, call)

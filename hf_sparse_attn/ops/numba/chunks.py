@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.ops.backend import compute_dtype
 from hf_sparse_attn.ops.common.chunked import Call, Piece
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.ops.numba.index import Index, empty_states, never_route, of_head
@@ -28,7 +29,7 @@ from hf_sparse_attn.ops.numba.kernels import (
     differentiate_rows,
     move,
 )
-from hf_sparse_attn.ops.numba.layout import by_row, filled, flat_rows
+from hf_sparse_attn.ops.numba.layout import as_array, by_row, filled, flat_rows, widened
 from hf_sparse_attn.ops.numba.rules import make_rules, num_columns, record
 from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static_positions
 
@@ -48,23 +49,25 @@ def _head(call: Call, kv_head: int, key: Tensor, value: Tensor, bucket: Tensor, 
     first = torch.searchsorted(sorted_bucket, torch.arange(num_buckets, dtype=torch.int32)).int()
     key, value = filled(key), filled(value)
     tables = key.index_select(0, order), value.index_select(0, order)
-    arrays = (x.numpy() for x in (static, bucket, order.int(), first, *tables))
-    return Head(key.numpy(), value.numpy(), call.key_offset, *arrays, _NOTHING)  # type: ignore[call-arg]
+    arrays = (as_array(x) for x in (static, bucket, order.int(), first, *tables))
+    return Head(as_array(key), as_array(value), call.key_offset, *arrays, _NOTHING)  # type: ignore[call-arg]
 
 
 def sparse_pieces(
     index: Index | None, query: Tensor, key: Tensor, value: Tensor, start: int, end: int, call: Call
 ) -> Iterator[Piece]:
     # At once, while PyTorch has all threads.
-    bucket = (
-        call.pattern.bucket_hash.assign(key) if index is None else torch.from_numpy(index.bucket[:, : index.length])
-    )
+    bucket = _buckets(key, call.pattern) if index is None else torch.from_numpy(index.bucket[:, : index.length])
     # In the backward each chunk adds to the gradients of all keys: no more of them than keep the threads busy.
     num_chunks = -(-2 * torch.get_num_threads() // len(key)) if call.backward else _MAX_CHUNKS
     return (
         Piece(heads, rows, kv_heads, chunk.attend, chunk.differentiate)
         for heads, rows, kv_heads, chunk in _chunks(query, key, value, bucket, start, end, call, num_chunks, index)
     )
+
+
+def _buckets(key: Tensor, pattern: LayerPattern) -> Tensor:
+    return pattern.bucket_hash.assign(widened(key))
 
 
 def find_keys(query: Tensor, key: Tensor, pattern: LayerPattern) -> None:
@@ -88,14 +91,14 @@ def run_stages(query: Tensor, key: Tensor, value: Tensor, pattern: LayerPattern,
     if start == end:
         return
 
-    output = query.new_empty(key.shape[1], len(query), value.shape[-1]).transpose(0, 1)
+    output = widened(query).new_empty(key.shape[1], len(query), value.shape[-1]).transpose(0, 1)
 
     def work(part: tuple[slice, slice, slice, _Chunk]) -> None:
         heads, rows, _, chunk = part
         if until >= _FIRST_OF_ROWS:
             chunk.compute(query[heads, rows], None, output[heads, rows], until)
 
-    bucket = pattern.bucket_hash.assign(key)
+    bucket = _buckets(key, pattern)
     if last == "hash":
         return
     parts = _chunks(query, key, value, bucket, start, end, call, _MAX_CHUNKS)
@@ -120,6 +123,7 @@ def _chunks(
     """
     pattern, offset = call.pattern, call.query_offset
     group, page_size = len(query) // len(key), pattern.config.page_size
+    dtype = np.float64 if query.dtype == torch.float64 else np.float32
     chunk_rows = max(_MIN_CHUNK_PAGES, -(-(end - start) // (num_chunks * page_size))) * page_size
     static = static_positions(pattern.config, end, key.device, marked=pattern.marked)
     if index is None:  # an index has done this to its own
@@ -128,11 +132,9 @@ def _chunks(
     for kv_head in range(len(key)):
         head = _head(call, kv_head, key[kv_head], value[kv_head], bucket[kv_head], static)
         heads, row = slice(kv_head * group, (kv_head + 1) * group), start
-        rules = make_rules(
-            call, call.budget(kv_head, key.shape[1]), np.array(pattern.min_weights[heads], head.key.dtype)
-        )
+        rules = make_rules(call, call.budget(kv_head, key.shape[1]), np.array(pattern.min_weights[heads], dtype))
         if index is None or not len(head.first):
-            state = of_head(empty_states(1, len(head.first), head.key.shape[1], head.key.dtype), 0)
+            state = of_head(empty_states(1, len(head.first), head.key.shape[1], dtype), 0)
         else:
             state = of_head(index.states, kv_head)
         while row < end:
@@ -158,16 +160,16 @@ class _Chunk:
     def attend(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> None:
         """Fill output [group, R, head_dim] for query [group, R, head_dim], the KV head's keys and values and sinks."""
         num_heads, num_rows, head_dim = output.shape
-        padded = self.head.value.shape[1]
-        direct = padded == head_dim and output.stride(0) == head_dim and output.stride(2) == 1
-        own = output.new_empty(num_rows, num_heads, padded).transpose(0, 1) if not direct else output
+        padded, dtype = self.head.value.shape[1], compute_dtype(query, key)
+        direct = padded == head_dim and output.stride(0) == head_dim and output.stride(2) == 1 and output.dtype == dtype
+        own = output.new_empty(num_rows, num_heads, padded, dtype=dtype).transpose(0, 1) if not direct else output
         self.compute(query, sinks, own)
         if not direct:
             output.copy_(own[..., :head_dim])
 
     def compute(self, query: Tensor, sinks: Tensor | None, output: Tensor, until: int = len(STAGES) - 1) -> None:
         """As `attend`, but nothing is computed after the stage `until`; each row of `output` must be contiguous."""
-        rows = by_row(query * self.call.scaling)
+        rows = by_row(widened(query) * self.call.scaling)
         for page, read in self._read(rows, sinks, output, until, self.call.recorder is not None):
             if self.call.recorder is not None:
                 positions = torch.arange(self.start + page.start, self.start + page.stop)
@@ -177,9 +179,9 @@ class _Chunk:
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Gradients of the arguments of `attend` for that of its result."""
-        rows, upstream = by_row(query * self.call.scaling), by_row(grad)
+        rows, upstream = by_row(widened(query) * self.call.scaling), by_row(widened(grad))
         head = self.head
-        query_grad, key_grad, value_grad = (np.zeros_like(x) for x in (rows, head.key, head.value))
+        query_grad, key_grad, value_grad = (np.zeros_like(x, rows.dtype) for x in (rows, head.key, head.value))
         table_key_grad, table_value_grad = np.zeros_like(key_grad), np.zeros_like(value_grad)
         sinks_grad = np.zeros(0 if sinks is None else len(sinks), rows.dtype)
         for page, read in self._read(rows, sinks, None, STAGES.index("softmax"), True):

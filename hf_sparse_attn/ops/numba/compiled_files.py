@@ -20,6 +20,7 @@ from uuid import uuid4
 import llvmlite
 import numba
 import numpy as np
+from numba import types
 from numba.core.caching import NullCache, _CacheLocator
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
@@ -31,7 +32,12 @@ _SOURCES = ("simd", "kernels")
 
 
 def cached(dispatcher: Any) -> Any:
-    """The same compiled function, one of `kernels`; what it is compiled to is kept."""
+    """The same compiled function, one of `kernels`; what it is compiled to is kept.
+
+    A constant in a call of it has the type of other numbers, or there would be another form of the function for each.
+    """
+    template = dispatcher.get_call_template
+    dispatcher.get_call_template = lambda args, kws: template(tuple(map(types.unliteral, args)), kws)
     dispatcher._cache = _Cache(dispatcher.py_func)
     return dispatcher
 
@@ -109,7 +115,7 @@ def _read(module: str) -> bytes:
 @cache
 def _warn(failures: str) -> None:
     logging.getLogger("hf_sparse_attn").warning(
-        "What Numba compiles cannot be kept and takes about 20 seconds in each process; let NUMBA_CACHE_DIR name a "
+        "What Numba compiles cannot be kept and takes 10 to 15 seconds in each process; let NUMBA_CACHE_DIR name a "
         f"folder that can be written to ({failures})"
     )
 

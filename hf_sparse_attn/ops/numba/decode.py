@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_sparse_attn.ops.backend import compute_dtype
 from hf_sparse_attn.ops.common.chunked import Call
 from hf_sparse_attn.ops.common.threads import together
 from hf_sparse_attn.ops.numba.index import FEW, Index
@@ -16,7 +17,7 @@ from hf_sparse_attn.ops.numba.kernels import (
     Read,
     attend_heads,
 )
-from hf_sparse_attn.ops.numba.layout import filled, flat_heads, padded
+from hf_sparse_attn.ops.numba.layout import filled, flat_heads, padded, widened
 from hf_sparse_attn.ops.numba.rules import make_rules, num_columns, record
 from hf_sparse_attn.patterns import num_row_keys, row_keys
 
@@ -24,7 +25,7 @@ from hf_sparse_attn.patterns import num_row_keys, row_keys
 def attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
     """Few sparse rows: their keys are where the cache has them."""
     num_kv_heads, num_rows, group = len(key), query.shape[1], len(query) // len(key)
-    rows = filled((query * call.scaling).unflatten(0, (num_kv_heads, group)).transpose(1, 2)).numpy()
+    rows = filled((widened(query) * call.scaling).unflatten(0, (num_kv_heads, group)).transpose(1, 2)).numpy()
     budgets = np.array([call.budget(h, key.shape[1]) for h in range(num_kv_heads)])
     min_weights = np.array(call.pattern.min_weights, rows.dtype).reshape(num_kv_heads, group)
     rules = make_rules(call, int(budgets.max()), min_weights)
@@ -42,7 +43,7 @@ def attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: T
         np.empty((num_kv_heads, kept_rows, 3), np.int32),
     )
     value_dim = padded(value.shape[-1])
-    output = query.new_empty(num_rows, len(query), value_dim)
+    output = torch.empty(num_rows, len(query), value_dim, dtype=compute_dtype(query, key))
     (flat_key, key_step), (flat_value, value_step) = flat_heads(key), flat_heads(value)
     keys = (key.shape[1], flat_key, flat_value, key_step, value_step, value_dim)
     attend = partial(
@@ -68,4 +69,4 @@ def attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: T
     if keep:
         for h in range(num_kv_heads):
             record(call, h, positions, Read(*(x[h] for x in read)), None)
-    return output[..., : value.shape[-1]].contiguous().transpose(0, 1)
+    return output[..., : value.shape[-1]].to(query.dtype).contiguous().transpose(0, 1)

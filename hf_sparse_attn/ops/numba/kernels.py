@@ -604,7 +604,8 @@ def _find(
     if num_tied > 1:
         tied[:num_tied].sort()
     for i in range(num_tied - 1, -1, -1):
-        n = _take(place[tied[i]], listed, available, first, upper, previous, newest, slots, n, stop, chains, num_chains)
+        at_list = np.int64(place[tied[i]])
+        n = _take(at_list, listed, available, first, upper, previous, newest, slots, n, stop, chains, num_chains)
         num_chains += 1
     if len(previous):
         _follow(chains, num_chains, previous, slots, key)
@@ -825,9 +826,9 @@ def differentiate_rows(
             for g in range(group):
                 for i in range(m, n):
                     slopes[0, g, i] *= 1 - math.tanh(capped[0, g, i] / softcap) ** 2
-            found = near[m : m + 3].copy()
+            first, second, third = near[m], near[m + 1], near[m + 2]  # a slice of them takes seconds to compile
             _score(query, at_query, key, near, 0, m, capped, 0)
-            near[m : m + 3] = found
+            near[m], near[m + 1], near[m + 2] = first, second, third
             for g in range(group):
                 for i in range(m):
                     slopes[0, g, i] *= 1 - math.tanh(capped[0, g, i] / softcap) ** 2

@@ -12,11 +12,21 @@ from hf_sparse_attn.ops.numba.kernels import (
 )
 from hf_sparse_attn.ops.numba.simd import LANES
 
-HALF = {torch.bfloat16: np.uint16, torch.float16: np.int16}  # stored so, computed in float32
+HALF = {torch.bfloat16: np.uint16, torch.float16: np.int16}  # keys and values are read so, and summed in float32
 
 
 def padded(number: int) -> int:
     return -(-number // LANES) * LANES
+
+
+def widened(x: Tensor) -> Tensor:
+    """In the precision that is computed in."""
+    return x.float() if x.dtype in HALF else x
+
+
+def as_array(x: Tensor) -> Array:
+    """The memory of a contiguous tensor, of half precision as `simd.load` takes it."""
+    return x.view(torch.int16).numpy().view(HALF[x.dtype]) if x.dtype in HALF else x.numpy()
 
 
 def by_row(x: Tensor) -> Array:
@@ -33,9 +43,7 @@ def flat_heads(x: Tensor) -> tuple[Array, int]:
         x = filled(x)
     length = (len(x) - 1) * x.stride(0) + x.shape[1] * x.shape[2]
     flat = x.detach().as_strided((length,), (1,))
-    if x.dtype in HALF:
-        return flat.view(torch.int16).numpy().view(HALF[x.dtype]), x.stride(0)
-    return flat.numpy(), x.stride(0)
+    return as_array(flat), x.stride(0)
 
 
 def flat_rows(output: Tensor) -> tuple[Array, int]:
