@@ -190,7 +190,8 @@ class FinetuneTrainer(TrainerOfProcesses):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        write_remote_code(Path(output_dir or _output(self)))
+        if self.args.should_save:
+            write_remote_code(Path(output_dir or _output(self)))
 
     def compute_loss_context_manager(self) -> ExitStack:
         context: ExitStack = super().compute_loss_context_manager()
