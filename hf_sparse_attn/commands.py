@@ -49,7 +49,7 @@ def convert(model: str, output: str | Path, **settings: Any) -> dict[str, Any]:
         settings: fields of `hf_sparse_attn.calibration.convert.ConversionSettings`: calibration_dataset,
             num_calibration_documents, context_length, target_density or max_loss, key_budget, sparse_attention (a
             dict), dense_below, num_evaluation_documents, device, dtype, offload, refit (for a converted model that was
-            trained since).
+            trained since), remote_code (a file for `trust_remote_code=True`).
 
     Returns:
         "output" (a path), "sparse_attention" (the fitted fields), "density" (expected, attended over admissible pairs),

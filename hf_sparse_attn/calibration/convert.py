@@ -22,6 +22,7 @@ from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss
 from hf_sparse_attn.calibration.kept_results import KeptResults, kept_results
 from hf_sparse_attn.calibration.prepare import prepare
 from hf_sparse_attn.calibration.refit import Refit, aims_of, compare
+from hf_sparse_attn.calibration.remote_code import names_remote_code, write_remote_code
 from hf_sparse_attn.calibration.settings import ConversionSettings
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.environment import describe_environment
@@ -166,6 +167,7 @@ def _convert(
         with removed_on_failure(unfinished):
             save_pretrained(loaded, unfinished)
             ready.tokenizer.save_pretrained(unfinished)
+            write_remote_code(unfinished)
             visualization.plot_trade(trade, choice, unfinished / "trade.png")
             visualization.plot_choice(*by_head(calibration.costs, choice), unfinished / "heads.png")
             model_card.write_model_card(
@@ -174,6 +176,7 @@ def _convert(
                 conversion=conversion,
                 calibration=[document["name"] for document in ready.documents],
                 environment=describe_environment(input_device(loaded)),
+                remote_code=names_remote_code(loaded.config),
             )
     put_in_place(unfinished, output)
     return conversion

@@ -22,6 +22,7 @@ def write_model_card(
     conversion: Conversion,
     calibration: list[str],
     environment: dict[str, Any],
+    remote_code: bool = False,
 ) -> None:
     """Fill the template (Jinja, Markdown) and write it to `path`; texts, such as names of documents, stay mere text.
 
@@ -30,6 +31,7 @@ def write_model_card(
         conversion: what it gave.
         calibration: names of the calibration documents.
         environment: where it was measured.
+        remote_code: whether the directory holds the file of `remote_code.write_remote_code`.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -53,6 +55,7 @@ def write_model_card(
         choice=conversion.choice,
         loss_factor=conversion.loss_factor,
         refit=conversion.refit,
+        remote_code=remote_code,
         **escaped(
             {
                 "source": name,

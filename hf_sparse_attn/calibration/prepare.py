@@ -21,6 +21,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
 )
 from hf_sparse_attn.calibration.calibrate import minimum_tokens
 from hf_sparse_attn.calibration.place_weights import place_weights
+from hf_sparse_attn.calibration.remote_code import name_remote_code, names_remote_code
 from hf_sparse_attn.calibration.settings import AUTO, ConversionSettings
 from hf_sparse_attn.config import SparseAttentionConfig, sliding_windows, text_config
 from hf_sparse_attn.data import load_documents, long_documents
@@ -84,6 +85,8 @@ def prepare(
         size = ModelSize.of(config, dtype)
         placed = place_weights(size, base, settings.context_length, device, folder, tell)
     loaded = load_model(model, path, device=device, num_tokens=settings.context_length, dtype=dtype, **placed)
+    if settings.remote_code or names_remote_code(loaded.config):
+        name_remote_code(loaded)
     if output is not None:
         with argument("model", model):
             loaded.generation_config.validate(strict=True)  # one that is not valid cannot be saved

@@ -50,6 +50,8 @@ class ConversionSettings:
         refit: for a converted model whose weights were trained since: fields that are not given are the model's own,
             but for those that are fitted. `dense_layers` counts as fitted, as nobody can tell those that were chosen
             from those that were asked for: it is empty unless `sparse_attention` has it.
+        remote_code: also write a file by which `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`
+            loads the model with sparse attention, or tells what to install. A model that has it keeps it.
 
     Raises:
         ArgumentError: a value is out of its range; the message names the field.
@@ -68,6 +70,7 @@ class ConversionSettings:
     dtype: str = "auto"
     offload: bool = False
     refit: bool = False
+    remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -5,6 +5,7 @@
     hf-sparse-attn convert --model demo --output converted --max-loss 0.01
     hf-sparse-attn convert --model meta-llama/Llama-3.2-1B --output converted --calibration-dataset books.jsonl
     hf-sparse-attn convert --model tuned --refit --output refitted
+    hf-sparse-attn convert --model demo --output converted --remote-code
     hf-sparse-attn convert --model meta-llama/Meta-Llama-3-8B --output converted --dtype bfloat16 --offload
 
 The weights stay as they are, unless --dtype rounds them. The output directory loads with stock
@@ -97,6 +98,12 @@ def make_parser() -> OneLineErrors:
         action="store_true",
         help="Fit a converted model anew after its weights were trained; fields that are not fitted stay as they are "
         "unless given, but for dense_layers, which is chosen anew.",
+    )
+    parser.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="Also write a file by which AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) loads the "
+        "model with sparse attention, or says what to install; a model that has it keeps it.",
     )
     parser.add_argument(
         "--num-evaluation-documents",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
+from hf_sparse_attn.calibration.remote_code import write_remote_code
 from hf_sparse_attn.config import sparse_config
 from hf_sparse_attn.errors import ArgumentError, RunError, add_note, is_first_process, one_line
 from hf_sparse_attn.evaluation.perplexity import loss_by_position
@@ -186,6 +187,11 @@ class FinetuneTrainer(TrainerOfProcesses):
             self.save_model(str(_output(self) / "adapter"), _internal_call=True)
             self.model = self.model_wrapped = merge_lora(self.accelerator.unwrap_model(self.model))
             self.accelerator._models.clear()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_remote_code(Path(output_dir or _output(self)))
 
     def compute_loss_context_manager(self) -> ExitStack:
         context: ExitStack = super().compute_loss_context_manager()
