@@ -72,6 +72,7 @@ class Backend:
         cached_dtypes: half-precision dtypes in which the keys and values of a cache are read as they are.
         plain: it drops weights out and takes candidates that are given.
         both_sides: has non-causal attention.
+        needs_check: its first use on a device is checked by `self_check`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Backend:
         cached_dtypes: frozenset[torch.dtype] = frozenset(),
         plain: bool = False,
         both_sides: bool = False,
+        needs_check: bool = False,
     ) -> None:
         self.document_attention = document_attention
         self.find_keys = find_keys
@@ -92,6 +94,7 @@ class Backend:
         self.cached_dtypes = cached_dtypes
         self.plain = plain
         self.both_sides = both_sides
+        self.needs_check = needs_check
 
     def dtype(self, query: Tensor, key: Tensor) -> torch.dtype:
         """The gradients of the tensors that it is given."""
