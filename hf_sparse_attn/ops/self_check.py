@@ -52,7 +52,8 @@ _one_at_a_time = Lock()
 def checked(backend: Backend, query: Tensor, key: Tensor, call: AttentionCall) -> Backend:
     """The backend, if it computes here what PyTorch's operations do, or is not to be checked; else theirs.
 
-    Nothing is checked while a CUDA graph is captured: a warning says so, and a later call outside of one checks.
+    Nothing is checked while a CUDA graph is captured or a backward runs, whose thread gradients of the check would wait
+    for: a warning says so, and a later call checks.
 
     Args:
         backend: chosen by the config's `implementation`.
@@ -66,8 +67,9 @@ def checked(backend: Backend, query: Tensor, key: Tensor, call: AttentionCall) -
         return backend
     implementation = call.pattern.config.implementation
     kind = Kind(query.device, backend.dtype(query, key), query.shape[-1], len(query) // len(key))
-    if kind not in _problems and _is_capturing(query.device):
-        _tell_once(f"Triton kernels are captured in a CUDA graph before they were checked for {kind}; warm up first")
+    hindrance = None if kind in _problems else _hindrance(query.device)
+    if hindrance is not None:
+        _tell_once(f"Triton kernels run before they are checked for {kind}: {hindrance}; run a forward before it")
         return backend
     problem = _problem(kind, backend, call)
     if problem is None:
@@ -85,8 +87,11 @@ def _applies_to(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _hindrance(device: torch.device) -> str | None:
+    """Why nothing can be checked now."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is captured"
+    return "a backward runs" if torch._C._current_graph_task_id() != -1 else None
 
 
 @cache

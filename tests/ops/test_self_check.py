@@ -150,8 +150,8 @@ def test_results_are_kept_by_dtype_head_dim_and_group(trials, monkeypatch):
 
 
 def test_constants_are_those_of_the_call(trials):
-    pattern = pattern_of({"min_weight": 0.0, "page_size": 24}, dtype=torch.float32)
-    query, key, _ = inputs(40, 40)
+    pattern = pattern_of({"min_weight": 0.0, "page_size": 24}, dtype=torch.float32, device=DEVICE)
+    query, key, _ = inputs(40, 40, device=DEVICE)
     self_check.checked(backend(), query.float(), key.float(), AttentionCall(pattern, 0, 0, 0.3, 9.0))
     assert (trials[0].codebooks, trials[0].scaling, trials[0].softcap) == ((3, 2), 0.3, 9.0)
     assert (trials[0].config.page_size, trials[0].config.min_weight) == (24, 0.0)
@@ -180,7 +180,7 @@ def test_modes_of_the_caller_do_not_reach_the_check(monkeypatch):
         pytest.fail("checkpointing sees the check")
 
     monkeypatch.setattr(self_check, "find_problem", find_problem)
-    pattern, (query, key, _) = pattern_of({}), inputs(40, 40)
+    pattern, (query, key, _) = pattern_of({}, device=DEVICE), inputs(40, 40, device=DEVICE)
     hooks = torch.autograd.graph.saved_tensors_hooks(never, never)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), hooks:
         self_check.checked(backend(), query, key, AttentionCall(pattern))
@@ -188,18 +188,27 @@ def test_modes_of_the_caller_do_not_reach_the_check(monkeypatch):
 
 
 def test_a_graph_that_is_captured_is_not_checked(trials, monkeypatch, caplog):
-    pattern, (query, key, _) = pattern_of({}), inputs(40, 40)
-    monkeypatch.setattr(self_check, "_is_capturing", lambda device: True)
+    pattern, (query, key, _) = pattern_of({}, device=DEVICE), inputs(40, 40, device=DEVICE)
+    monkeypatch.setattr(self_check, "_hindrance", lambda device: "a CUDA graph is captured")
     for _ in range(2):
         assert self_check.checked(backend(), query, key, AttentionCall(pattern)) is backend()
     assert not trials
     assert [record.getMessage() for record in caplog.records] == [
-        f"Triton kernels are captured in a CUDA graph before they were checked for torch.float64 on {query.device}, "
-        "head_dim 8, 2 query heads per KV head; warm up first"
+        f"Triton kernels run before they are checked for torch.float64 on {query.device}, head_dim 8, 2 query heads "
+        "per KV head: a CUDA graph is captured; run a forward before it"
     ]
-    monkeypatch.setattr(self_check, "_is_capturing", lambda device: False)
+    monkeypatch.setattr(self_check, "_hindrance", lambda device: None)
     self_check.checked(backend(), query, key, AttentionCall(pattern))
     assert len(trials) == 1
+
+
+def test_nothing_is_checked_inside_a_backward(trials, caplog):
+    pattern, (query, key, _) = pattern_of({}, device=DEVICE), inputs(40, 40, device=DEVICE)
+    leaf = torch.ones(1, requires_grad=True)
+    leaf.register_hook(lambda grad: self_check.checked(backend(), query, key, AttentionCall(pattern)) and None)
+    leaf.sum().backward()
+    assert not trials
+    assert "a backward runs" in caplog.text
 
 
 class TestAtLength:
