@@ -8,6 +8,7 @@ Patterson 2009).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from hf_sparse_attn.routing import BucketIndex
 SLOTS = 64  # keys that a program of the backward owns
 _SORT_PASSES = 4  # of 8 bits each, over a bucket and an index
 _INTEGER_STEPS = 3  # compare, select and add, for each bit of a score
+_READER_STEPS = 8  # shift, mask and five comparisons, whether a row reads a key
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,18 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class TileCounts:
-    """Means over sampled tiles of one KV head: keys found per row, keys listed per tile, and SLOTS that hold these.
+    """Means over sampled tiles of one KV head.
 
-    `found` and `listed_found` are of keys found through buckets; `blocks` are runs of SLOTS places in bucket order.
+    Args:
+        rows: of a tile.
+        found, listed_found: keys that a row finds through buckets, and different ones that a tile's rows find.
+        row_blocks, blocks: runs of SLOTS places in bucket order that hold these.
     """
 
     rows: int
     found: float
     listed_found: float
+    row_blocks: float
     blocks: float
 
 
@@ -77,17 +83,19 @@ def count_tiles(query: Tensor, key: Tensor, pattern: LayerPattern, rows: int, nu
     bucket = pattern.bucket_hash.assign(key)
     static = static_positions(pattern.config, num_tokens, key.device, marked=pattern.marked)
     summed = query.unflatten(0, (num_kv_heads, -1)).sum(1)
-    found, listed, blocks = [], [], []
+    sums: dict[str, float] = defaultdict(float)
     for kv_head in range(num_kv_heads):
         index = BucketIndex(key[kv_head], bucket[kv_head], static, 0, 0, pattern)
         for start in starts.tolist():
-            tile = index.rows(start, start + rows)
-            slots, count = tile.select_slots(summed[kv_head, start : start + rows], pattern.budgets[kv_head])
-            taken = slots[torch.arange(slots.shape[1], device=slots.device) < count[:, None]].unique()
-            found.append(float(count.float().mean()))
-            listed.append(float(len(taken)))
-            blocks.append(float(len((taken // SLOTS).unique())))
-    return TileCounts(rows, *(sum(x) / len(x) for x in (found, listed, blocks)))
+            tile, own = index.rows(start, start + rows), summed[kv_head, start : start + rows]
+            slots, count = tile.select_slots(own, pattern.budgets[kv_head])
+            by_row = [of_row[:number] for of_row, number in zip(slots, count.tolist(), strict=True)]
+            sums["found"] += sum(map(len, by_row)) / rows
+            sums["row_blocks"] += sum(len((of_row // SLOTS).unique()) for of_row in by_row) / rows
+            taken = torch.cat(by_row).unique()
+            sums["listed_found"] += len(taken)
+            sums["blocks"] += len((taken // SLOTS).unique())
+    return TileCounts(rows, **{name: total / (num_kv_heads * len(starts)) for name, total in sums.items()})
 
 
 def count_stages(
@@ -123,12 +131,13 @@ def count_stages(
     product = 2 * tiles * listed * pairs * head_dim  # of all pairs with all listed keys
     passes = 2 if any(config.min_weights(0, num_heads)) else 1
     dense_rows = min(config.dense_below, num_tokens)
+    kept = 4 * num_kv_heads * sparse_rows * (buckets // 8 + 8)  # the bits of the chosen buckets, copied twice
     routing = [
         ("hash", 2 * num_kv_heads * num_tokens * head_dim * 2 * config.num_hash_bits, "fp32", keys),
         ("sort by bucket", 0.0, "int32", 2.0 * _SORT_PASSES * 8 * num_kv_heads * num_tokens),
         ("bucket means", keys / 2, "fp32", keys + means),
         ("bucket scores", 3 * scores / 2 * head_dim, "tf32", queries + means + scores),
-        ("choice of buckets", scores / 4 * 32 * _INTEGER_STEPS, "int32", scores + 3 * scores / 128),
+        ("choice of buckets", scores / 4 * 32 * _INTEGER_STEPS, "int32", scores + kept / 4),
         ("lists", 0.0, "int32", 8 * tiles * listed),
     ]
     attention = [("attention", (passes + 1) * product, "bf16", tiles * listed * (passes + 1) * (vector + 8) + queries)]
@@ -137,11 +146,18 @@ def count_stages(
         ("dense rows", 2.0 * num_heads * dense_rows**2 * head_dim, "bf16", 4.0 * vector * num_heads * dense_rows)
     )
     if backward_chunk_rows is not None:
-        in_window = tiles * (config.window_size + counts.rows)
-        older = tiles * counts.blocks * SLOTS + in_window
         chunks = -(-sparse_rows // backward_chunk_rows)
-        work += [(f"{stage}, again", *others) for stage, *others in routing]
+        # Rows that read a block of keys, packed; in each chunk half a tile more, as the last one is not full.
+        readers = num_kv_heads * (sparse_rows * counts.row_blocks + chunks * num_tokens / SLOTS * counts.rows / 2)
+        older = readers / counts.rows * SLOTS + tiles * (config.window_size + counts.rows)
+        marked = tiles * counts.blocks * counts.rows
+        chosen_again = buckets // 8 > num_heads // num_kv_heads * head_dim  # too many bits to be kept
+        again = [stage for stage in routing if chosen_again or stage[0] in ("hash", "sort by bucket", "lists")]
+        work += [(f"{stage}, again", *others) for stage, *others in again]
+        if not chosen_again:
+            work.append(("chosen buckets, kept", 0.0, "int32", kept))
         work += [
+            ("rows of blocks", marked * SLOTS * _READER_STEPS, "int32", marked * 12.0),
             ("gradient of queries", 3 * product, "bf16", tiles * listed * (2 * vector + 8) + 2 * queries),
             (
                 "gradient of keys and values",

@@ -36,7 +36,8 @@ from hf_sparse_attn.tracing import input_device
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_MEASURED_TOKENS = 4096  # most of a document that dense_below is measured on
+# Most of a document that dense_below is measured on: near the length that is looked for, which is far longer on a GPU.
+_MEASURED_TOKENS = {"cpu": 4096, "cuda": 32768}
 
 
 @dataclass(frozen=True)
@@ -189,12 +190,13 @@ def _with_measured_dense_below(
     settings: ConversionSettings,
     tell: Callable[[str], None],
 ) -> SparseAttentionConfig:
-    """The configuration with `measure_dense_below` of what the middle layer gets."""
-    layer = text_config(model.config).num_hidden_layers // 2
-    ids = torch.tensor([input_ids[:_MEASURED_TOKENS]], device=input_device(model))
-    inputs = layer_inputs(model, ids, layer)
+    """The configuration with `measure_dense_below` of what the middle layer gets, on its device and in its dtype."""
+    layer, device = text_config(model.config).num_hidden_layers // 2, input_device(model)
+    num_tokens = _MEASURED_TOKENS.get(device.type, _MEASURED_TOKENS["cpu"])
+    query, key, value = layer_inputs(model, torch.tensor([input_ids[:num_tokens]], device=device), layer)
+    inputs = query.to(model.dtype), key.to(model.dtype), value.to(model.dtype)
     measured = measure_dense_below(base.replace(key_budget=settings.most_candidates), inputs, layer)
-    tell(f"sparse attention starts to win at {measured} tokens here")
+    tell(f"sparse attention starts to win at {measured} tokens on {device}, in {model.dtype}")
     config = base.replace(dense_below=measured)
     _check_context_length(settings.context_length, config)
     return config

@@ -15,6 +15,7 @@ from hf_sparse_attn.ops.checks import check_document, check_scores
 from hf_sparse_attn.ops.common.call import AttentionCall, Chooser
 from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.ops.dispatch import find_backend, warn_if_slow
+from hf_sparse_attn.ops.self_check import checked
 from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import HeadsFrom, Recorder
 from hf_sparse_attn.statistics import statistics_in
@@ -53,6 +54,7 @@ def document_attention(
     Raises:
         ValueError: for tensors, positions or numbers that do not fit together, and for dropout or candidates where the
             config names an implementation without them.
+        RuntimeError: if the config names "triton" and its kernels are wrong on this GPU, see `self_check`.
     """
     check_scores(scaling, softcap)
     check_document(query, key, value, pattern, query_offset, key_offset, sinks)
@@ -98,10 +100,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, choo
     votes = pattern.config.num_voted_blocks > 0 and dense_rows is not None
     if not backend.plain and (call.dropout is not None or call.candidates is not None or votes):
         backend = _plain_backend(implementation, query.device)
-    attend = prefill if votes and implementation != "reference" else backend.document_attention
     grows = pattern.is_causal and dense_rows is not None and call.query_offset + query.shape[1] > dense_rows
     if implementation == "auto" and grows:
         warn_if_slow(query.device)
+    if grows:
+        backend = checked(backend, query, key, call)
+    attend = prefill if votes and implementation != "reference" else backend.document_attention
     dtype = backend.dtype(query, key)
     autocast = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():

@@ -71,6 +71,7 @@ class Backend:
         keeps_half: inputs of half precision are not converted to float32.
         plain: it drops weights out and takes candidates that are given.
         both_sides: has non-causal attention.
+        needs_check: its first use on a device is checked by `self_check`.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Backend:
         keeps_half: bool = False,
         plain: bool = False,
         both_sides: bool = False,
+        needs_check: bool = False,
     ) -> None:
         self.document_attention = document_attention
         self.find_keys = find_keys
@@ -89,6 +91,7 @@ class Backend:
         self.keeps_half = keeps_half
         self.plain = plain
         self.both_sides = both_sides
+        self.needs_check = needs_check
 
     def dtype(self, query: Tensor, key: Tensor) -> torch.dtype:
         """The gradients of the tensors that it is given."""

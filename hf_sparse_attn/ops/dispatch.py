@@ -83,7 +83,7 @@ def explain(device: torch.device) -> str:
     best = _best(device)
     faster = "numba" if device.type == "cpu" else "triton"
     if best == faster:
-        return f'"auto" takes {best}'
+        return f'"auto" takes {best}{", if it passes a check at its first use" if best == "triton" else ""}'
     if not _installed(faster):
         return f'"auto" takes {best}: {faster} is not installed'
     return f'"auto" takes {best}: {_failure(faster) or f"{faster} does not support this device"}'

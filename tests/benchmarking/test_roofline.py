@@ -7,11 +7,17 @@ import torch
 from helpers.operation import make_pattern
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.benchmarking.roofline import Ceilings, TileCounts, count_stages, count_tiles, dense_floor_ms
+from hf_sparse_attn.benchmarking.roofline import (
+    Ceilings,
+    TileCounts,
+    count_stages,
+    count_tiles,
+    dense_floor_ms,
+)
 from hf_sparse_attn.ops import reference
 
 FIELDS = {"window_size": 11, "num_global_tokens": 3, "key_budget": 14, "num_hash_bits": 3, "page_size": 8}
-COUNTS = TileCounts(rows=32, found=1000.0, listed_found=2000.0, blocks=80.0)
+COUNTS = TileCounts(32, found=1000.0, listed_found=2000.0, row_blocks=40.0, blocks=80.0)
 SHAPE = (32, 8, 128)
 
 
@@ -25,14 +31,15 @@ def test_tiles_hold_what_their_rows_find():
     bucket = pattern.bucket_hash.assign(key)
     bucket[:, :3] = 8  # static keys stand last
     slot = bucket.argsort(stable=True).argsort() // 64
-    found, listed, blocks = [], [], []
+    found, listed, row_blocks, blocks = [], [], [], []
     for start in (72, 104, 136):
         for kv_head in range(2):
             tile = routed[2 * kv_head, start : start + 4]
             found.append(int(tile.sum()) / 4)
             listed.append(int(tile.any(0).sum()))
+            row_blocks += [len(slot[kv_head][row].unique()) for row in tile]
             blocks.append(len(slot[kv_head][tile.any(0)].unique()))
-    expected = (sum(x) / len(x) for x in (found, listed, blocks))
+    expected = (sum(x) / len(x) for x in (found, listed, row_blocks, blocks))
     assert counts == TileCounts(4, *map(pytest.approx, expected))
 
 
@@ -69,11 +76,24 @@ def test_work_of_the_attention():
 
 
 def test_the_backward_comes_on_top():
-    forward, both = (
-        count_stages(2**15, *SHAPE, SparseAttentionConfig(), COUNTS, Ceilings(), rows) for rows in (None, 8192)
-    )
-    assert both[: len(forward)] == forward
-    assert {stage["stage"] for stage in both} > {"lists, again", "gradient of queries", "gradient of keys and values"}
+    """It chooses buckets again only where they are so many that the forward does not keep the choice."""
+    own = {"lists, again", "rows of blocks", "gradient of queries", "gradient of keys and values"}
+    for bits, others in ((10, {"chosen buckets, kept"}), (12, {"choice of buckets, again"})):
+        config = SparseAttentionConfig(num_hash_bits=bits)
+        forward, both = (count_stages(2**15, 32, 8, 64, config, COUNTS, Ceilings(), rows) for rows in (None, 8192))
+        assert both[: len(forward)] == forward
+        stages = {stage["stage"] for stage in both}
+        assert stages >= own | others
+        assert ("bucket scores, again" in stages) == (bits == 12)
+
+
+def test_only_rows_that_read_a_block_are_multiplied_with_it():
+    """Each of 30720 rows reads 40 blocks; in each of 4 chunks half a tile more; and the window."""
+    config, num_tokens = SparseAttentionConfig(), 2**15
+    stages = {x["stage"]: x for x in count_stages(num_tokens, *SHAPE, config, COUNTS, Ceilings(), 8192)}
+    rows = 30720 * 40 + 4 * 512 * 16
+    pairs = 8 * 4 * (rows * 64 + 30720 * (256 + 32))
+    assert stages["gradient of keys and values"]["gflop"] == pytest.approx(8 * pairs * 128 / 1e9)
 
 
 @pytest.mark.parametrize("passes", ["forward", "forward_backward"])

@@ -92,6 +92,29 @@ class TestInfo:
         run_console("info", "--output", tmp_path / "info.json")
         assert json.loads((tmp_path / "info.json").read_text())["packages"]["torch"] == torch.__version__
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to check")
+    def test_no_gpu_to_check(self, run_console):
+        status, out, err = run_console("info", "--gpu")
+        assert (status, out) == (2, "")
+        expected = "argument --gpu: PyTorch sees no GPU here, so there is nothing to check"
+        assert err == f"hf-sparse-attn info: error: {expected}\n"
+
+    def test_a_gpu_that_is_checked(self, run_console, monkeypatch, tmp_path):
+        from hf_sparse_attn.benchmarking import gpu_check
+        from hf_sparse_attn.cli import info
+
+        attention = {"dtype": "float16", "num_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "seq_len": 77}
+        checked = attention | {"off": {"forward": 0.0, "backward": 0.25, "decoding": 0.0}, "problem": "25.0% are off"}
+        times = {"sparse_ms": 1.5, "dense_ms": 3.0, "both_sparse_ms": 4.25, "both_dense_ms": 9.0}
+        monkeypatch.setattr(info, "_gpus", lambda: [torch.device("cpu")])
+        monkeypatch.setattr(gpu_check, "check_gpu", lambda *_: [checked, attention | times | {"problem": None}])
+        monkeypatch.setenv("COLUMNS", "200")
+        status, out, _ = run_console("info", "--gpu", "--output", tmp_path / "info.json")
+        assert status == 0
+        for words in ("4/2 x 8", "0.00 / 25.00 / 0.00", "25.0% are off", "1.50 (3.00)", "4.25 (9.00)", "none"):
+            assert words in out
+        assert [row["seq_len"] for row in json.loads((tmp_path / "info.json").read_text())["gpu"]] == [77, 77]
+
     def test_why_nothing_faster(self, monkeypatch):
         from hf_sparse_attn.ops import dispatch
 

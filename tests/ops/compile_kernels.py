@@ -29,6 +29,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.int8: "*i8",
 }
 # dtype, query heads, KV heads, head_dim, softcap

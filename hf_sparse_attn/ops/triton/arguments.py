@@ -106,14 +106,14 @@ class KeyLists(NamedTuple):
 
 
 class Readers(NamedTuple):
-    """Tiles whose rows may attend to keys of a block of slots from outside their window.
+    """Rows that score keys of a block of slots from outside their window.
 
     Args:
-        tiles: [Hkv, blocks, tiles] int32, ascending.
+        rows: [Hkv, blocks, local rows] int16, ascending.
         number: [Hkv, blocks] int32.
     """
 
-    tiles: Tensor
+    rows: Tensor
     number: Tensor
 
 

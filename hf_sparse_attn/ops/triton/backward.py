@@ -19,6 +19,7 @@ from hf_sparse_attn.ops.triton.document_keys import DocumentKeys, Span
 from hf_sparse_attn.ops.triton.forward import num_warps
 from hf_sparse_attn.ops.triton.launch import strided
 from hf_sparse_attn.ops.triton.primitives import load_keys, load_listed, load_rows, score_keys, store_rows, tile_pairs
+from hf_sparse_attn.ops.triton.readers import keys_of_block, read_older
 
 
 def bwd_preprocess(output: Tensor, grad: Tensor, logsumexp: Tensor, least: Tensor) -> Statistics:
@@ -248,7 +249,7 @@ def bwd_dkv_window_kernel(
     _add(value_grad, head, index, known, num_keys, value_sum, VALUE_DIM, BLOCK_VALUE_DIM)
 
 
-@triton.jit(do_not_specialize=["num_keys", "key_offset", "base", "start", "end", "num_rows", "num_local", "num_tiles"])
+@triton.jit(do_not_specialize=["num_keys", "key_offset", "base", "start", "num_rows", "num_local"])
 def bwd_dkv_older_kernel(
     query,
     key,
@@ -265,11 +266,8 @@ def bwd_dkv_older_kernel(
     key_offset,
     base,
     start,
-    end,
     num_rows,
     num_local,
-    num_tiles,
-    interval_size,
     window,
     sliding_window,
     NUM_BUCKETS: tl.constexpr,
@@ -280,53 +278,42 @@ def bwd_dkv_older_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Gradients of keys and values from the rows that read them outside their window; blocks of slots of `order`."""
+    """Gradients of keys and values from the rows that read them outside their window; blocks of slots of `order`.
+
+    ROWS of the rows that read a block are taken together, whatever tiles they are of.
+    """
+    ROWS: tl.constexpr = TILE.ROWS
+    GROUP: tl.constexpr = TILE.GROUP
+    GROUP_PADDED: tl.constexpr = TILE.GROUP_PADDED
     HEAD_DIM: tl.constexpr = TILE.HEAD_DIM
     BLOCK_DIM: tl.constexpr = TILE.BLOCK_DIM
     VALUE_DIM: tl.constexpr = TILE.VALUE_DIM
     BLOCK_VALUE_DIM: tl.constexpr = TILE.BLOCK_VALUE_DIM
     BLOCK: tl.constexpr = TILE.BLOCK
     SCALING: tl.constexpr = SCORE.SCALING
-    NUM_WORDS: tl.constexpr = (NUM_BUCKETS + 31) // 32
     block = tl.program_id(0)
     head = tl.program_id(1)
-    slot = block * BLOCK + tl.arange(0, BLOCK)
-    known = slot < num_keys
-    index = tl.load(keys.order + head * num_keys + slot, mask=known, other=0)
-    own_bucket = tl.load(keys.bucket + head * num_keys + index, mask=known, other=0)
-    routable = known & (own_bucket < NUM_BUCKETS)
-    is_static = known & (own_bucket == NUM_BUCKETS)
-    j = index + key_offset
+    place = (head * tl.num_programs(0) + block).to(tl.int64)
+    number = tl.load(readers.number + place)
+    if number == 0:
+        return
+    slot, known, index, bucket = keys_of_block(keys, head, block, num_keys, BLOCK)
     heads_of_keys = tl.zeros((BLOCK,), tl.int32) + head
     k = load_rows(key, heads_of_keys, index, known, HEAD_DIM, BLOCK_DIM)
     v = load_rows(value, heads_of_keys, index, known, VALUE_DIM, BLOCK_VALUE_DIM)
     key_sum = tl.zeros((BLOCK, BLOCK_DIM), ACC)
     value_sum = tl.zeros((BLOCK, BLOCK_VALUE_DIM), ACC)
-    place = (head * tl.num_programs(0) + block).to(tl.int64)
-    count = tl.load(readers.number + place)
-    if count == 0:
-        return
-    for i in range(count):
-        tile = tl.load(readers.tiles + place * num_tiles + i)
-        _, local, position, heads, inside = tile_pairs(tile, head, base, start, end, interval_size, TILE)
-        row = (head * num_local + local).to(tl.int64)
-        word = tl.load(
-            choice.words + row[:, None] * NUM_WORDS + (own_bucket >> 5)[None, :],
-            mask=inside[:, None] & routable[None, :],
-            other=0,
-        )
-        cut_low = tl.load(choice.cut + row * 2, mask=inside, other=0)
-        cut_high = tl.load(choice.cut + row * 2 + 1, mask=inside, other=0)
-        found = ((word >> (own_bucket & 31)[None, :]) & 1) != 0
-        found = found & ((slot[None, :] < cut_low[:, None]) | (slot[None, :] >= cut_high[:, None]))
-        older = (j[None, :] <= position[:, None] - window) & (j[None, :] > position[:, None] - sliding_window)
-        drew = j[None, :] < (position[:, None] - position[:, None])
-        for draw in range(NUM_RANDOM):
-            own = tl.load(drawn + local.to(tl.int64) * NUM_RANDOM + draw, mask=inside, other=-1)
-            drew = drew | ((own[:, None] == index[None, :]) & known[None, :])
-        valid = (((found | is_static[None, :]) & older) | drew) & inside[:, None]
-        droppable = (routable[None, :] & ~drew).to(tl.int32)
-        row = position - start
+    m = tl.arange(0, ROWS * GROUP_PADDED)
+    heads = head * GROUP + m % GROUP_PADDED
+    for low in range(0, number, ROWS):
+        i = low + m // GROUP_PADDED
+        inside = (i < number) & (m % GROUP_PADDED < GROUP)
+        local = tl.load(readers.rows + place * num_local + i, mask=inside, other=0).to(tl.int32)
+        valid, droppable = read_older(
+            choice, drawn, head, local, inside, base, slot, known, index, bucket, num_local, key_offset, window,
+            sliding_window, NUM_BUCKETS, NUM_RANDOM,
+        )  # fmt: skip
+        row = base + local - start
         key_sum, value_sum = _add_tile(
             key_sum, value_sum, query, grad, statistics, heads, row, inside, k, v, valid, droppable, num_rows, TILE,
             SCORE, DROP, PRECISION, ACC,
@@ -392,13 +379,14 @@ def bwd_dkv_older(
         value_grad,
         num_rows=query.shape[1],
         num_local=span.num_local,
-        num_tiles=span.num_tiles,
+        base=span.base,
+        start=span.start,
         sliding_window=keys.sliding_window,
         NUM_BUCKETS=keys.num_buckets,
         NUM_RANDOM=drawn.shape[1],
         num_warps=8,
+        num_stages=2,  # three do not fit into shared memory
         **_of_keys(keys),
-        **span.place,
         **constants._asdict(),
     )
 

@@ -205,7 +205,7 @@ def choose_buckets_kernel(
 
 def choose_buckets(scores: Tensor, keys: DocumentKeys, span: Span) -> Choice:
     """The buckets that the chunk's rows take keys of, by their scores [Hkv, local rows, B]."""
-    choice = _empty_choice(keys, span)
+    choice = empty_choice(keys, span)
     triton_launch.launch(
         choose_buckets_kernel,
         (span.num_intervals * triton.cdiv(span.interval_size, _CHOOSING_ROWS), keys.num_kv_heads),
@@ -230,11 +230,12 @@ def choose_buckets(scores: Tensor, keys: DocumentKeys, span: Span) -> Choice:
 
 def choose_none(keys: DocumentKeys, span: Span) -> Choice:
     """The choice of rows without a budget: nothing."""
-    choice = _empty_choice(keys, span)
+    choice = empty_choice(keys, span)
     for table in choice:
         table.zero_()
     return choice
 
 
-def _empty_choice(keys: DocumentKeys, span: Span) -> Choice:
+def empty_choice(keys: DocumentKeys, span: Span) -> Choice:
+    """Room for the choice of a chunk's rows."""
     return Choice(keys.empty(span.num_local, keys.bucket_bits // 32), keys.empty(span.num_local, 2))

@@ -4,7 +4,7 @@ A document's sparse rows are taken a chunk at a time. For each chunk, in the bac
 every row and list them by tiles of rows (`bucket_means`, `choose_buckets`, `list_keys`), then others compute the
 attention over the lists (`forward`, `backward`). What a chunk needs besides inputs and output does not grow with the
 document, but for a few integers per key and KV head. Of each row and head the forward leaves two numbers for the
-backward.
+backward, and of each row and KV head the buckets that it chose, a bit for each.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from torch import Tensor
 from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces
 from hf_sparse_attn.ops.triton import launch as triton_launch
-from hf_sparse_attn.ops.triton.arguments import AttentionConstants, Score, Tile
+from hf_sparse_attn.ops.triton.arguments import AttentionConstants, Choice, Score, Tile
 from hf_sparse_attn.ops.triton.backward import bwd_dkv_older, bwd_dkv_window, bwd_dq, bwd_preprocess
 from hf_sparse_attn.ops.triton.bucket_means import mean_buckets
-from hf_sparse_attn.ops.triton.choose_buckets import choose_buckets, choose_none, score_buckets
+from hf_sparse_attn.ops.triton.choose_buckets import choose_buckets, choose_none, empty_choice, score_buckets
 from hf_sparse_attn.ops.triton.document_keys import DocumentKeys, Span
 from hf_sparse_attn.ops.triton.find_cached import FEW
 from hf_sparse_attn.ops.triton.forward import fwd
 from hf_sparse_attn.ops.triton.index import Index
 from hf_sparse_attn.ops.triton.launch import TL, block_dim, rows_contiguous
-from hf_sparse_attn.ops.triton.list_keys import find_no_runs, find_readers, find_runs, list_keys
+from hf_sparse_attn.ops.triton.list_keys import find_no_runs, find_runs, list_keys
+from hf_sparse_attn.ops.triton.readers import find_readers
 from hf_sparse_attn.patterns import LayerPattern, row_keys
 
 _CHUNK_ROWS = 2048
 _CHUNK_INTERVALS = 128
-BACKWARD_CHUNK_ROWS = 8192  # fewer chunks, as each adds to the gradients of all keys
+BACKWARD_CHUNK_ROWS = 8192  # fewer chunks, as each adds to the gradients of all keys; under 2**15 (`Readers`)
 
 
 def document_attention(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
@@ -91,13 +92,43 @@ class _Chunk:
     def __init__(self, keys: DocumentKeys, query: Tensor, span: Span) -> None:
         self.keys, self.span = keys, span
         if any(keys.budgets):
-            scores = score_buckets(query, mean_buckets(keys, span), keys, span)
-            self.choice = choose_buckets(scores, keys, span)
+            self.choice = self._choose(query)
             self.runs = find_runs(self.choice, keys, span)
         else:
             self.choice, self.runs = choose_none(keys, span), find_no_runs(keys, span)
         self.drawn = self._draw()
         self.lists = list_keys(self.choice, self.runs, self.drawn, keys, span)
+
+    def _choose(self, query: Tensor) -> Choice:
+        """The buckets that the rows take keys of; the backward has the forward's, if there was room for them."""
+        keys, span, (_, kept) = self.keys, self.span, self._kept()
+        rows = slice(span.start - span.base, span.end - span.base)
+        if keys.call.backward and kept:
+            choice = empty_choice(keys, span)
+            for table, of_all in zip(choice, kept, strict=True):
+                table[:, rows] = of_all[:, self._rows]
+            return choice
+        choice = choose_buckets(score_buckets(query, mean_buckets(keys, span), keys, span), keys, span)
+        for table, of_all in zip(choice, kept, strict=bool(kept)):
+            of_all[:, self._rows] = table[:, rows]
+        return choice
+
+    def _kept(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What the forward leaves of all rows for the backward, if there will be one.
+
+        Returns:
+            The logsumexp and the least scores, [2, H, R] in a list; and the tables of `Choice`, [Hkv, R, ...], or none
+            of them where they would take more than half the room of the queries.
+        """
+        keys, statistics = self.keys, self.keys.call.statistics
+        if statistics is None:
+            return [], []
+        if not statistics:
+            num_heads, num_rows, _ = keys.query_shape
+            statistics.append(torch.empty(2, num_heads, num_rows, dtype=keys.acc, device=keys.key.device))
+            if any(keys.budgets) and keys.bucket_bits // 8 <= keys.group * keys.head_dim * keys.key.dtype.itemsize // 2:
+                statistics += [keys.empty(num_rows, keys.bucket_bits // 32), keys.empty(num_rows, 2)]
+        return statistics[:1], statistics[1:]
 
     def _draw(self) -> Tensor:
         """Random keys that nothing else in the fixed pattern reads: [local rows, num_random_keys], -1 where none."""
@@ -122,17 +153,12 @@ class _Chunk:
         )
         if attended is not None:
             self._record(attended)
-        if call.statistics is not None:
-            for known, of_rows in zip(self._known_tables(call.statistics), tables, strict=True):
-                known.copy_(of_rows)
+        for known, of_rows in zip(self._known_tables(), tables, strict=call.statistics is not None):
+            known.copy_(of_rows)
 
-    def _known_tables(self, statistics: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The chunk's part of what all rows leave for the backward: logsumexp and least scores, [H, R]."""
-        shape = self.keys.query_shape
-        if not statistics:
-            statistics.append(torch.empty(2, *shape[:2], dtype=self.keys.acc, device=self.keys.key.device))
-        logsumexp, least = statistics[0][:, :, self._rows]
-        return logsumexp, least
+    def _known_tables(self) -> list[Tensor]:
+        """The chunk's part of the logsumexp and the least scores, [H, R], if there will be a backward."""
+        return [table[:, self._rows] for tables in self._kept()[0] for table in tables]
 
     @property
     def _rows(self) -> slice:
@@ -162,9 +188,8 @@ class _Chunk:
         """Gradients of the arguments of `attend` for that of its result; of keys and values in float32 or more."""
         keys, call, span = self.keys, self.keys.call, self.span
         query, value, grad = (rows_contiguous(x) for x in (query, value, grad))
-        assert call.statistics is not None
         assert call.output is not None
-        statistics = bwd_preprocess(call.output[:, self._rows], grad, *self._known_tables(call.statistics))
+        statistics = bwd_preprocess(call.output[:, self._rows], grad, *self._known_tables())
         query_grad = torch.empty_like(query)
         key_grad = key.new_zeros(key.shape, dtype=keys.acc)
         value_grad = value.new_zeros(value.shape, dtype=keys.acc)
@@ -173,7 +198,7 @@ class _Chunk:
         to_keys = (key_grad, value_grad, query, value, grad, statistics)
         bwd_dkv_window(*to_keys, keys, span, constants)
         if any(keys.budgets) or len(keys.static) or self.drawn.shape[1]:
-            readers = find_readers(self.runs, self.drawn, keys, span, constants.TILE.BLOCK)
+            readers = find_readers(self.choice, self.runs, self.drawn, keys, span, constants.TILE.BLOCK)
             bwd_dkv_older(*to_keys, self.choice, self.drawn, readers, keys, span, constants)
         if sinks is None:
             return query_grad, key_grad, value_grad

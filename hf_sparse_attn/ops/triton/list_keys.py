@@ -1,4 +1,4 @@
-"""The keys that the rows of each tile score, as one list, and for the backward the tiles that read a block of keys.
+"""The keys that the rows of each tile score, as one list.
 
 Every row chooses its own buckets; what a tile shares is only the loading of keys, and rows near each other find much
 the same ones. A list holds, for each tile and KV head, the keys that any of its rows scores, with one bit per row that
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse_attn.ops.triton import launch as triton_launch
-from hf_sparse_attn.ops.triton.arguments import Choice, KeyLists, Readers, Runs
+from hf_sparse_attn.ops.triton.arguments import Choice, KeyLists, Runs
 from hf_sparse_attn.ops.triton.choose_buckets import first_newer
 from hf_sparse_attn.ops.triton.document_keys import DocumentKeys, Span
 from hf_sparse_attn.ops.triton.primitives import NEVER, tile_rows
@@ -143,8 +143,9 @@ def list_keys_kernel(
         num_static: [tiles], how many of them are older than the window of a row of the tile.
         drawn: [local rows, NUM_RANDOM], indices of random keys, -1 for none.
     """
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
+    block = tl.program_id(0)
+    tile = tl.program_id(1)
+    head = tl.program_id(2)
     order = keys.order + head * num_keys
     place = (head * num_tiles + tile).to(tl.int64)
     local, computed = tile_rows(tile, tl.arange(0, ROWS), base, start, end, interval_size, ROWS)
@@ -163,9 +164,9 @@ def list_keys_kernel(
     stop = before_found + num_found
     tl.store(lists.fixed + place, before_found)
     tl.store(lists.total + place, stop)
-    if tl.program_id(2) * BLOCK >= stop:
+    if block * BLOCK >= stop:
         return
-    c = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    c = block * BLOCK + tl.arange(0, BLOCK)
     in_window = c < before_static
     is_static = (c >= before_static) & (c < before_random)
     is_random = (c >= before_random) & (c < before_found)
@@ -224,7 +225,7 @@ def list_keys(choice: Choice, runs: Runs, drawn: Tensor, keys: DocumentKeys, spa
     lists = KeyLists(keys.empty(*shape), keys.empty(*shape), keys.empty(shape[0]), keys.empty(shape[0]))
     triton_launch.launch(
         list_keys_kernel,
-        (span.num_tiles, keys.num_kv_heads, triton.cdiv(capacity, _BLOCK)),
+        (triton.cdiv(capacity, _BLOCK), span.num_tiles, keys.num_kv_heads),
         keys.sorted,
         choice,
         runs,
@@ -246,95 +247,3 @@ def list_keys(choice: Choice, runs: Runs, drawn: Tensor, keys: DocumentKeys, spa
         **span.place,
     )
     return lists
-
-
-@triton.jit(do_not_specialize=["num_keys", "base", "start", "end", "num_tiles"])
-def find_readers_kernel(
-    keys,
-    slot_of_key,
-    runs,
-    drawn,
-    readers,
-    num_keys,
-    base,
-    start,
-    end,
-    num_tiles,
-    interval_size,
-    NUM_BUCKETS: tl.constexpr,
-    NUM_RUNS: tl.constexpr,
-    NUM_RANDOM: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-):
-    """Tiles whose rows may attend to keys of each block of slots from outside their window.
-
-    Static keys stand last in `order`, in a bucket of their own, and all tiles read them.
-
-    Args:
-        slot_of_key: [Hkv, N], where each key stands in `order`; read if NUM_RANDOM.
-        drawn: [local rows, NUM_RANDOM], indices of random keys, -1 for none.
-    """
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    low = block * BLOCK
-    high = tl.minimum(low + BLOCK, num_keys) - 1
-    last_bucket = tl.load(keys.bucket + head * num_keys + tl.load(keys.order + head * num_keys + high))
-    t = tl.arange(0, BLOCK_TILES)
-    reads = (t < num_tiles).to(tl.int32) * (last_bucket >= NUM_BUCKETS).to(tl.int32)
-    # The last of a tile's runs that begins before the block's end (binary search), and whether it reaches the block.
-    place = (head * num_tiles + t).to(tl.int64)
-    stop = tl.load(runs.number + place, mask=t < num_tiles, other=0)
-    first = tl.zeros((BLOCK_TILES,), tl.int32)
-    while tl.max(stop - first) > 0:
-        middle = (first + stop) // 2
-        begins = tl.load(runs.low + place * NUM_RUNS + middle, mask=first < stop, other=0) <= high
-        begins = begins & (first < stop)
-        stop = tl.where(begins, stop, tl.where(first < stop, middle, stop))
-        first = tl.where(begins, middle + 1, first)
-    run = place * NUM_RUNS + first - 1
-    begin = tl.load(runs.end + run - 1, mask=first > 1, other=0)
-    length = tl.load(runs.end + run, mask=first > 0, other=0) - begin
-    reads |= (tl.load(runs.low + run, mask=first > 0, other=0) + length > low).to(tl.int32) * (first > 0).to(tl.int32)
-    if NUM_RANDOM > 0:
-        for r in range(ROWS):
-            local, computed = tile_rows(t, r, base, start, end, interval_size, ROWS)
-            computed = computed & (t < num_tiles)
-            for i in range(NUM_RANDOM):
-                own = tl.load(drawn + local.to(tl.int64) * NUM_RANDOM + i, mask=computed, other=-1)
-                slot = tl.load(slot_of_key + head * num_keys + own, mask=own >= 0, other=-1)
-                reads |= ((slot >= low) & (slot <= high)).to(tl.int32)
-    place = (head * tl.num_programs(0) + block).to(tl.int64)
-    tl.store(readers.tiles + place * num_tiles + tl.cumsum(reads, 0) - 1, t, mask=reads > 0)
-    tl.store(readers.number + place, tl.sum(reads))
-
-
-def find_readers(runs: Runs, drawn: Tensor, keys: DocumentKeys, span: Span, block: int) -> Readers:
-    """The chunk's tiles that may read each block of so many slots; drawn [local rows, random keys per row]."""
-    num_blocks, num_random, order = triton.cdiv(keys.num_keys, block), drawn.shape[1], keys.sorted.order
-    slot_of_key = order
-    if num_random:
-        slot_of_key = torch.empty_like(order)
-        slots = torch.arange(keys.num_keys, dtype=torch.int32, device=order.device).expand_as(order)
-        slot_of_key.scatter_(1, order.long(), slots)
-    readers = Readers(keys.empty(num_blocks, span.num_tiles), keys.empty(num_blocks))
-    triton_launch.launch(
-        find_readers_kernel,
-        (num_blocks, keys.num_kv_heads),
-        keys.sorted,
-        slot_of_key,
-        runs,
-        drawn,
-        readers,
-        keys.num_keys,
-        num_tiles=span.num_tiles,
-        NUM_BUCKETS=keys.num_buckets,
-        NUM_RUNS=keys.bucket_bits,
-        NUM_RANDOM=num_random,
-        ROWS=span.tile_rows,
-        BLOCK=block,
-        BLOCK_TILES=triton.next_power_of_2(span.num_tiles),
-        **span.place,
-    )
-    return readers
