@@ -1,13 +1,18 @@
 """Models of other shapes are made of a model's own weights: what should stay the same function does."""
 
 import copy
+import importlib
 import json
+import sys
 
 import pytest
 import torch
+from helpers.paths import SCRIPTS
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from scripts import measure_other_shapes
+sys.path.insert(0, str(SCRIPTS))
+measure_other_shapes = importlib.import_module("measure_other_shapes")
+sys.path.remove(str(SCRIPTS))
 
 SCRIPT = "measure_other_shapes.py"
 
