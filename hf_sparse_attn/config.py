@@ -367,6 +367,14 @@ def sparse_config(config: Any) -> SparseAttentionConfig:
     return SparseAttentionConfig.from_dict(getattr(text_config(config), "sparse_attention", None))
 
 
+def attends_sparsely(config: Any) -> bool:
+    """Whether a text model's attention is this package's, be it called "sparse" or by the name of a Hub kernel."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    function = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    return getattr(function, "__module__", "").partition(".")[0] == __package__
+
+
 def longest_context(config: Any) -> int | None:
     """The most tokens that a model was made for, by the config of its text model; None if that does not say.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hf_sparse_attn.config import SparseAttentionConfig, sparse_config, text_config
+from hf_sparse_attn.config import SparseAttentionConfig, attends_sparsely, sparse_config, text_config
 from hf_sparse_attn.masks.unsupported import unsupported
 from hf_sparse_attn.side_channels import MARKS, TOKEN_IDS
 from hf_sparse_attn.tracing import is_traced
@@ -58,7 +58,7 @@ def _before_forward(
         return None
     config = text_config(module.config)
     asked = (getattr(config, "sparse_attention", None) or {}).get("global_token_ids")
-    if not asked or config._attn_implementation != "sparse":
+    if not asked or not attends_sparsely(config):
         return None
     given = _arguments(module, args, kwargs)
     token_ids, held = given.get("input_ids"), given.get("past_key_values")

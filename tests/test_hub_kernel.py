@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers.batches import packed_documents, padded_batch, tokens
 from helpers.families import tiny_model
-from helpers.hub_kernel import REPO, build_script, offer_kernel
-from helpers.paths import ROOT
+from helpers.hub_kernel import REPO, offer_kernel
+from helpers.paths import ROOT, script_module
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
+import hf_sparse_attn
 from hf_sparse_attn import SparseCache, configure, record_density
 from hf_sparse_attn.cache.policies import Recency, Sinks
 from hf_sparse_attn.integration import sparse_attention_forward
@@ -24,7 +25,7 @@ from hf_sparse_attn.masks.mask_function import signed_positions
 @pytest.fixture(scope="module")
 def kernel_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("hub") / "kernel"
-    build_script().build(path)
+    script_module("build_hub_kernel").build(path)
     return path
 
 
@@ -71,6 +72,16 @@ CALLS = [plain, left_padded, packed]
 @torch.no_grad()
 def logits(model, inputs):
     return model(**inputs).logits
+
+
+def test_global_token_ids(kernel, checkpoint):
+    outputs = []
+    for name, package in (("sparse", hf_sparse_attn), (REPO, kernel)):
+        model = load(checkpoint, name)
+        model.config.sparse_attention |= {"global_token_ids": [7, 11], "dense_below": 0}
+        package.mark_global_tokens(model)
+        outputs.append(logits(model, plain()))
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])

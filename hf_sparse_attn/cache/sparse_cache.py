@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_sparse_attn.cache.evicting import KeptKeys
 from hf_sparse_attn.cache.layers import EvictingLayer, SparseLayer, layer_bytes
 from hf_sparse_attn.cache.policies import Composition, Policy, UniformBudget
-from hf_sparse_attn.config import sparse_config, text_config
+from hf_sparse_attn.config import attends_sparsely, sparse_config, text_config
 from hf_sparse_attn.notices import tell_once
 from hf_sparse_attn.tracing import is_traced
 
@@ -84,7 +84,7 @@ class SparseCache(DynamicCache):
                 f"{of_text.model_type} has num_kv_shared_layers={num_shared}"
             )
         implementation = of_text._attn_implementation
-        if not _is_sparse(implementation):
+        if not attends_sparsely(of_text):
             raise ValueError(
                 'policy needs a model with attn_implementation="sparse", as other attention would see new keys only; '
                 f"this one's is {implementation!r}"
@@ -122,15 +122,6 @@ class SparseCache(DynamicCache):
     def peak_nbytes(self) -> int:
         """The most that `nbytes` ever was, the tokens of a call included before any of them are evicted."""
         return max(self._memory.peak, self.nbytes)
-
-
-def _is_sparse(implementation: str | None) -> bool:
-    """Whether an attention implementation is this package's: "sparse", or the name of a Hub kernel."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    function = ALL_ATTENTION_FUNCTIONS.get(implementation)
-    package, _, _ = __name__.partition(".")
-    return getattr(function, "__module__", "").partition(".")[0] == package
 
 
 class _Memory:

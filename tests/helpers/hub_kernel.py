@@ -1,6 +1,5 @@
 """A Hub kernel of this package, and Transformers' way to one that lies in a directory."""
 
-import importlib.util
 import re
 
 import pytest
@@ -8,17 +7,7 @@ import transformers
 from transformers import modeling_flash_attention_utils
 from transformers.integrations import hub_kernels
 
-from helpers.paths import SCRIPTS
-
 REPO = "tests/hf-sparse-attn"
-
-
-def build_script():
-    """The module scripts/build_hub_kernel.py."""
-    spec = importlib.util.spec_from_file_location("build_hub_kernel", SCRIPTS / "build_hub_kernel.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def offer_kernel(directory, monkeypatch):

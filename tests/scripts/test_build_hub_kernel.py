@@ -7,12 +7,11 @@ import sys
 from importlib.util import resolve_name
 
 import pytest
-from helpers.hub_kernel import build_script
-from helpers.paths import ROOT, SCRIPTS
+from helpers.paths import ROOT, SCRIPTS, script_module
 
 import hf_sparse_attn
 
-script = build_script()
+script = script_module("build_hub_kernel")
 
 
 @pytest.fixture(scope="module")
