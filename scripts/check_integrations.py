@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,10 +112,7 @@ def sft_losses(directory: Path, attn_implementation: str, **settings: Any) -> li
         processing_class=byte_tokenizer(),
         callbacks=[losses],
     )
-    if attn_implementation == "sparse":
-        with sparse_forwards(trainer.model, told):
-            trainer.train()
-    else:
+    with sparse_forwards(trainer.model, told, attn_implementation):
         trainer.train()
     assert len(losses.found) == STEPS, f"{len(losses.found)} losses"
     return losses.found
@@ -194,10 +191,8 @@ def dpo_losses(directory: Path, batch_size: int, attn_implementation: str = "spa
         processing_class=byte_tokenizer(),
         callbacks=[losses],
     )
-    if attn_implementation != "sparse":
-        trainer.train()
-        return losses.found, told
-    with sparse_forwards(trainer.model, told), sparse_forwards(trainer.ref_model, told):
+    policy, reference = (sparse_forwards(x, told, attn_implementation) for x in (trainer.model, trainer.ref_model))
+    with policy, reference:
         trainer.train()
     return losses.found, told
 
@@ -292,8 +287,7 @@ def embeddings(directory: Path, attn_implementation: str, padding_side: str) -> 
         processor_kwargs={"padding_side": padding_side},
     )
     told: list[str] = []
-    forwards = sparse_forwards(model, told) if attn_implementation == "sparse" else nullcontext()
-    with forwards:
+    with sparse_forwards(model, told, attn_implementation):
         together = model.encode(texts(), convert_to_tensor=True)
     return together, torch.stack([model.encode(text, convert_to_tensor=True) for text in texts()])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -38,9 +38,6 @@ from hf_sparse_attn.output_files import (
 )
 from hf_sparse_attn.progress import Progress, counted, silent
 from hf_sparse_attn.tracing import input_device
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

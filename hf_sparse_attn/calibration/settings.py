@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_sparse_attn.calibration.budget_allocation import (
     KEY_BUDGET,
@@ -15,9 +15,6 @@ from hf_sparse_attn.errors import ArgumentError, argument, check_integer, check_
 from hf_sparse_attn.loading import parse_dtype
 from hf_sparse_attn.offloading import check_accelerate
 from hf_sparse_attn.pattern_fields import check_causal
-
-if TYPE_CHECKING:
-    pass
 
 TARGET_DENSITY = 0.19
 AUTO = "auto"  # dense_below is measured

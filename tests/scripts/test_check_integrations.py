@@ -1,10 +1,9 @@
-import importlib
 import json
 import subprocess
 import sys
 
 import pytest
-from helpers.paths import SCRIPTS
+from helpers.paths import SCRIPTS, script_module
 
 ALWAYS_INSTALLED = {"trust_remote_code=True", "torchrun -m hf_sparse_attn run, two processes"}
 
@@ -12,8 +11,7 @@ ALWAYS_INSTALLED = {"trust_remote_code=True", "torchrun -m hf_sparse_attn run, t
 @pytest.fixture
 def script(monkeypatch, tmp_path):
     """The script as a module, and a way to run it with given checks: its exit status and what it wrote."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    module = importlib.import_module("check_integrations")
+    module = script_module("check_integrations")
 
     def run(*checks, arguments=()):
         output = tmp_path / "found.json"
@@ -58,9 +56,8 @@ def test_some_checks(script, capsys):
     assert "argument --only: no check has such a word; there are TRL SFT; peft" in capsys.readouterr().err
 
 
-def test_dense_attention_is_found_out(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    tiny = importlib.import_module("tiny_sparse_model")
+def test_dense_attention_is_found_out(tmp_path):
+    tiny = script_module("tiny_sparse_model")
     tiny.save_tiny_model(tmp_path)
     for name, config in (("sdpa", {}), ("sparse", {"dense_below": 1000})):
         model = tiny.load(tmp_path, name)

@@ -1,18 +1,14 @@
 """Models of other shapes are made of a model's own weights: what should stay the same function does."""
 
 import copy
-import importlib
 import json
-import sys
 
 import pytest
 import torch
-from helpers.paths import SCRIPTS
+from helpers.paths import script_module
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-sys.path.insert(0, str(SCRIPTS))
-measure_other_shapes = importlib.import_module("measure_other_shapes")
-sys.path.remove(str(SCRIPTS))
+measure_other_shapes = script_module("measure_other_shapes")
 
 SCRIPT = "measure_other_shapes.py"
 
