@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_sparse_attn.ops.common import threads as workers
-from hf_sparse_attn.ops.common.threads import in_order, together
+from hf_sparse_attn.ops.common.threads import in_order
 
 
 @pytest.fixture(autouse=True)
@@ -144,41 +144,11 @@ def test_products_use_one_thread_too():
     assert set(numbers) <= {"1"}
 
 
-def test_together():
-    threads, barrier = [], threading.Barrier(3)
-
-    def work():
-        barrier.wait(10)
-        threads.append(threading.current_thread())
-
-    together([work] * 3)
-    assert len(set(threads)) == 3
-    assert threading.current_thread() in threads
-
-
-@pytest.mark.parametrize("wrong", [0, 1])
-def test_together_with_an_error(wrong):
-    finished = threading.Event()
-
-    def fail():
-        raise ValueError("wrong")
-
-    def slow():
-        time.sleep(0.02)
-        finished.set()
-
-    with pytest.raises(ValueError, match="wrong"):
-        together([fail, slow] if wrong == 0 else [slow, fail])
-    assert finished.is_set()
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_after_a_fork():
-    work = [lambda: None, lambda: None]
-    together(work)  # there is a thread
+    list(in_order(int, range(9), 2))  # there is a thread
     process = os.fork()
     if not process:
-        together(work)
         os._exit(0 if list(in_order(lambda i: i * i, range(9), 2)) == [i * i for i in range(9)] else 1)
     assert os.waitpid(process, 0)[1] == 0
 
@@ -191,7 +161,7 @@ import torch
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.attention import Inputs
 from hf_sparse_attn.custom_op import compiled_attention
-from hf_sparse_attn.ops.common.threads import in_order, together
+from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.tensor_parallel import HeadSplit
 
 fields = SparseAttentionConfig(dense_below=0, window_size=4, key_budget=2, implementation="torch").text
@@ -199,11 +169,9 @@ leaf = torch.randn(1, 2, 20, 4, requires_grad=True)
 ended = []
 
 def compute(when):
-    done = []
-    together([lambda: done.append(1), lambda: done.append(2)])
     output = compiled_attention(Inputs(leaf, leaf, leaf), fields, 0, HeadSplit(0, 1), None, 1.0, None)
     (gradient,) = torch.autograd.grad(output.sin().sum(), leaf)
-    print(when, list(in_order(lambda i: i * i, range(5), 2)), sorted(done), f"{gradient.sum():.5f}", flush=True)
+    print(when, list(in_order(lambda i: i * i, range(5), 2)), f"{gradient.sum():.5f}", flush=True)
 
 def no_thread_begins():
     try:
@@ -229,5 +197,5 @@ def test_when_the_interpreter_shuts_down():
     lines = [line.split(" ", 1) for line in finished.stdout.splitlines()]
     assert [when for when, _ in lines] == ["main", "thread", "atexit"]
     assert len({result for _, result in lines}) == 1
-    assert "[0, 1, 4, 9, 16] [1, 2]" in lines[0][1]
+    assert "[0, 1, 4, 9, 16]" in lines[0][1]
     assert not finished.stderr

@@ -20,8 +20,8 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_LIBRARIES = CDLL(torch._C.__file__)  # and all that it is linked to
-_SETTERS = [getattr(_LIBRARIES, name, None) for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")]
+LIBRARIES = CDLL(torch._C.__file__)  # and all that it is linked to
+_SETTERS = [getattr(LIBRARIES, name, None) for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")]
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
@@ -58,20 +58,6 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], num_workers:
             future.cancel()
         wait(pending)
         _set_num_threads(num_threads)
-
-
-def together(works: list[Callable[[], None]]) -> None:
-    """Do several things at once that are not operations of PyTorch, each in a thread, the last one in this one."""
-    pending: list[Future[None]] = []
-    try:
-        for work in works[:-1]:
-            pending.append(_start(work, len(works) - 1))
-        works[-1]()
-    finally:
-        if pending:
-            wait(pending)
-    for future in pending:
-        future.result()
 
 
 def _start(work: Callable[[], Result], num_workers: int) -> Future[Result]:

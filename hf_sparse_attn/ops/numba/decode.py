@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import pairwise
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_sparse_attn.ops.backend import compute_dtype
 from hf_sparse_attn.ops.common.chunked import Call
-from hf_sparse_attn.ops.common.threads import together
-from hf_sparse_attn.ops.numba.index import FEW, Index
+from hf_sparse_attn.ops.numba.index import Index
 from hf_sparse_attn.ops.numba.kernels import (
     Read,
     attend_heads,
 )
 from hf_sparse_attn.ops.numba.layout import filled, flat_heads, padded, widened
 from hf_sparse_attn.ops.numba.rules import make_rules, num_columns, record
+from hf_sparse_attn.ops.numba.team import own_team
 from hf_sparse_attn.patterns import num_row_keys, row_keys
 
 
@@ -46,8 +43,8 @@ def attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: T
     output = torch.empty(num_rows, len(query), value_dim, dtype=compute_dtype(query, key))
     (flat_key, key_step), (flat_value, value_step) = flat_heads(key), flat_heads(value)
     keys = (key.shape[1], flat_key, flat_value, key_step, value_step, value_dim)
-    attend = partial(
-        attend_heads,
+    attend_heads(
+        own_team(),
         position=call.query_offset,
         query=rows,
         summed=rows.sum(2),
@@ -62,10 +59,6 @@ def attend_linked(call: Call, index: Index, query: Tensor, key: Tensor, value: T
         read=read,
         keep=keep,
     )
-    # The threads of PyTorch's last operation still wait for the next one, busily: for a few rows a core is not free.
-    num_workers = min(torch.get_num_threads(), num_kv_heads) if num_rows >= FEW else 1
-    ends = [i * num_kv_heads // num_workers for i in range(num_workers + 1)]
-    together([partial(attend, low, high) for low, high in pairwise(ends)])
     if keep:
         for h in range(num_kv_heads):
             record(call, h, positions, Read(*(x[h] for x in read)), None)

@@ -33,6 +33,7 @@ from hf_sparse_attn.ops.numba.simd import (
     whole_total,
     zeros,
 )
+from hf_sparse_attn.ops.numba.team import share
 
 STAGES = ("bucket scores", "keys found", "key scores", "softmax", "values")  # of `attend_rows`
 _FOUND, _SCORED, _WEIGHED, _ALL = range(1, len(STAGES))
@@ -911,12 +912,77 @@ def move_back(bucket, previous, states, num_older, first_of_page):
 
 
 @compiled
-def attend_heads(
-    low, high, position, query, summed, keys, key_offset, static, index, rules, budgets, drawn, output, read, keep
+def _attend_head(
+    h, position, query, summed, keys, key_offset, static, index, rules, budgets, drawn, output, read, keep
 ):
-    """`attend_rows` for the KV heads low .. high - 1 of a document whose keys are linked by bucket.
+    """The part of the KV head `h`."""
+    num_heads, _, group, head_dim = query.shape
+    num_keys, flat_key, flat_value, key_step, value_step, value_dim = keys
+    bucket, previous, states = index
+    no_order = np.empty(0, np.int32)
+    num_buckets = states.upper.shape[1] if budgets[h] else 0
+    key = flat_key[h * key_step :][: num_keys * head_dim].reshape(num_keys, head_dim)
+    value = flat_value[h * value_step :][: num_keys * value_dim].reshape(num_keys, value_dim)
+    head = Head(
+        key,
+        value,
+        key_offset,
+        static,
+        bucket[h, :num_keys],
+        no_order,
+        no_order,
+        key,
+        value,
+        previous[h, :num_keys],
+    )
+    state = State(
+        states.sums[h],
+        states.counts[h],
+        states.upper[h],
+        states.newest[h],
+        states.lower[h],
+        states.place[h][:num_buckets],
+        states.listed[h],
+        states.means[h],
+        states.available[h],
+        states.reach[h],
+    )
+    own = Rules(
+        rules.page_size,
+        rules.window,
+        rules.sliding_window,
+        rules.means_lag,
+        budgets[h],
+        rules.min_weights[h],
+        rules.softcap,
+        rules.sinks[h],
+    )
+    own_read = Read(read.weights[h], read.slots[h], read.sizes[h])
+    flat = output[h * group * value_dim :]
+    attend_rows(
+        position,
+        query[h],
+        summed[h],
+        head,
+        state,
+        own,
+        drawn,
+        flat,
+        num_heads * group * value_dim,
+        own_read,
+        keep,
+        _ALL,
+    )
+
+
+@compiled
+def attend_heads(
+    team, position, query, summed, keys, key_offset, static, index, rules, budgets, drawn, output, read, keep
+):
+    """`attend_rows` for a document whose keys are linked by bucket, KV head by KV head.
 
     Args:
+        team: what `team.own_team` gives; its threads share the heads.
         position: of the first row.
         query: [num_key_value_heads, R, group, head_dim], scaled.
         summed: [num_key_value_heads, R, head_dim].
@@ -930,61 +996,5 @@ def attend_heads(
         output: flat [R, num_key_value_heads, group, head_dim].
         read: Read of all KV heads; room for R rows of each if `keep`, else for one.
     """
-    num_heads, _, group, head_dim = query.shape
-    num_keys, flat_key, flat_value, key_step, value_step, value_dim = keys
-    bucket, previous, states = index
-    no_order = np.empty(0, np.int32)
-    for h in range(low, high):
-        num_buckets = states.upper.shape[1] if budgets[h] else 0
-        key = flat_key[h * key_step :][: num_keys * head_dim].reshape(num_keys, head_dim)
-        value = flat_value[h * value_step :][: num_keys * value_dim].reshape(num_keys, value_dim)
-        head = Head(
-            key,
-            value,
-            key_offset,
-            static,
-            bucket[h, :num_keys],
-            no_order,
-            no_order,
-            key,
-            value,
-            previous[h, :num_keys],
-        )
-        state = State(
-            states.sums[h],
-            states.counts[h],
-            states.upper[h],
-            states.newest[h],
-            states.lower[h],
-            states.place[h][:num_buckets],
-            states.listed[h],
-            states.means[h],
-            states.available[h],
-            states.reach[h],
-        )
-        own = Rules(
-            rules.page_size,
-            rules.window,
-            rules.sliding_window,
-            rules.means_lag,
-            budgets[h],
-            rules.min_weights[h],
-            rules.softcap,
-            rules.sinks[h],
-        )
-        own_read = Read(read.weights[h], read.slots[h], read.sizes[h])
-        flat = output[h * group * value_dim :]
-        attend_rows(
-            position,
-            query[h],
-            summed[h],
-            head,
-            state,
-            own,
-            drawn,
-            flat,
-            num_heads * group * value_dim,
-            own_read,
-            keep,
-            _ALL,
-        )
+    others = (position, query, summed, keys, key_offset, static, index, rules, budgets, drawn, output, read, keep)
+    share(team, len(query), _attend_head, others)
