@@ -22,6 +22,8 @@ from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.side_channels import INDEXES, KEPT
 from hf_sparse_attn.statistics import statistics_in
 
+_FEWEST_ROWS = 128  # that are worth more than one call of SDPA
+
 
 class Inputs(NamedTuple):
     """What Transformers passes to one call.
@@ -109,7 +111,7 @@ def attention(
         if kept is not None:
             raise ValueError("a SparseCache with a policy knows no other choice of keys")
         indexes = None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, inputs.sinks)):
+    if _carries_gradients(inputs):
         if kept is not None:
             raise ValueError("a SparseCache with a policy carries no gradients; use torch.no_grad()")
         indexes = None
@@ -166,7 +168,8 @@ def _marked(marks: Tensor, document: Document, num_keys: int) -> Marked:
 
 
 def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:
-    """Whether every row reads all keys, or all up to its own, so that SDPA's own call gives the answer."""
+    """Whether every row reads all keys, or all up to its own, so that SDPA's own call gives the answer, and nobody
+    gives it faster."""
     q_length, kv_length = inputs.query.shape[2], inputs.key.shape[2]
     dense_rows = pattern.dense_rows()
     return (
@@ -178,4 +181,15 @@ def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:
         and (dense_rows is None or kv_length <= dense_rows)
         and (pattern.sliding_window is None or kv_length <= pattern.sliding_window)
         and q_length in (1, kv_length)
+        and not (
+            pattern.is_causal
+            and q_length >= _FEWEST_ROWS
+            and ops.computes_dense_rows(pattern.config.implementation, inputs.query.device)
+            and not _carries_gradients(inputs)
+        )
     )
+
+
+def _carries_gradients(inputs: Inputs) -> bool:
+    parts = inputs.query, inputs.key, inputs.value, inputs.sinks
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parts)

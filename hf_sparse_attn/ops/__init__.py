@@ -3,7 +3,7 @@
 from hf_sparse_attn.ops.api import document_attention, find_candidates, find_keys, new_index
 from hf_sparse_attn.ops.backend import Index, compute_dtype
 from hf_sparse_attn.ops.common.call import AttentionCall, Chooser
-from hf_sparse_attn.ops.dispatch import check_implementation
+from hf_sparse_attn.ops.dispatch import check_implementation, computes_dense_rows
 
 __all__ = [
     "AttentionCall",
@@ -11,6 +11,7 @@ __all__ = [
     "Index",
     "check_implementation",
     "compute_dtype",
+    "computes_dense_rows",
     "document_attention",
     "find_candidates",
     "find_keys",

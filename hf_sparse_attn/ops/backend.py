@@ -72,6 +72,7 @@ class Backend:
         plain: it drops weights out and takes candidates that are given.
         both_sides: has non-causal attention.
         needs_check: its first use on a device is checked by `self_check`.
+        dense_rows: rows that read everything have a way of its own, faster than SDPA.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Backend:
         plain: bool = False,
         both_sides: bool = False,
         needs_check: bool = False,
+        dense_rows: bool = False,
     ) -> None:
         self.document_attention = document_attention
         self.find_keys = find_keys
@@ -92,6 +94,7 @@ class Backend:
         self.plain = plain
         self.both_sides = both_sides
         self.needs_check = needs_check
+        self.dense_rows = dense_rows
 
     def dtype(self, query: Tensor, key: Tensor) -> torch.dtype:
         """The gradients of the tensors that it is given."""

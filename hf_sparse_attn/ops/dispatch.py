@@ -53,6 +53,13 @@ def find_backend(name: str, device: torch.device, is_causal: bool = True) -> Bac
     return backend
 
 
+def computes_dense_rows(name: str, device: torch.device) -> bool:
+    """Whether the implementation that a config names does rows that read everything itself, and faster than SDPA."""
+    if device.type != "cpu" or name not in ("auto", "numba"):
+        return False
+    return find_backend(name, device).dense_rows
+
+
 def _best(device: torch.device) -> str:
     """What "auto" means: "torch" wherever there is nothing faster. Triton's kernels multiply bfloat16 and tf32."""
     best = "torch"

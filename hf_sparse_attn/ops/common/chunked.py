@@ -23,6 +23,7 @@ from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
 
 _DENSE_BLOCK = 1024  # dense rows per piece where they need a mask, at most
+_FEWEST_DENSE_ROWS = 16  # for which an implementation's own way pays
 _WINDOW_BLOCK = 64  # and at least, where the model's own window is small
 _DENSE_SCORES = 2**25  # scores per piece where dense rows cannot go through SDPA
 _PARALLEL_ROWS = 64  # sparse rows from which on threads pay
@@ -34,6 +35,22 @@ _EVERYTHING = slice(None)
 _RECORDING = threading.Lock()  # recorders need not be safe for threads
 
 Result = TypeVar("Result")
+
+
+class AttendDense(Protocol):
+    """An implementation's own way to compute rows that read everything, without softcap and dropout."""
+
+    def __call__(
+        self,
+        call: Call,
+        num_older: int,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Fill output [num_heads, R, head_dim] for rows of which the first one's own key has `num_older` before it."""
 
 
 class SparsePieces(Protocol):
@@ -51,6 +68,7 @@ def attend_in_pieces(
     value: Tensor,
     call: AttentionCall,
     *,
+    attend_dense: AttendDense | None = None,
     in_threads: bool = True,
 ) -> Tensor:
     """Sparse attention of one document, without padding.
@@ -58,16 +76,18 @@ def attend_in_pieces(
     Args:
         sparse_pieces: the implementation.
         query, key, value, call: as for a backend's `document_attention`.
+        attend_dense: the implementation of many rows that read everything; None: SDPA.
         in_threads: on a CPU, several pieces may be computed at a time, and be cut before others are computed.
 
     Returns:
         [num_heads, Q, head_dim].
     """
     sinks, start, end = call.sinks, call.query_offset, call.query_offset + query.shape[1]
-    own = Call.of(call, sparse_pieces, in_threads=in_threads)
+    own = Call.of(call, sparse_pieces, attend_dense=attend_dense, in_threads=in_threads)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
         own = replace(own, statistics=[])
-    if own.dense_end(end) == end and len(list(_dense_blocks(start, end, query.shape[0], own))) == 1:
+    by_sdpa = own.statistics is not None or not own.attends_dense(end - start)
+    if own.dense_end(end) == end and by_sdpa and len(list(_dense_blocks(start, end, query.shape[0], own))) == 1:
         # Nothing is sparse and there is one block: a backward of its own needs no second computation.
         if call.recorder is not None:
             call.recorder.add_dense(call.pattern, range(query.shape[0]), start, end)
@@ -94,6 +114,7 @@ class Call:
     dropout: Dropout | None = None
     candidates: Tensor | None = None
     recorder: Recorder | None = None
+    attend_dense: AttendDense | None = None
     in_threads: bool = True
     backward: bool = False
     statistics: list[Tensor] | None = None
@@ -109,6 +130,11 @@ class Call:
     def plain(self) -> bool:
         """Whether SDPA can compute the dense rows."""
         return self.softcap is None and self.no_sinks and self.dropout is None
+
+    def attends_dense(self, num_rows: int) -> bool:
+        """Whether the implementation itself computes so many rows that read everything."""
+        known = self.softcap is None and self.dropout is None and not self.backward
+        return self.attend_dense is not None and known and num_rows >= _FEWEST_DENSE_ROWS
 
     def budget(self, kv_head: int, num_keys: int) -> int:
         """Keys that rows find of this KV head, which has so many, through buckets."""
@@ -255,14 +281,16 @@ def _each_piece(
 
 def dense_pieces(query: Tensor, start: int, end: int, call: Call) -> Iterator[Piece]:
     """Rows at positions start .. end - 1, which read everything."""
-    for row, stop in _dense_blocks(start, end, query.shape[0], call):
+    own = call.attend_dense if call.attends_dense(end - start) else None
+    for row, stop in _dense_blocks(start, end, query.shape[0], call) if own is None else [(start, end)]:
         if call.recorder is not None:
             with _RECORDING:
                 call.recorder.add_dense(call.pattern, range(query.shape[0]), row, stop)
         rows = slice(row - call.query_offset, stop - call.query_offset)
         keys = _dense_keys(row, stop, call)
-        attend = partial(_dense, call, row, call.key_offset + keys.start)
-        yield Piece.by_autograd(_EVERYTHING, rows, _EVERYTHING, attend, keys)
+        first = call.key_offset + keys.start
+        piece = Piece.by_autograd(_EVERYTHING, rows, _EVERYTHING, partial(_dense, call, row, first), keys)
+        yield piece if own is None else replace(piece, attend=partial(own, call, row - first))
 
 
 def _dense_blocks(start: int, stop: int, num_heads: int, call: Call) -> Iterator[tuple[int, int]]:

@@ -30,17 +30,19 @@ class _VectorType(types.Type):
 @register_model(_VectorType)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, vector: _VectorType) -> None:
-        super().__init__(manager, vector, _lanes(manager.lookup(vector.dtype).get_value_type()))
+        super().__init__(manager, vector, vector_of(manager.lookup(vector.dtype).get_value_type()))
 
 
-def _lanes(element: Any) -> Any:
+def vector_of(element: Any) -> Any:
+    """The type of LANES elements."""
     return ir.VectorType(element, LANES)
 
 
-def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+def address_of(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """Of the LANES elements from flat index `index` on."""
     data = context.make_array(array_type)(context, builder, array).data
     element = context.get_data_type(array_type.dtype)
-    return builder.bitcast(builder.gep(data, [index]), _lanes(element).as_pointer())
+    return builder.bitcast(builder.gep(data, [index]), vector_of(element).as_pointer())
 
 
 @intrinsic
@@ -49,14 +51,14 @@ def load(typing_context, array, index):
     half = array.dtype in (types.uint16, types.int16)
 
     def generate(context, builder, signature, arguments):
-        address = _address(context, builder, signature.args[0], *arguments)
+        address = address_of(context, builder, signature.args[0], *arguments)
         vector = builder.load(address, align=signature.args[0].dtype.bitwidth // 8)
         if array.dtype == types.int16:
-            return builder.fpext(builder.bitcast(vector, _lanes(ir.HalfType())), _lanes(ir.FloatType()))
+            return builder.fpext(builder.bitcast(vector, vector_of(ir.HalfType())), vector_of(ir.FloatType()))
         if array.dtype == types.uint16:  # the upper half of a float32
-            upper = builder.zext(vector, _lanes(cgutils.int32_t))
+            upper = builder.zext(vector, vector_of(cgutils.int32_t))
             shifted = builder.shl(upper, ir.Constant(upper.type, [16] * LANES))
-            return builder.bitcast(shifted, _lanes(ir.FloatType()))
+            return builder.bitcast(shifted, vector_of(ir.FloatType()))
         return vector
 
     return _VectorType(types.float32 if half else array.dtype)(array, types.intp), generate
@@ -67,7 +69,7 @@ def store(typing_context, array, index, vector):
     """Write LANES elements from flat index `index` on."""
 
     def generate(context, builder, signature, arguments):
-        address = _address(context, builder, signature.args[0], *arguments[:2])
+        address = address_of(context, builder, signature.args[0], *arguments[:2])
         builder.store(arguments[2], address, align=signature.args[0].dtype.bitwidth // 8)
         return context.get_dummy_value()
 
@@ -79,7 +81,7 @@ def prefetch(typing_context, array, index):
     """Have the cache line with the element at flat index `index` brought near; nothing happens outside of the array."""
 
     def generate(context, builder, signature, arguments):
-        address = _address(context, builder, signature.args[0], *arguments)
+        address = address_of(context, builder, signature.args[0], *arguments)
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, *[cgutils.int32_t] * 3])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -90,15 +92,20 @@ def prefetch(typing_context, array, index):
     return types.void(array, types.intp), generate
 
 
+def spread(builder: Any, scalar: Any) -> Any:
+    """The scalar in every lane."""
+    vector = vector_of(scalar.type)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, cgutils.int32_t(0))
+    zeros = ir.Constant(ir.VectorType(cgutils.int32_t, LANES), None)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+
 @intrinsic
 def splat(typing_context, scalar):
     """The scalar in every lane."""
 
     def generate(context, builder, signature, arguments):
-        vector = _lanes(arguments[0].type)
-        first = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[0], cgutils.int32_t(0))
-        zeros = ir.Constant(ir.VectorType(cgutils.int32_t, LANES), None)
-        return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+        return spread(builder, arguments[0])
 
     return _VectorType(scalar)(scalar), generate
 
@@ -196,8 +203,8 @@ def store_run(typing_context, array, index, start):
 
     def generate(context, builder, signature, arguments):
         array_type = signature.args[0]
-        address = _address(context, builder, array_type, *arguments[:2])
-        vector = _lanes(cgutils.int32_t)
+        address = address_of(context, builder, array_type, *arguments[:2])
+        vector = vector_of(cgutils.int32_t)
         first = builder.trunc(arguments[2], cgutils.int32_t)
         first = builder.insert_element(ir.Constant(vector, ir.Undefined), first, cgutils.int32_t(0))
         spread = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(vector, None))
@@ -318,6 +325,6 @@ def zeros(typing_context, array):
     """Zero in every lane, in the array's precision."""
 
     def generate(context, builder, signature, arguments):
-        return ir.Constant(_lanes(context.get_data_type(signature.args[0].dtype)), None)
+        return ir.Constant(vector_of(context.get_data_type(signature.args[0].dtype)), None)
 
     return _VectorType(array.dtype)(array), generate
