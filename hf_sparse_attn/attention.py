@@ -185,7 +185,6 @@ def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:
             pattern.is_causal
             and q_length >= _FEWEST_ROWS
             and ops.computes_dense_rows(pattern.config.implementation, inputs.query.device)
-            and not _carries_gradients(inputs)
         )
     )
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.cases import inputs, output_and_gradients, pattern_of, sinks_of
-from helpers.operation import attend
+from helpers.operation import SCALING, attend
 
-from hf_sparse_attn.ops.numba import attention as numba_attention
 from hf_sparse_attn.ops.numba import dense_rows
 
 SHAPES = {  # query heads, KV heads, rows, keys, head_dim
@@ -20,6 +20,8 @@ SHAPES = {  # query heads, KV heads, rows, keys, head_dim
     "wide heads": (2, 1, 150, 420, 256),
 }
 
+NAMES = (*["team", "rows", "key", "value", "grad", "logsumexp", "delta"], "query_grad", "key_grad", "value_grad")
+
 
 def case(name, dtype=torch.float64, **fields):
     num_heads, num_kv_heads, num_rows, num_keys, dim = SHAPES[name]
@@ -32,10 +34,10 @@ def case(name, dtype=torch.float64, **fields):
 def tiles_are_used(monkeypatch):
     def spy(*args):
         calls.append(args)
-        return attend_dense(*args)
+        attend_chunks(*args)
 
-    calls, attend_dense = [], dense_rows.attend_dense
-    monkeypatch.setattr(numba_attention, "attend_dense", spy)
+    calls, attend_chunks = [], dense_rows.attend_chunks
+    monkeypatch.setattr(dense_rows, "attend_chunks", spy)
     yield
     assert calls
 
@@ -51,24 +53,35 @@ def test_as_specified(name, sliding_window, with_sinks):
     torch.testing.assert_close(attend(*tensors, pattern, "numba", sinks=sinks), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("sliding_window", [None, 1, 7, 50])
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_as_specified(name, sliding_window, with_sinks):
+    fields = {} if sliding_window is None else {"sliding_window": sliding_window}
+    pattern, tensors = case(name, **fields)
+    sinks = sinks_of(len(tensors[0])) if with_sinks else None
+    expected = output_and_gradients("reference", *tensors, pattern, sinks)
+    for found, known in zip(output_and_gradients("numba", *tensors, pattern, sinks), expected, strict=True):
+        torch.testing.assert_close(found, known, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["many chunks", "one KV head", "after cached keys", "wide heads"])
 def test_lower_precision(name, dtype):
-    """As far off as rounding the output to the dtype is, or float32's sums."""
+    """Output and gradients are at most twice as far off as SDPA's."""
     pattern, tensors = case(name, dtype)
-    expected = attend(*(x.double() for x in tensors), case(name)[0], "reference")
-    found = attend(*tensors, pattern, "numba")
-    assert found.dtype == dtype
-    error = torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), expected, rtol=error, atol=max(error / 8, 1e-5))
-
-
-@pytest.mark.parametrize("fields", [{}, {"sliding_window": 50}], ids=["all", "model's window"])
-def test_gradients(fields):
-    pattern, tensors = case("many chunks", **fields)
-    expected = output_and_gradients("reference", *tensors, pattern)
-    for found, known in zip(output_and_gradients("numba", *tensors, pattern), expected, strict=True):
-        torch.testing.assert_close(found, known, rtol=1e-10, atol=1e-10)
+    expected = output_and_gradients("reference", *(x.double() for x in tensors), case(name)[0])
+    ours = output_and_gradients("numba", *tensors, pattern)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    num_rows, num_keys = leaves[0].shape[1], leaves[1].shape[1]
+    mask = torch.ones(num_rows, num_keys, dtype=torch.bool).tril(num_keys - num_rows)
+    sdpa = F.scaled_dot_product_attention(*(x[None] for x in leaves), mask, scale=SCALING, enable_gqa=True)[0]
+    probe = torch.randn(sdpa.shape, generator=torch.Generator().manual_seed(1), dtype=sdpa.dtype)
+    others = [sdpa.detach(), *torch.autograd.grad((sdpa * probe).sum(), leaves)]
+    for found, other, known in zip(ours, others, expected, strict=True):
+        assert found.dtype == dtype
+        error, limit = ((x.double() - known).square().mean().sqrt() for x in (found, other))
+        assert error <= 2 * limit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -123,19 +136,33 @@ def a_wider_window(num_older, window):
 
 @pytest.mark.parametrize("mutate", [one_key_too_many, one_key_too_few, a_wider_window])
 def test_mutants_are_caught(mutate, monkeypatch):
-    def changed(team, query, key, value, sinks, num_older, group, window, *others):
-        num_older, window = mutate(num_older, window)
-        attend_chunks(team, query, key, value, sinks, num_older, group, window, *others)
+    def mutant(team, rows, *others):
+        num_older, window = mutate(rows.num_older, rows.window)
+        attend_chunks(team, rows._replace(num_older=num_older, window=window), *others)
 
     attend_chunks = dense_rows.attend_chunks
-    monkeypatch.setattr(dense_rows, "attend_chunks", changed)
+    monkeypatch.setattr(dense_rows, "attend_chunks", mutant)
     with pytest.raises(AssertionError):
         test_as_specified("after cached keys", 50, False)
 
 
+@pytest.mark.parametrize("left_out", ["logsumexp", "delta", "key_grad", "value_grad", "query_grad"])
+def test_mutants_of_the_backward_are_caught(left_out, monkeypatch):
+    def mutant(*args):
+        changed = list(args)
+        place = NAMES.index(left_out)
+        changed[place] = args[place] * 0.9 if left_out in ("logsumexp", "delta") else np.zeros_like(args[place])
+        differentiate_chunks(*changed)
+
+    differentiate_chunks = dense_rows.differentiate_chunks
+    monkeypatch.setattr(dense_rows, "differentiate_chunks", mutant)
+    with pytest.raises(AssertionError):
+        test_gradients_as_specified("many chunks", 50, False)
+
+
 def test_a_kv_head_of_another_is_caught(monkeypatch):
-    def mutant(team, query, key, value, *others):
-        attend_chunks(team, query, key[::-1].copy(), np.ascontiguousarray(value), *others)
+    def mutant(team, rows, *others):
+        attend_chunks(team, rows._replace(key=rows.key[::-1].copy()), *others)
 
     attend_chunks = dense_rows.attend_chunks
     monkeypatch.setattr(dense_rows, "attend_chunks", mutant)

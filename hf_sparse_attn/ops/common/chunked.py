@@ -37,10 +37,10 @@ _RECORDING = threading.Lock()  # recorders need not be safe for threads
 Result = TypeVar("Result")
 
 
-class AttendDense(Protocol):
+class DenseRows(Protocol):
     """An implementation's own way to compute rows that read everything, without softcap and dropout."""
 
-    def __call__(
+    def attend(
         self,
         call: Call,
         num_older: int,
@@ -50,7 +50,22 @@ class AttendDense(Protocol):
         value: Tensor,
         sinks: Tensor | None = None,
     ) -> None:
-        """Fill output [num_heads, R, head_dim] for rows of which the first one's own key has `num_older` before it."""
+        """Fill output [num_heads, R, head_dim] for rows of which the first one's own key has `num_older` before it.
+
+        Where `call.statistics` is a list, it is left what `differentiate` needs there.
+        """
+
+    def differentiate(
+        self,
+        call: Call,
+        num_older: int,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of query, key, value and sinks for that of the output."""
 
 
 class SparsePieces(Protocol):
@@ -68,7 +83,7 @@ def attend_in_pieces(
     value: Tensor,
     call: AttentionCall,
     *,
-    attend_dense: AttendDense | None = None,
+    own_dense: DenseRows | None = None,
     in_threads: bool = True,
 ) -> Tensor:
     """Sparse attention of one document, without padding.
@@ -76,17 +91,17 @@ def attend_in_pieces(
     Args:
         sparse_pieces: the implementation.
         query, key, value, call: as for a backend's `document_attention`.
-        attend_dense: the implementation of many rows that read everything; None: SDPA.
+        own_dense: the implementation's own way to compute many rows that read everything; None: by SDPA.
         in_threads: on a CPU, several pieces may be computed at a time, and be cut before others are computed.
 
     Returns:
         [num_heads, Q, head_dim].
     """
     sinks, start, end = call.sinks, call.query_offset, call.query_offset + query.shape[1]
-    own = Call.of(call, sparse_pieces, attend_dense=attend_dense, in_threads=in_threads)
+    own = Call.of(call, sparse_pieces, own_dense=own_dense, in_threads=in_threads)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
         own = replace(own, statistics=[])
-    by_sdpa = own.statistics is not None or not own.attends_dense(end - start)
+    by_sdpa = not own.has_own_dense(end - start)
     if own.dense_end(end) == end and by_sdpa and len(list(_dense_blocks(start, end, query.shape[0], own))) == 1:
         # Nothing is sparse and there is one block: a backward of its own needs no second computation.
         if call.recorder is not None:
@@ -114,7 +129,7 @@ class Call:
     dropout: Dropout | None = None
     candidates: Tensor | None = None
     recorder: Recorder | None = None
-    attend_dense: AttendDense | None = None
+    own_dense: DenseRows | None = None
     in_threads: bool = True
     backward: bool = False
     statistics: list[Tensor] | None = None
@@ -131,10 +146,10 @@ class Call:
         """Whether SDPA can compute the dense rows."""
         return self.softcap is None and self.no_sinks and self.dropout is None
 
-    def attends_dense(self, num_rows: int) -> bool:
+    def has_own_dense(self, num_rows: int) -> bool:
         """Whether the implementation itself computes so many rows that read everything."""
-        known = self.softcap is None and self.dropout is None and not self.backward
-        return self.attend_dense is not None and known and num_rows >= _FEWEST_DENSE_ROWS
+        known = self.softcap is None and self.dropout is None
+        return self.own_dense is not None and known and num_rows >= _FEWEST_DENSE_ROWS
 
     def budget(self, kv_head: int, num_keys: int) -> int:
         """Keys that rows find of this KV head, which has so many, through buckets."""
@@ -281,7 +296,7 @@ def _each_piece(
 
 def dense_pieces(query: Tensor, start: int, end: int, call: Call) -> Iterator[Piece]:
     """Rows at positions start .. end - 1, which read everything."""
-    own = call.attend_dense if call.attends_dense(end - start) else None
+    own = call.own_dense if call.has_own_dense(end - start) else None
     for row, stop in _dense_blocks(start, end, query.shape[0], call) if own is None else [(start, end)]:
         if call.recorder is not None:
             with _RECORDING:
@@ -289,8 +304,11 @@ def dense_pieces(query: Tensor, start: int, end: int, call: Call) -> Iterator[Pi
         rows = slice(row - call.query_offset, stop - call.query_offset)
         keys = _dense_keys(row, stop, call)
         first = call.key_offset + keys.start
-        piece = Piece.by_autograd(_EVERYTHING, rows, _EVERYTHING, partial(_dense, call, row, first), keys)
-        yield piece if own is None else replace(piece, attend=partial(own, call, row - first))
+        if own is None:
+            yield Piece.by_autograd(_EVERYTHING, rows, _EVERYTHING, partial(_dense, call, row, first), keys)
+        else:
+            ways = partial(own.attend, call, row - first), partial(own.differentiate, call, row - first)
+            yield Piece(_EVERYTHING, rows, _EVERYTHING, *ways, keys)
 
 
 def _dense_blocks(start: int, stop: int, num_heads: int, call: Call) -> Iterator[tuple[int, int]]:

@@ -6,10 +6,11 @@ A pair is a row of one query head. The pairs of a KV head lie side by side, so t
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-from hf_sparse_attn.ops.numba.kernels import compiled, inlined
+from hf_sparse_attn.ops.numba.kernels import Array, compiled, inlined
 from hf_sparse_attn.ops.numba.simd import (
     LANES,
     add,
@@ -25,33 +26,82 @@ from hf_sparse_attn.ops.numba.simd import (
     zeros,
 )
 from hf_sparse_attn.ops.numba.team import share
-from hf_sparse_attn.ops.numba.tile import ROWS, WIDE, multiply_narrow, multiply_wide
+from hf_sparse_attn.ops.numba.tile import (
+    ROWS,
+    WIDE,
+    narrow_product,
+    narrow_transposed_product,
+    product,
+    transposed_product,
+)
 
 _CHUNK = 8 * ROWS  # pairs that go through a block of keys together
 _BLOCK_ELEMENTS = 32768  # of a block's keys, which stay in the nearer caches meanwhile
+_BACKWARD_BLOCK_ELEMENTS = 16384
+
+
+class Rows(NamedTuple):
+    """The rows of a call, and what they read.
+
+    Args:
+        query: [num_key_value_heads, pairs, head_dim], scaled; pairs are a multiple of ROWS, those after the last row
+            mean nothing.
+        key: [num_key_value_heads, blocks, head_dim, WIDE]: N keys and zeros, WIDE of them side by side.
+        num_keys: N.
+        num_older: keys that are older than the first row's own.
+        group: query heads of a KV head.
+        window: keys that a row reads, its own among them.
+    """
+
+    query: Array
+    key: Array
+    num_keys: int
+    num_older: int
+    group: int
+    window: int
 
 
 @inlined
-def _weigh(scores, at, low, high, width, least_weight, largest_score, weight, summed, i):
-    """Turn a pair's scores of the columns low .. high - 1 of `width` into weights, others into zeros; what the pair had
-    before is scaled to the new largest score."""
+def _columns(pair, rows, low, width):
+    """The columns that a pair reads of `width` keys from `low` on: the first, and where they end."""
+    own = rows.num_older + pair // rows.group + 1
+    return min(max(own - rows.window - low, 0), width), min(max(min(own, rows.num_keys) - low, 0), width)
+
+
+@inlined
+def _score(rows, head, tile, low, width, scores, at):
+    """The scores of a tile's pairs, `scores` [.., block] from the flat index `at` on, for the keys from `low` on."""
+    _, num_pairs, head_dim = rows.query.shape
+    at_query = (head * num_pairs + tile) * head_dim
+    at_key = (head * rows.key.shape[1] * WIDE + low) * head_dim
+    for c in range(0, width, WIDE):
+        product(
+            rows.query, at_query, head_dim, rows.key, at_key + c * head_dim, WIDE, head_dim,
+            scores, at + c, scores.shape[1], True,
+        )  # fmt: skip
+
+
+@inlined
+def _hide(scores, at, low, high, width):
+    """Let nothing but the columns low .. high - 1 of `width` have a weight."""
     for c in range(at, at + low):
         scores.flat[c] = -math.inf
     for c in range(at + high, at + width):
         scores.flat[c] = -math.inf
-    if low >= high:
-        for c in range(at, at + width):
-            scores.flat[c] = 0
-        return
+
+
+@inlined
+def _weigh(scores, at, width, least_weight, largest_score, weight, summed, i):
+    """Turn a pair's scores into weights; what the pair had before is scaled to the new largest score."""
     top = load(scores, at)
     for c in range(at + LANES, at + width, LANES):
         top = maximum(load(scores, c), top)
     new = max(largest(top), largest_score[i])
     change = math.exp(largest_score[i] - new)
     largest_score[i] = new
-    shift, added, nothing = splat(-new), zeros(scores), splat(least_weight)
+    shift, added, least = splat(-new), zeros(scores), splat(least_weight)
     for c in range(at, at + width, LANES):
-        weights = drop_below(exp(add(load(scores, c), shift)), nothing)
+        weights = drop_below(exp(add(load(scores, c), shift)), least)
         added = add(added, weights)
         store(scores, c, weights)
     weight[i] = weight[i] * change + total(added)
@@ -62,106 +112,164 @@ def _weigh(scores, at, low, high, width, least_weight, largest_score, weight, su
 
 
 @inlined
-def _add_values(scores, at, low, high, value, at_value, summed, i):
+def _add_values(weights, at, low, high, value, at_value, summed, i):
     """Add a pair's values of the columns low .. high - 1 to its sum."""
     value_dim = summed.shape[1]
     for c in range(low, high):
-        factor = splat(scores.flat[at + c])
+        factor = splat(weights.flat[at + c])
         for d in range(0, value_dim, LANES):
             place = i * value_dim + d
             store(summed, place, multiply_add(load(value, at_value + c * value_dim + d), factor, load(summed, place)))
 
 
 @inlined
-def _own_columns(pair, num_older, group, window, num_keys, low, width):
-    """The columns that a pair reads of `width` keys from `low` on: the first, and where they end."""
-    own = num_older + pair // group + 1
-    return min(max(own - window - low, 0), width), min(max(min(own, num_keys) - low, 0), width)
+def _add_product(left, at_left, right, at_right, n, out, at_out, size):
+    """Add to a tile's rows `out`, of `size` numbers each, those of n columns of `left` times n rows of `right`."""
+    step, wide = left.shape[1], size - size % WIDE
+    for d in range(0, wide, WIDE):
+        product(left, at_left, step, right, at_right + d, size, n, out, at_out + d, size, False)
+    if wide < size:
+        narrow_product(left, at_left, step, right, at_right + wide, size, n, out, at_out + wide, size, False)
+
+
+@inlined
+def _add_transposed_product(left, at_left, right, at_right, n, out, at_out, size):
+    """As `_add_product`, for n rows of `left` and ROWS of its columns."""
+    step, wide = left.shape[1], size - size % WIDE
+    for d in range(0, wide, WIDE):
+        transposed_product(left, at_left, step, right, at_right + d, size, n, out, at_out + d, size, False)
+    if wide < size:
+        narrow_transposed_product(left, at_left, step, right, at_right + wide, size, n, out, at_out + wide, size, False)
 
 
 @compiled
-def _attend_chunk(turn, query, key, value, sinks, num_older, group, window, output, output_row):
+def _attend_chunk(turn, rows, value, sinks, output, output_row, logsumexp):
     """Chunk by chunk from the last one, which has most to do; the KV heads in turn. See `attend_chunks`."""
-    num_kv_heads, num_pairs, head_dim = query.shape
-    num_blocks, num_keys, value_dim = key.shape[1], value.shape[1], value.shape[2]
+    num_kv_heads, num_pairs, _ = rows.query.shape
     head, chunk = turn % num_kv_heads, (num_pairs - 1) // _CHUNK - turn // num_kv_heads
     first, last = chunk * _CHUNK, min((chunk + 1) * _CHUNK, num_pairs)
+    num_keys, value_dim, dtype = rows.num_keys, value.shape[2], rows.query.dtype
     block = max(_BLOCK_ELEMENTS // value_dim // WIDE, 1) * WIDE
-    scores = np.empty((ROWS, block), query.dtype)
-    summed, weight = np.zeros((_CHUNK, value_dim), query.dtype), np.zeros(_CHUNK, query.dtype)
-    largest_score = np.full(_CHUNK, -math.inf, query.dtype)
-    least_weight = np.full(1, 2 * np.finfo(query.dtype).tiny, query.dtype)  # `exp` gives half of it for -inf
+    weights, summed = np.empty((ROWS, block), dtype), np.zeros((_CHUNK, value_dim), dtype)
+    weight, largest_score = np.zeros(_CHUNK, dtype), np.full(_CHUNK, -math.inf, dtype)
+    least_weight = np.full(1, 2 * np.finfo(dtype).tiny, dtype)  # `exp` gives half of it for -inf
     if sinks.shape[1]:
         for i in range(_CHUNK):
-            largest_score[i], weight[i] = sinks[head, (first + i) % group], 1
-    at_query, at_key = head * num_pairs * head_dim, head * num_blocks * head_dim * WIDE
-    begin = max(num_older + first // group + 1 - window, 0) // WIDE * WIDE
-    end = min(num_older + (last - 1) // group + 1, num_keys)
-    for low in range(begin, end, block):
+            largest_score[i], weight[i] = sinks[head, (first + i) % rows.group], 1
+    begin = _columns(first, rows, 0, num_keys)[0] // WIDE * WIDE
+    for low in range(begin, _columns(last - 1, rows, 0, num_keys)[1], block):
         at_value = (head * num_keys + low) * value_dim
         for tile in range(first, last, ROWS):
-            stop = min(num_older + (tile + ROWS - 1) // group + 1, num_keys) - low
-            start = max(num_older + tile // group + 1 - window, 0) - low
-            if stop <= 0 or start >= block:
+            start, stop = _columns(tile, rows, low, block)[0], _columns(tile + ROWS - 1, rows, low, block)[1]
+            if start >= stop:
                 continue
-            width = min(-(-stop // WIDE) * WIDE, block)
-            for c in range(0, width, WIDE):
-                place = at_key + (low + c) * head_dim
-                multiply_wide(
-                    query, at_query + tile * head_dim, head_dim, key, place, WIDE, head_dim, scores, c, block, True
+            width = -(-stop // WIDE) * WIDE
+            _score(rows, head, tile, low, width, weights, 0)
+            # All pairs of the tile read the columns common .. end - 1; some of them read others, which must not reach
+            # the rest, whatever they hold.
+            common, end = _columns(tile + ROWS - 1, rows, low, width)[0], _columns(tile, rows, low, width)[1]
+            for r in range(ROWS):
+                at, i = r * block, tile - first + r
+                before, after = _columns(tile + r, rows, low, width)
+                if before < after:
+                    _hide(weights, at, before, after, width)
+                    _weigh(weights, at, width, least_weight[0], largest_score, weight, summed, i)
+                    _add_values(weights, at, before, min(common, after), value, at_value, summed, i)
+            if common < end:
+                at_sum = (tile - first) * value_dim
+                _add_product(
+                    weights, common, value, at_value + common * value_dim, end - common, summed, at_sum, value_dim
                 )
-            most, least = 0, width  # the columns that all pairs of the tile read are most .. least - 1
             for r in range(ROWS):
-                before, after = _own_columns(tile + r, num_older, group, window, num_keys, low, width)
-                i = tile - first + r
-                _weigh(scores, r * block, before, after, width, least_weight[0], largest_score, weight, summed, i)
-                most, least = max(most, before), min(least, after)
-            least = max(most, least)
-            for r in range(ROWS):
-                before, after = _own_columns(tile + r, num_older, group, window, num_keys, low, width)
-                _add_values(scores, r * block, before, min(most, after), value, at_value, summed, tile - first + r)
-            if most < least:
-                for d in range(0, value_dim - value_dim % WIDE, WIDE):
-                    place = at_value + most * value_dim + d
-                    at_sum = (tile - first) * value_dim + d
-                    multiply_wide(
-                        scores, most, block, value, place, value_dim, least - most, summed, at_sum, value_dim, False
-                    )
-                for d in range(value_dim - value_dim % WIDE, value_dim, LANES):
-                    place = at_value + most * value_dim + d
-                    at_sum = (tile - first) * value_dim + d
-                    multiply_narrow(
-                        scores, most, block, value, place, value_dim, least - most, summed, at_sum, value_dim, False
-                    )
-            for r in range(ROWS):
-                before, after = _own_columns(tile + r, num_older, group, window, num_keys, low, width)
-                _add_values(scores, r * block, max(least, before), after, value, at_value, summed, tile - first + r)
+                before, after = _columns(tile + r, rows, low, width)
+                start = max(end, common, before)
+                _add_values(weights, r * block, start, after, value, at_value, summed, tile - first + r)
     num_rows = -(-len(output) // output_row)
     for i in range(last - first):
-        row, member = (first + i) // group, (first + i) % group
+        row, member = (first + i) // rows.group, (first + i) % rows.group
         if row < num_rows:
-            place = row * output_row + (head * group + member) * value_dim
+            if logsumexp.shape[1]:
+                logsumexp[head, first + i] = largest_score[i] + math.log(weight[i])
             weight[i] = 1 / weight[i]  # in the array's precision
-            factor = splat(weight[i])
+            factor, place = splat(weight[i]), row * output_row + (head * rows.group + member) * value_dim
             for d in range(0, value_dim, LANES):
                 store(output, place + d, multiply_add(load(summed, i * value_dim + d), factor, zeros(summed)))
 
 
 @compiled
-def attend_chunks(team, query, key, value, sinks, num_older, group, window, output, output_row):
+def attend_chunks(team, rows, value, sinks, output, output_row, logsumexp):
     """Attention of rows to all keys of their windows, up to their own.
 
     Args:
         team: what `team.own_team` gives.
-        query: [num_key_value_heads, pairs, head_dim], scaled; pairs are a multiple of ROWS, those after the last row
-            mean nothing.
-        key: [num_key_value_heads, blocks, head_dim, WIDE]: N keys and zeros, WIDE of them side by side.
+        rows: Rows.
         value: [num_key_value_heads, N, value_dim].
         sinks: [num_key_value_heads, group], or without columns.
-        num_older: keys that are older than the first row's own.
-        window: keys that a row reads, its own among them.
         output: flat [R, num_key_value_heads, group, value_dim], each row of `output_row` elements.
+        logsumexp: [num_key_value_heads, pairs], of each pair's scores and sink, written, or without columns.
     """
-    num_kv_heads, num_pairs, _ = query.shape
+    num_kv_heads, num_pairs, _ = rows.query.shape
     turns = num_kv_heads * (-(-num_pairs // _CHUNK))
-    share(team, turns, _attend_chunk, (query, key, value, sinks, num_older, group, window, output, output_row))
+    share(team, turns, _attend_chunk, (rows, value, sinks, output, output_row, logsumexp))
+
+
+@compiled
+def _differentiate_part(turn, rows, key, value, grad, logsumexp, delta, query_grad, key_grad, value_grad):
+    """Every chunk of a part, of one KV head. See `differentiate_chunks`."""
+    num_kv_heads, num_pairs, head_dim = rows.query.shape
+    num_keys, value_dim, dtype, num_parts = rows.num_keys, grad.shape[2], rows.query.dtype, len(key_grad)
+    head, part = turn % num_kv_heads, turn // num_kv_heads
+    block = max(_BACKWARD_BLOCK_ELEMENTS // max(head_dim, value_dim) // WIDE, 1) * WIDE
+    weights, slopes = np.empty((_CHUNK, block), dtype), np.empty((_CHUNK, block), dtype)
+    least_weight = np.full(1, 2 * np.finfo(dtype).tiny, dtype)
+    at_grads = (part * num_kv_heads + head) * key_grad.shape[2]
+    for first in range(part * _CHUNK, num_pairs, num_parts * _CHUNK):
+        last = min(first + _CHUNK, num_pairs)
+        begin = _columns(first, rows, 0, num_keys)[0] // WIDE * WIDE
+        end = _columns(last - 1, rows, 0, num_keys)[1]
+        for low in range(begin, end, block):
+            width = min(-(-(end - low) // WIDE) * WIDE, block)
+            for tile in range(first, last, ROWS):
+                pair, at_tile = head * num_pairs + tile, (tile - first) * block
+                _score(rows, head, tile, low, width, weights, at_tile)
+                for c in range(0, width, WIDE):  # gradients of the weights
+                    place = (head * value.shape[1] * WIDE + low + c) * value_dim
+                    product(
+                        grad, pair * value_dim, value_dim, value, place, WIDE, value_dim,
+                        slopes, at_tile + c, block, True,
+                    )  # fmt: skip
+                for r in range(ROWS):
+                    at = at_tile + r * block
+                    before, after = _columns(tile + r, rows, low, width)
+                    _hide(weights, at, before, after, width)
+                    shift, mean = splat(-logsumexp.flat[pair + r]), splat(-delta.flat[pair + r])
+                    for c in range(at, at + width, LANES):
+                        weight = drop_below(exp(add(load(weights, c), shift)), splat(least_weight[0]))
+                        store(weights, c, weight)
+                        store(slopes, c, multiply_add(weight, add(load(slopes, c), mean), zeros(slopes)))
+                place, n = (head * num_keys + low) * head_dim, min(width, num_keys - low)
+                _add_product(slopes, at_tile, key, place, n, query_grad, pair * head_dim, head_dim)
+            pair, n = head * num_pairs + first, last - first
+            for c in range(0, width, ROWS):
+                place = at_grads + low + c
+                _add_transposed_product(slopes, c, rows.query, pair * head_dim, n, key_grad, place * head_dim, head_dim)
+                _add_transposed_product(weights, c, grad, pair * value_dim, n, value_grad, place * value_dim, value_dim)
+
+
+@compiled
+def differentiate_chunks(team, rows, key, value, grad, logsumexp, delta, query_grad, key_grad, value_grad):
+    """The gradients of `attend_chunks`.
+
+    Args:
+        team, rows: as of `attend_chunks`.
+        key: [num_key_value_heads, N, head_dim].
+        value: [num_key_value_heads, blocks, value_dim, WIDE], as `Rows.key`.
+        grad: [num_key_value_heads, pairs, value_dim], of the output; zeros after the last row.
+        logsumexp: [num_key_value_heads, pairs], what `attend_chunks` wrote.
+        delta: [num_key_value_heads, pairs], sums over grad times output.
+        query_grad: [num_key_value_heads, pairs, head_dim], of the scaled queries, added to.
+        key_grad, value_grad: [parts, num_key_value_heads, blocks * WIDE, head_dim and value_dim], added to: each part
+            is some of the chunks.
+    """
+    others = (rows, key, value, grad, logsumexp, delta, query_grad, key_grad, value_grad)
+    share(team, len(rows.query) * len(key_grad), _differentiate_part, others)

@@ -1,56 +1,122 @@
-"""Rows that read everything, by tiles of rows that share their keys."""
+"""Rows that read everything, by tiles of rows that share their keys, forward and backward."""
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse_attn.ops.backend import compute_dtype
 from hf_sparse_attn.ops.common.chunked import Call
-from hf_sparse_attn.ops.numba.dense_kernels import attend_chunks
+from hf_sparse_attn.ops.numba.dense_kernels import Rows, attend_chunks, differentiate_chunks
 from hf_sparse_attn.ops.numba.layout import filled, flat_rows, padded, widened
 from hf_sparse_attn.ops.numba.rules import UNBOUNDED
 from hf_sparse_attn.ops.numba.team import own_team
 from hf_sparse_attn.ops.numba.tile import ROWS, WIDE
 
 
-def attend_dense(
-    call: Call, num_older: int, output: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None
-) -> None:
-    """See `chunked.AttendDense`.
+class DenseRows:
+    """See `chunked.DenseRows`."""
 
-    Args:
-        call: the rest.
-        num_older: keys that are older than the first row's own.
-        output: in the dtype of query and key.
-        query: [num_heads, R, head_dim].
-        key, value: [num_key_value_heads, N, head_dim].
-        sinks: [num_heads], or None.
-    """
-    num_heads, num_rows, _ = query.shape
-    num_kv_heads, value_dim, dtype = len(key), value.shape[2], compute_dtype(query, key)
-    group, stride = num_heads // num_kv_heads, padded(value_dim)
-    direct = stride == value_dim and output.dtype == dtype and output.stride(0) == value_dim and output.stride(2) == 1
-    own = output if direct else output.new_empty(num_rows, num_heads, stride, dtype=dtype).transpose(0, 1)
-    flat, output_row = flat_rows(own)
-    rows = filled((widened(query) * call.scaling).unflatten(0, (num_kv_heads, group)).transpose(1, 2)).flatten(1, 2)
-    arrays = F.pad(rows, (0, 0, 0, -rows.shape[1] % ROWS)), _side_by_side(key), filled(widened(value))
-    sinks = rows.new_empty(num_kv_heads, 0) if sinks is None else sinks.detach().view(num_kv_heads, group)
-    attend_chunks(
-        own_team(),
-        *(x.numpy() for x in (*arrays, sinks)),
-        num_older,
-        group,
-        call.pattern.sliding_window or UNBOUNDED,
-        flat,
-        output_row,
+    @staticmethod
+    def attend(
+        call: Call,
+        num_older: int,
+        output: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Fill output [num_heads, R, head_dim of value], and leave the rows' logsumexp for a backward."""
+        rows, value_dim = _rows(call, num_older, query, key), value.shape[2]
+        num_kv_heads, num_pairs, _ = rows.query.shape
+        direct = _is_flat(output, compute_dtype(query, key))
+        shape = query.shape[1], len(query), padded(value_dim)
+        own = output if direct else output.new_empty(shape, dtype=compute_dtype(query, key)).transpose(0, 1)
+        logsumexp = np.zeros((num_kv_heads, 0 if call.statistics is None else num_pairs), rows.query.dtype)
+        own_sinks = np.zeros((num_kv_heads, 0), rows.query.dtype)
+        if sinks is not None:
+            own_sinks = sinks.detach().view(num_kv_heads, -1).numpy()
+        attend_chunks(own_team(), rows, filled(widened(value)).numpy(), own_sinks, *flat_rows(own), logsumexp)
+        if not direct:
+            output.copy_(own[..., :value_dim])
+        if call.statistics is not None:
+            call.statistics.append(torch.from_numpy(logsumexp))
+
+    @staticmethod
+    def differentiate(
+        call: Call,
+        num_older: int,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of the arguments of `attend` for that of its result; of keys and values in float32 or more."""
+        assert call.output is not None
+        assert call.statistics
+        rows, num_rows, logsumexp = _rows(call, num_older, query, key), query.shape[1], call.statistics[0].numpy()
+        delta = (widened(grad) * widened(call.output[:, :num_rows])).sum(-1)
+        slope, means = (_pairs(x, len(key)).numpy() for x in (widened(grad), delta[..., None]))
+        num_parts = -(-2 * torch.get_num_threads() // len(key))
+        room = num_parts, len(key), rows.key.shape[1] * WIDE
+        query_grad = np.zeros_like(rows.query)
+        key_grad = np.zeros((*room, rows.query.shape[2]), query_grad.dtype)
+        value_grad = np.zeros((*room, slope.shape[2]), query_grad.dtype)
+        differentiate_chunks(
+            own_team(),
+            rows,
+            filled(widened(key)).numpy(),
+            _side_by_side(value).numpy(),
+            slope,
+            logsumexp,
+            means[..., 0],
+            query_grad,
+            key_grad,
+            value_grad,
+        )
+        by_head = torch.from_numpy(query_grad)[:, : num_rows * rows.group].unflatten(1, (num_rows, rows.group))
+        found = by_head.transpose(1, 2).flatten(0, 1)[..., : query.shape[2]] * call.scaling
+        summed = [torch.from_numpy(x).sum(0)[:, : key.shape[1]] for x in (key_grad, value_grad)]
+        grads = found, summed[0][..., : key.shape[2]], summed[1][..., : value.shape[2]]
+        if sinks is None:
+            return grads
+        of_rows = torch.from_numpy(logsumexp)[:, : num_rows * rows.group].view(len(key), num_rows, rows.group)
+        weights = (sinks[:, None] - of_rows.transpose(1, 2).flatten(0, 1)).exp()
+        return *grads, -(weights * delta).sum(1)
+
+
+def _rows(call: Call, num_older: int, query: Tensor, key: Tensor) -> Rows:
+    return Rows(
+        query=_pairs(widened(query) * call.scaling, len(key)).numpy(),
+        key=_side_by_side(key).numpy(),
+        num_keys=key.shape[1],
+        num_older=num_older,
+        group=len(query) // len(key),
+        window=call.pattern.sliding_window or UNBOUNDED,
     )
-    if not direct:
-        output.copy_(own[..., :value_dim])
+
+
+def _pairs(x: Tensor, num_kv_heads: int) -> Tensor:
+    """[num_heads, R, D] -> [num_key_value_heads, pairs, D], filled up with zeros."""
+    grouped = x.detach().unflatten(0, (num_kv_heads, -1)).transpose(1, 2)
+    num_pairs = grouped.shape[1] * grouped.shape[2]
+    missing = padded(x.shape[2]) - x.shape[2], -num_pairs % ROWS
+    flat = grouped.reshape(num_kv_heads, num_pairs, x.shape[2])
+    return F.pad(flat, (0, missing[0], 0, missing[1])) if any(missing) else flat.contiguous()
 
 
 def _side_by_side(key: Tensor) -> Tensor:
-    """[num_key_value_heads, N, head_dim] -> [num_key_value_heads, blocks, head_dim, WIDE]."""
+    """[num_key_value_heads, N, D] -> [num_key_value_heads, blocks, D, WIDE], filled up with zeros."""
     key = widened(key.detach())
     missing = padded(key.shape[2]) - key.shape[2], -key.shape[1] % WIDE
     return F.pad(key, (0, missing[0], 0, missing[1])).unflatten(1, (-1, WIDE)).transpose(2, 3).contiguous()
+
+
+def _is_flat(output: Tensor, dtype: torch.dtype) -> bool:
+    """Whether rows can be written where [num_heads, R, head_dim] has them."""
+    size = output.shape[2]
+    return output.dtype == dtype and output.stride(0) == size == padded(size) and output.stride(2) == 1

@@ -86,6 +86,8 @@ def _product(num_vectors: int, left_is_transposed: bool) -> Any:
     return intrinsic(multiply)
 
 
-multiply_wide = _product(2, left_is_transposed=False)
-multiply_narrow = _product(1, left_is_transposed=False)
-WIDE = 2 * LANES
+product = _product(2, left_is_transposed=False)
+narrow_product = _product(1, left_is_transposed=False)
+transposed_product = _product(2, left_is_transposed=True)
+narrow_transposed_product = _product(1, left_is_transposed=True)
+WIDE = 2 * LANES  # columns of `product`
