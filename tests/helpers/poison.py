@@ -18,7 +18,8 @@ from hf_sparse_attn.ops import numba
 # `with torch.device(...)` looks up once which functions make tensors: the real ones, which the fillings call.
 torch.utils._device._device_constructors()
 
-COMPILED = {"kernels", "dense_kernels", "simd", "team", "tile", "compiled_files"}  # compiled code is not told
+# Compiled code is not told.
+COMPILED = {"kernels", "dense_kernels", "backward_kernels", "simd", "team", "tile", "compiled_files"}
 NUMPY_USERS = [
     "hf_sparse_attn.cache.buffers",
     *(

@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_sparse_attn.ops.backend import compute_dtype
 from hf_sparse_attn.ops.common.chunked import Call, Piece
 from hf_sparse_attn.ops.common.threads import in_order
+from hf_sparse_attn.ops.numba.backward_kernels import PAIRS, Space, differentiate_rows
 from hf_sparse_attn.ops.numba.index import Index, empty_states, never_route, of_head
 from hf_sparse_attn.ops.numba.kernels import STAGES as ROW_STAGES
 from hf_sparse_attn.ops.numba.kernels import (
@@ -26,11 +27,11 @@ from hf_sparse_attn.ops.numba.kernels import (
     Rules,
     State,
     attend_rows,
-    differentiate_rows,
     move,
 )
-from hf_sparse_attn.ops.numba.layout import as_array, by_row, filled, flat_rows, widened
+from hf_sparse_attn.ops.numba.layout import as_array, by_row, filled, flat_rows, padded, widened
 from hf_sparse_attn.ops.numba.rules import make_rules, num_columns, record
+from hf_sparse_attn.ops.numba.tile import ROWS
 from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static_positions
 
 _MIN_CHUNK_PAGES = 4
@@ -182,24 +183,22 @@ class _Chunk:
         rows, upstream = by_row(widened(query) * self.call.scaling), by_row(widened(grad))
         head = self.head
         query_grad, key_grad, value_grad = (np.zeros_like(x, rows.dtype) for x in (rows, head.key, head.value))
-        table_key_grad, table_value_grad = np.zeros_like(key_grad), np.zeros_like(value_grad)
+        space = None
         sinks_grad = np.zeros(0 if sinks is None else len(sinks), rows.dtype)
         for page, read in self._read(rows, sinks, None, STAGES.index("softmax"), True):
+            space = space or _space(read, head)
             differentiate_rows(
                 upstream[page],
                 rows[page],
                 head,
                 self.call.softcap or 0.0,
                 read,
+                space,
                 query_grad[page],
                 key_grad,
                 value_grad,
-                table_key_grad,
-                table_value_grad,
                 sinks_grad,
             )
-        key_grad[head.order] += table_key_grad
-        value_grad[head.order] += table_value_grad
         grads = (
             torch.from_numpy(query_grad).transpose(0, 1)[..., : query.shape[-1]] * self.call.scaling,
             torch.from_numpy(key_grad)[None, :, : key.shape[-1]],
@@ -252,3 +251,30 @@ class _Chunk:
             )
             yield page, read
             low = high
+
+
+def _space(read: Read, head: Head) -> Space:
+    """Room for the backward of tiles of rows of which a page was read like this; what is not used takes no memory."""
+    (num_rows, group, width), dtype = read.weights.shape, read.weights.dtype
+    tile_rows = min(max(PAIRS // group, 1), num_rows)
+    num_pairs, num_keys = padded(tile_rows * group), min(tile_rows * width, len(head.key)) + ROWS
+    dims = head.key.shape[1], head.value.shape[1]
+    columns, keys = np.empty((2, tile_rows, width), np.int32)
+    return Space(
+        place=np.full(len(head.key), -1, np.int32),
+        listed=np.empty(num_keys, np.int32),
+        columns=columns,
+        keys=keys,
+        ends=np.empty(tile_rows, np.int32),
+        weights=np.empty(num_keys * num_pairs, dtype),
+        slopes=np.empty(num_keys * num_pairs, dtype),
+        scores=np.empty(num_keys * num_pairs, dtype),
+        key=np.empty(num_keys * dims[0], dtype),
+        value=np.empty(num_keys * dims[1], dtype),
+        grad=np.empty(num_keys * max(dims), dtype),
+        query_columns=np.empty((dims[0], num_pairs), dtype),
+        upstream_columns=np.empty((dims[1], num_pairs), dtype),
+        query_grad=np.empty((num_pairs + ROWS) * dims[0], dtype),
+        mean=np.empty(num_pairs, dtype),
+        rest=np.empty(num_pairs, dtype),
+    )

@@ -28,7 +28,7 @@ from numba.misc.appdirs import AppDirs
 
 from hf_sparse_attn.ops.numba.simd import LANES
 
-_SOURCES = ("simd", "team", "tile", "kernels", "dense_kernels")
+_SOURCES = ("simd", "team", "tile", "kernels", "dense_kernels", "backward_kernels")
 
 
 def cached(dispatcher: Any) -> Any:

@@ -132,6 +132,16 @@ def add(typing_context, a, b):
 
 
 @intrinsic
+def negative(typing_context, vector):
+    """-vector."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fneg(arguments[0])
+
+    return vector(vector), generate
+
+
+@intrinsic
 def maximum(typing_context, a, b):
     """The larger one in every lane; b where one is NaN."""
 
