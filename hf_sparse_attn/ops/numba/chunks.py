@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from hf_sparse_attn.ops.backend import compute_dtype
 from hf_sparse_attn.ops.common.chunked import Call, Piece
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.ops.numba.backward_kernels import PAIRS, Space, differentiate_rows
+from hf_sparse_attn.ops.numba.dense_rows import attend_scored
 from hf_sparse_attn.ops.numba.index import Index, empty_states, never_route, of_head
 from hf_sparse_attn.ops.numba.kernels import STAGES as ROW_STAGES
 from hf_sparse_attn.ops.numba.kernels import (
@@ -37,6 +39,7 @@ from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static
 _MIN_CHUNK_PAGES = 4
 _MAX_CHUNKS = 8  # of a document's sparse rows
 _MOST_KEPT_ROWS = 64  # whose weights exist at a time
+_SCORED_ROWS = 256  # of a piece whose rows score every key
 _NOTHING = np.zeros(0, np.int32)
 
 STAGES = ("hash", "tables", *ROW_STAGES)
@@ -61,10 +64,41 @@ def sparse_pieces(
     bucket = _buckets(key, call.pattern) if index is None else torch.from_numpy(index.bucket[:, : index.length])
     # In the backward each chunk adds to the gradients of all keys: no more of them than keep the threads busy.
     num_chunks = -(-2 * torch.get_num_threads() // len(key)) if call.backward else _MAX_CHUNKS
-    return (
-        Piece(heads, rows, kv_heads, chunk.attend, chunk.differentiate)
-        for heads, rows, kv_heads, chunk in _chunks(query, key, value, bucket, start, end, call, num_chunks, index)
+    first = [max(start, _scored_end(call, kv_head, key.shape[1], end)) for kv_head in range(len(key))]
+    scored = _scored_pieces(len(query) // len(key), start, first, call)
+    chunks = _chunks(query, key, value, bucket, first, end, call, num_chunks, index)
+    return chain(
+        scored,
+        (Piece(heads, rows, kv_heads, chunk.attend, chunk.differentiate) for heads, rows, kv_heads, chunk in chunks),
     )
+
+
+def _scored_end(call: Call, kv_head: int, num_keys: int, end: int) -> int:
+    """The rows before this position score every key up to their own, as the KV head's budget covers them all, and need
+    no buckets; a recorder and the backward ask what they read, and find it by buckets."""
+    pattern, config = call.pattern, call.pattern.config
+    plain = call.softcap is None and pattern.sliding_window is None and not num_row_keys(config)
+    in_time = config.window_size >= config.page_size  # no key leaves the window before its bucket is known
+    if call.backward or call.recorder is not None or not plain or not in_time:
+        return 0
+    return min(call.budget(kv_head, num_keys) + config.window_size, end)
+
+
+def _scored_pieces(group: int, start: int, ends: list[int], call: Call) -> Iterator[Piece]:
+    """The rows of each KV head from position `start` up to its end, which score every key up to their own, by tiles."""
+    pattern, end = call.pattern, max(ends)
+    static = static_positions(pattern.config, end, torch.device("cpu"), marked=pattern.marked).numpy() - call.key_offset
+    for kv_head, stop in enumerate(ends):
+        heads, kv_heads = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
+        for row in range(start, stop, _SCORED_ROWS):
+            rows = slice(row - call.query_offset, min(row + _SCORED_ROWS, stop) - call.query_offset)
+            keys = slice(0, rows.stop + call.query_offset - call.key_offset)
+            attend = partial(attend_scored, call, row - call.key_offset, kv_head, static)
+            yield Piece(heads, rows, kv_heads, attend, _no_backward, keys)
+
+
+def _no_backward(*_: Tensor) -> tuple[Tensor, ...]:
+    raise AssertionError("in the backward these rows are pieces as all others")
 
 
 def _buckets(key: Tensor, pattern: LayerPattern) -> Tensor:
@@ -102,7 +136,7 @@ def run_stages(query: Tensor, key: Tensor, value: Tensor, pattern: LayerPattern,
     bucket = _buckets(key, pattern)
     if last == "hash":
         return
-    parts = _chunks(query, key, value, bucket, start, end, call, _MAX_CHUNKS)
+    parts = _chunks(query, key, value, bucket, [start] * len(key), end, call, _MAX_CHUNKS)
     for _ in in_order(work, parts, torch.get_num_threads()):
         pass
 
@@ -112,27 +146,29 @@ def _chunks(
     key: Tensor,
     value: Tensor,
     bucket: Tensor,
-    start: int,
+    first: list[int],
     end: int,
     call: Call,
     num_chunks: int,
     index: Index | None = None,
 ) -> Iterator[tuple[slice, slice, slice, _Chunk]]:
-    """Rows at positions start .. end - 1, chunk after chunk of each KV head: heads, rows, KV heads and the chunk.
+    """Rows from position first[KV head] to end - 1, chunk after chunk: heads, rows, KV heads and the chunk.
 
     They go on from the states of `index`, and move these, where there is one.
     """
     pattern, offset = call.pattern, call.query_offset
     group, page_size = len(query) // len(key), pattern.config.page_size
     dtype = np.float64 if query.dtype == torch.float64 else np.float32
-    chunk_rows = max(_MIN_CHUNK_PAGES, -(-(end - start) // (num_chunks * page_size))) * page_size
+    chunk_rows = max(_MIN_CHUNK_PAGES, -(-(end - min(first)) // (num_chunks * page_size))) * page_size
     static = static_positions(pattern.config, end, key.device, marked=pattern.marked)
     if index is None:  # an index has done this to its own
         bucket = bucket.int()
         never_route(bucket, static - call.key_offset, pattern.bucket_hash.num_buckets)
     for kv_head in range(len(key)):
+        if first[kv_head] == end:
+            continue
         head = _head(call, kv_head, key[kv_head], value[kv_head], bucket[kv_head], static)
-        heads, row = slice(kv_head * group, (kv_head + 1) * group), start
+        heads, row = slice(kv_head * group, (kv_head + 1) * group), first[kv_head]
         rules = make_rules(call, call.budget(kv_head, key.shape[1]), np.array(pattern.min_weights[heads], dtype))
         if index is None or not len(head.first):
             state = of_head(empty_states(1, len(head.first), head.key.shape[1], dtype), 0)

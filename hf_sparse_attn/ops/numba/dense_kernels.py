@@ -38,6 +38,7 @@ from hf_sparse_attn.ops.numba.tile import (
 _CHUNK = 8 * ROWS  # pairs that go through a block of keys together
 _BLOCK_ELEMENTS = 32768  # of a block's keys, which stay in the nearer caches meanwhile
 _BACKWARD_BLOCK_ELEMENTS = 16384
+_SCORES = 131072  # of rows that keep all of theirs at a time
 
 
 class Rows(NamedTuple):
@@ -273,3 +274,109 @@ def differentiate_chunks(team, rows, key, value, grad, logsumexp, delta, query_g
     """
     others = (rows, key, value, grad, logsumexp, delta, query_grad, key_grad, value_grad)
     share(team, len(rows.query) * len(key_grad), _differentiate_part, others)
+
+
+@inlined
+def _drop_light(weights, at, stop, least):
+    """Let the columns before `stop` have no weight where it is under `least`; the sum of what they keep."""
+    kept, limit, whole = zeros(weights), splat(least), stop - stop % LANES
+    for c in range(at, at + whole, LANES):
+        heavy = drop_below(load(weights, c), limit)
+        kept = add(kept, heavy)
+        store(weights, c, heavy)
+    summed = total(kept)
+    for c in range(at + whole, at + stop):
+        if weights.flat[c] < least:
+            weights.flat[c] = 0
+        summed += weights.flat[c]
+    return summed
+
+
+@inlined
+def _weigh_scored(weights, at, own, older, width, static, held, sinks, g, min_weight, least_weight):
+    """Turn a pair's scores of `own` keys into softmax weights, not divided by their sum, which is returned.
+
+    Of the first `older` keys those are dropped whose part of all is under `min_weight`, unless they are static.
+    """
+    _hide(weights, at, 0, own, width)
+    top = load(weights, at)
+    for c in range(at + LANES, at + width, LANES):
+        top = maximum(load(weights, c), top)
+    shift = largest(top)
+    if len(sinks):
+        shift = max(shift, sinks[g])
+    lowered, added, least = splat(-shift), zeros(weights), splat(least_weight)
+    for c in range(at, at + width, LANES):
+        weight = drop_below(exp(add(load(weights, c), lowered)), least)
+        added = add(added, weight)
+        store(weights, c, weight)
+    summed = total(added)
+    if len(sinks):
+        summed += math.exp(sinks[g] - shift)
+    if min_weight > 0 and older > 0:
+        before, num_static = weights.dtype.type(0), 0
+        while num_static < len(static) and static[num_static] < older:
+            held[num_static] = weights.flat[at + static[num_static]]
+            weights.flat[at + static[num_static]] = 0
+            num_static += 1
+        for c in range(at, at + older):
+            before += weights.flat[c]
+        summed += _drop_light(weights, at, older, min_weight * summed) - before
+        for i in range(num_static):
+            weights.flat[at + static[i]] = held[i]
+    return summed
+
+
+@compiled
+def attend_scored_rows(rows, value, sinks, min_weights, static, own_window, output, output_row):
+    """Rows of one KV head that score every key up to their own, and attend to those of enough weight.
+
+    Args:
+        rows: Rows, of one KV head.
+        value: [1, N, value_dim].
+        sinks: [group], or empty.
+        min_weights: [group], smallest weight of a key older than the row's window.
+        static: sorted indices of the keys that are attended to whatever their weight, int64.
+        own_window: keys of a row's window, its own among them.
+        output: flat [R, group, value_dim], each row of `output_row` elements.
+    """
+    _, num_pairs, _ = rows.query.shape
+    num_keys, value_dim, dtype = rows.num_keys, value.shape[2], rows.query.dtype
+    room = -(-num_keys // WIDE) * WIDE
+    together = min(max(_SCORES // (room * ROWS), 1) * ROWS, _CHUNK)
+    block = max(_BLOCK_ELEMENTS // value_dim // WIDE, 1) * WIDE
+    weights, summed = np.empty((together, room), dtype), np.empty((together, value_dim), dtype)
+    weight, held = np.empty(together, dtype), np.empty(len(static), dtype)
+    least_weight = np.full(1, 2 * np.finfo(dtype).tiny, dtype)
+    for first in range(0, num_pairs, together):
+        last = min(first + together, num_pairs)
+        stop = _columns(last - 1, rows, 0, num_keys)[1]
+        width = -(-stop // WIDE) * WIDE
+        for low in range(0, width, block):
+            for tile in range(first, last, ROWS):
+                _score(rows, 0, tile, low, min(block, width - low), weights, (tile - first) * room + low)
+        for i in range(last - first):
+            own, g = _columns(first + i, rows, 0, num_keys)[1], (first + i) % rows.group
+            older = max(own - own_window, 0)
+            weight[i] = _weigh_scored(
+                weights, i * room, own, older, width, static, held, sinks, g, min_weights[g], least_weight[0]
+            )
+            for d in range(value_dim):
+                summed[i, d] = 0
+        for low in range(0, width, block):
+            for tile in range(first, last, ROWS):
+                common, i = min(_columns(tile, rows, low, block)[1], width - low), tile - first
+                if common > 0:
+                    at = i * room + low
+                    _add_product(weights, at, value, low * value_dim, common, summed, i * value_dim, value_dim)
+                for r in range(i, i + ROWS):
+                    own = _columns(first + r, rows, low, block)[1]
+                    _add_values(weights, r * room + low, common, own, value, low * value_dim, summed, r)
+        for i in range(last - first):
+            row, g = (first + i) // rows.group, (first + i) % rows.group
+            place = row * output_row + g * value_dim
+            if place + value_dim <= len(output):
+                weight[i] = 1 / weight[i]
+                factor = splat(weight[i])
+                for d in range(0, value_dim, LANES):
+                    store(output, place + d, multiply_add(load(summed, i * value_dim + d), factor, zeros(summed)))

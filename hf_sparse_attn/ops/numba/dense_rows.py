@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hf_sparse_attn.ops.backend import compute_dtype
 from hf_sparse_attn.ops.common.chunked import Call
-from hf_sparse_attn.ops.numba.dense_kernels import Rows, attend_chunks, differentiate_chunks
+from hf_sparse_attn.ops.numba.dense_kernels import Rows, attend_chunks, attend_scored_rows, differentiate_chunks
+from hf_sparse_attn.ops.numba.kernels import Array
 from hf_sparse_attn.ops.numba.layout import filled, flat_rows, padded, widened
 from hf_sparse_attn.ops.numba.rules import UNBOUNDED
 from hf_sparse_attn.ops.numba.team import own_team
@@ -87,6 +88,46 @@ class DenseRows:
         of_rows = torch.from_numpy(logsumexp)[:, : num_rows * rows.group].view(len(key), num_rows, rows.group)
         weights = (sinks[:, None] - of_rows.transpose(1, 2).flatten(0, 1)).exp()
         return *grads, -(weights * delta).sum(1)
+
+
+def attend_scored(
+    call: Call,
+    num_older: int,
+    kv_head: int,
+    static: Array,
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None = None,
+) -> None:
+    """Fill output [group, R, head_dim of value] for rows of one KV head that score every key up to their own.
+
+    Args:
+        call: the rest.
+        num_older: keys that are older than the first row's own.
+        kv_head: whose smallest weights hold.
+        static: sorted indices of the static keys, int64.
+        output, query: [group, R, head_dim].
+        key, value: [1, N, head_dim], up to the last row's own.
+        sinks: [group], or None.
+    """
+    rows, value_dim, dtype = _rows(call, num_older, query, key), value.shape[2], compute_dtype(query, key)
+    direct = _is_flat(output, dtype)
+    shape = query.shape[1], len(query), padded(value_dim)
+    own = output if direct else output.new_empty(shape, dtype=dtype).transpose(0, 1)
+    min_weights = call.pattern.min_weights[kv_head * len(query) : (kv_head + 1) * len(query)]
+    attend_scored_rows(
+        rows,
+        filled(widened(value)).numpy(),
+        np.zeros(0, rows.query.dtype) if sinks is None else sinks.detach().numpy(),
+        np.array(min_weights, rows.query.dtype),
+        static,
+        call.pattern.window(UNBOUNDED),
+        *flat_rows(own),
+    )
+    if not direct:
+        output.copy_(own[..., :value_dim])
 
 
 def _rows(call: Call, num_older: int, query: Tensor, key: Tensor) -> Rows:
