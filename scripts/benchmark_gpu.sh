@@ -12,7 +12,7 @@ PYTHON="${PYTHON:-python}"
 mkdir -p "$OUTPUT"
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "benchmark_gpu.sh: error: PyTorch sees no GPU"'
 "$PYTHON" -m pytest -q tests/ops/test_triton.py tests/ops/test_triton_index.py \
-    tests/test_decoding_graph.py
+    tests/test_decoding_graph_gpu.py
 "$PYTHON" -m hf_sparse_attn info --gpu --output "$OUTPUT/gpu_check.json"
 measure() {
     "$PYTHON" scripts/benchmark.py --device cuda --dtype bfloat16 --num-heads 32 --num-kv-heads 8 --head-dim 128 \

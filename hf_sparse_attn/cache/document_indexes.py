@@ -109,7 +109,8 @@ class KeyIndexes:
 
     def _fixed(self) -> Iterator[tuple[int, ops.FixedStepIndex]]:
         for start, _, index in self._of_row.values():
-            yield start, cast("ops.FixedStepIndex", index)
+            if index.has_fixed_steps:  # others are of an earlier configuration
+                yield start, cast("ops.FixedStepIndex", index)
 
     def crop(self, num_slots: int) -> None:
         """Forget the keys after the layer's first `num_slots`."""
