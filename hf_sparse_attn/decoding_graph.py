@@ -51,6 +51,7 @@ class DecodingGraph:
         self._padding = _padding(self._layers[0], attention_mask)
         self._input_ids = torch.zeros(len(self._padding), 1, dtype=torch.int64, device=model.device)
         self._position_ids = torch.zeros_like(self._input_ids)
+        self._first_slots = torch.tensor(self._padding, device=model.device)[:, None]
         self._step = FixedStep(self._input_ids.new_zeros(1), self._padding)
         self._fields: Any = _NOTHING_YET  # the model's sparse attention in the last step
         self._indexed: list[list[int]] | None = None  # the model's layers whose indexes each layer of the cache has
@@ -72,11 +73,10 @@ class DecodingGraph:
             )
         slot = self.cache.get_seq_length()
         self._input_ids.copy_(input_ids)
-        for row, first in enumerate(self._padding):
-            self._position_ids[row].fill_(slot - first)
+        self._step.slot.fill_(slot)
+        torch.sub(self._step.slot, self._first_slots, out=self._position_ids)
         if not self._is_ready():
             return self._forward(self._position_ids.clone(), self._mask(slot + 1))
-        self._step.slot.fill_(slot)
         logits = self._fixed_step()
         for layer in self._layers:
             layer.advance()
@@ -96,7 +96,7 @@ class DecodingGraph:
                 return self._forward(self._position_ids)
         if self._replay is None:
             with self._computing():
-                self._replay, self._logits = record(partial(self._forward, self._position_ids))
+                self._replay, self._logits = record(partial(self._forward, self._position_ids), self.model.device)
         self._replay()
         assert self._logits is not None
         return self._logits.clone()
@@ -146,14 +146,13 @@ class DecodingGraph:
         """Which slots of the cache are no padding, [batch, slots]; None: all."""
         if not any(self._padding):
             return None
-        first = torch.tensor(self._padding, device=self.model.device)[:, None]
-        return (torch.arange(num_slots, device=self.model.device) >= first).long()
+        return (torch.arange(num_slots, device=self.model.device) >= self._first_slots).long()
 
 
-def record(work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+def record(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
     """Have a GPU's work recorded, without doing it: what replays it, and the tensor that its result is left in."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph):
         output = work()
     return graph.replay, output
 

@@ -64,9 +64,9 @@ def kinds_of_steps(monkeypatch):
     """How often a step was recorded, and how often replayed."""
     counts = Counter()
 
-    def record(work):
+    def record(work, device):
         counts["recorded"] += 1
-        replay, output = tape.record(work)
+        replay, output = tape.record(work, device)
 
         def count_and_replay():
             counts["replayed"] += 1
@@ -103,7 +103,7 @@ def check_launches(length=LENGTH):
     ids, tapes = tokens(length), []
     _, _, step = prepared(ids, **EVERYTHING)
 
-    def record(work):
+    def record(work, device):
         with tape.recording() as one:
             output = work()
         tapes.append(one)

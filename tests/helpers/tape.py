@@ -106,7 +106,7 @@ def recording():
         yield tape
 
 
-def record(work):
+def record(work, device):
     """In place of `decoding_graph.record`."""
     with recording() as tape:
         output = work()
