@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         UniformBudget,
     )
     from hf_sparse_attn.commands import convert, evaluate_perplexity, load_model, plot_pattern
+    from hf_sparse_attn.decoding_graph import DecodingGraph
     from hf_sparse_attn.module import SparseAttention
     from hf_sparse_attn.training import FinetuneArguments, finetune
 
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveBudget",
     "AttentionStatistics",
+    "DecodingGraph",
     "FinetuneArguments",
     "HeavyHitters",
     "KeyNorm",
@@ -62,6 +64,7 @@ __all__ = [
 # Loaded when they are first asked for, so that importing stays fast.
 _MODULES = {
     "commands": ("convert", "evaluate_perplexity", "load_model", "plot_pattern"),
+    "decoding_graph": ("DecodingGraph",),
     "module": ("SparseAttention",),
     "training": ("FinetuneArguments", "finetune"),
     "cache.policies": ("AdaptiveBudget", "HeavyHitters", "KeyNorm", "Recency", "Recent", "Sinks", "UniformBudget"),

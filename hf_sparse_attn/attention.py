@@ -87,6 +87,12 @@ def attention(
     if documents is None and (reads_both_sides(inputs.attention_mask) or not pattern.is_causal):
         check_lengths(q_length, kv_length)
         pattern = dataclasses.replace(pattern, is_causal=False, num_tokens=kv_length)
+    indexes: KeyIndexes | None = getattr(key, INDEXES, None)
+    step = None if indexes is None else indexes.step
+    if step is not None:
+        if recorder is not None or choose is not None or documents is not None:
+            raise ValueError("a step of fixed shapes records nothing and knows no other choice of keys")
+        documents = step.documents(kv_length)
     by_document = dropout is not None or documents is not None or bool(statistics_in(recorder))
     if kept is None and softcap is None and not by_document and _is_dense(inputs, pattern):
         check_scores(scaling, softcap)
@@ -102,7 +108,6 @@ def attention(
         every, window = read_documents(inputs, kv_length, pattern.sliding_window, pattern.is_causal)
     if window != pattern.sliding_window:
         pattern = dataclasses.replace(pattern, sliding_window=window)
-    indexes: KeyIndexes | None = getattr(key, INDEXES, None)
     if not pattern.is_causal:
         if kept is not None:
             raise ValueError("a SparseCache with a policy holds keys of causal attention alone")
@@ -147,6 +152,7 @@ def attention(
                 index=None if indexes is None else indexes.of(document, pattern, keys, marked),
                 dropout=None if dropout is None else dataclasses.replace(dropout, batch=document.batch),
                 candidates=candidates,
+                newest=None if step is None else step.newest(document.batch),
                 choose=choose,
                 **given,
             )

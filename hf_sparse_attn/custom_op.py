@@ -49,7 +49,11 @@ def compiled_attention(
     return _attention(*inputs, fields, layer_idx, parts, sliding_window, scaling, softcap, is_causal)
 
 
-@torch.library.custom_op(f"{__package__}::attention", mutates_args=())
+# They read masks on the host, for which a CUDA graph (mode="reduce-overhead") is left and entered again.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op(f"{__package__}::attention", mutates_args=(), tags=_TAGS)
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -78,7 +82,7 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tenso
     return query.new_empty(batch_size, q_length, num_heads, value.shape[-1])
 
 
-@torch.library.custom_op(f"{__package__}::attention_backward", mutates_args=())
+@torch.library.custom_op(f"{__package__}::attention_backward", mutates_args=(), tags=_TAGS)
 def _attention_backward(
     grad: Tensor,
     query: Tensor,

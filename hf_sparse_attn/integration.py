@@ -223,6 +223,12 @@ def _module_pattern(
     return cached[2]
 
 
+def known_patterns(model: nn.Module) -> dict[int, LayerPattern]:
+    """The patterns that a model's forwards had so far, by the index of the layer."""
+    found = (module.__dict__.get(PATTERN) for module in model.modules())
+    return {cached[2].layer_idx: cached[2] for cached in found if cached is not None}
+
+
 def _layer_idx(module: nn.Module) -> int:
     return int(getattr(module, "layer_idx", None) or 0)
 

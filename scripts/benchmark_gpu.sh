@@ -11,7 +11,8 @@ OUTPUT="${1:-benchmarks}"
 PYTHON="${PYTHON:-python}"
 mkdir -p "$OUTPUT"
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "benchmark_gpu.sh: error: PyTorch sees no GPU"'
-"$PYTHON" -m pytest -q tests/ops/test_triton.py tests/ops/test_triton_index.py
+"$PYTHON" -m pytest -q tests/ops/test_triton.py tests/ops/test_triton_index.py \
+    tests/test_decoding_graph_gpu.py
 "$PYTHON" -m hf_sparse_attn info --gpu --output "$OUTPUT/gpu_check.json"
 measure() {
     "$PYTHON" scripts/benchmark.py --device cuda --dtype bfloat16 --num-heads 32 --num-kv-heads 8 --head-dim 128 \
@@ -24,7 +25,8 @@ measure --seq-lens 4096 8192 16384 32768 65536 131072 "${BACKENDS[@]}" --pass fo
 measure --seq-lens 8192 32768 65536 131072 --pass decode --output "$OUTPUT/gpu_decode.json"
 "$PYTHON" scripts/roofline.py --seq-lens 16384 32768 65536 131072 --output "$OUTPUT/gpu_kernels.json"
 
-# Whole models of Llama-3-8B's shape; random weights give random queries and keys, the sparse side's worst case.
+# Whole models of Llama-3-8B's shape, the decoding step eager and as a CUDA graph; random weights give random queries
+# and keys, the sparse side's worst case.
 measure_model() {
     "$PYTHON" scripts/benchmark.py --device cuda --dtype bfloat16 --random-model llama-3-8b --repeats 2 \
         --sparse-attention '{"implementation": "triton"}' "$@"

@@ -97,3 +97,9 @@ def test_an_exported_model_stands_alone(tmp_path):
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", LOADING, *paths], check=True, cwd=root)
     torch.testing.assert_close(torch.load(paths[2]), logits(model, ids), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_backward"])
+def test_it_stays_outside_of_cuda_graphs(name):
+    """Inductor's mode "reduce-overhead" asks for this tag; the operations read masks on the host."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.hf_sparse_attn, name).default.tags

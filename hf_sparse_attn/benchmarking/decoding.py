@@ -17,12 +17,14 @@ from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.benchmarking.speed import check_rows, synchronize
 from hf_sparse_attn.cache import SparseCache, SparseLayer
 from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.decoding_graph import DecodingGraph
 from hf_sparse_attn.integration import record_density
 from hf_sparse_attn.ops import compute_dtype
 from hf_sparse_attn.patterns import layer_pattern
 from hf_sparse_attn.recording import DensityRecorder
 
 WARM_STEPS = 2
+_UNRECORDED_STEPS = 4  # of a graph: eager ones, one that compiles, the recording
 _BYTES = 2**28  # of the caches that steps go through in turn: more than a processor keeps near
 _MOST_LAYERS = 32
 _CHECKED_STEPS = 16
@@ -160,7 +162,8 @@ def compare_generation(model: PreTrainedModel, input_ids: Tensor, repeats: int =
         repeats: eight timed tokens of each side.
 
     Returns:
-        As `compare_decoding`, with "pass" "generation"; the bytes are of all layers.
+        As `compare_decoding`, with "pass" "generation"; the bytes are of all layers. On a GPU also "sparse_graph_ms":
+        the sparse side by a `DecodingGraph`, or None for a model that has none.
     """
     cache = SparseCache(model.config)
     logits = model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1).logits
@@ -180,14 +183,37 @@ def compare_generation(model: PreTrainedModel, input_ids: Tensor, repeats: int =
                 seconds.append(time.perf_counter() - start)
     finally:
         model.set_attn_implementation("sparse")
+    graph: dict[str, float | None] = {}
+    if input_ids.device.type == "cuda":
+        graph["sparse_graph_ms"] = graph_milliseconds(model, cache, logits[:, -1:].argmax(-1), repeats)
     sparse_ms, dense_ms = (1e3 * statistics.median(seconds[WARM_STEPS:]) for seconds in spent.values())
     return {
         "pass": "generation",
         "seq_len": input_ids.shape[1],
         "dense_ms": dense_ms,
         "sparse_ms": sparse_ms,
+        **graph,
         "speedup": dense_ms / sparse_ms,
         "density": counted.density,
         "dense_peak_bytes": dense_bytes,
         "sparse_peak_bytes": held,
     }
+
+
+def graph_milliseconds(model: PreTrainedModel, cache: SparseCache, token: Tensor, repeats: int) -> float | None:
+    """Time of one generated token after `token` [1, 1] by a `DecodingGraph`: the median of eight steps per repeat.
+
+    None where there is no such graph of the model.
+    """
+    spent = []
+    try:
+        step = DecodingGraph(model, cache)
+        for _ in range(_UNRECORDED_STEPS + 8 * repeats):
+            synchronize(token.device)
+            start = time.perf_counter()
+            token = step(token)[:, -1:].argmax(-1)
+            synchronize(token.device)
+            spent.append(time.perf_counter() - start)
+    except ValueError:
+        return None
+    return 1e3 * statistics.median(spent[_UNRECORDED_STEPS:])

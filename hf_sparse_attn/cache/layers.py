@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from hf_sparse_attn.cache.buffers import allocate, can_hold, size_ahead
+from hf_sparse_attn.cache.buffers import allocate, can_hold, is_writable, size_ahead
 from hf_sparse_attn.cache.document_indexes import KeyIndexes
 from hf_sparse_attn.cache.evicting import KeptKeys
 from hf_sparse_attn.side_channels import INDEXES, KEPT
@@ -27,10 +27,13 @@ class SparseLayer(DynamicLayer):
         self.max_cache_len = max_cache_len
         self.indexes = KeyIndexes()
         self._allocated: tuple[Tensor, Tensor] | None = None  # `keys` and `values` are their first tokens
+        self._blank: tuple[Tensor, Tensor] | None = None  # as `_allocated`, where it holds a number everywhere
         self._known: Tensor | None = None  # `keys` as they were left
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values [batch, num_key_value_heads, new tokens, head_dim]; returns all of them."""
+        if self.indexes.step is not None:
+            return self._put(self.indexes.step.slot, key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._known = self.keys
@@ -66,6 +69,41 @@ class SparseLayer(DynamicLayer):
                 grown.append(whole)
             room = self._allocated = grown[0], grown[1]
         return room
+
+    def _put(self, slot: Tensor, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token's key and value into a slot [1]; returns all slots, filled or not."""
+        assert self._allocated is not None
+        for whole, new in zip(self._allocated, (key_states, value_states), strict=True):
+            whole.index_copy_(2, slot, new)
+        keys, values = (whole[:] for whole in self._allocated)
+        setattr(keys, INDEXES, self.indexes)
+        return keys, values
+
+    def is_ready(self, padding: list[int], layers: list[int]) -> bool:
+        """Whether the next token's step can be a `FixedStep`; see `KeyIndexes.is_ready`."""
+        self._notice_other_keys()
+        room, length = self._allocated, self.get_seq_length()
+        if room is None or not is_writable(room[0]) or len(room[0]) != len(padding) or length >= room[0].shape[2]:
+            return False
+        if not layers and self._blank is not room:  # rows that read everything weigh what is not there by 0
+            for whole in room:
+                whole[:, :, length:] = 0
+            self._blank = room
+        return self.indexes.is_ready(length, room[0].shape[2], padding, layers)
+
+    def advance(self) -> None:
+        """Count on after a `FixedStep`."""
+        assert self._allocated is not None
+        stop = self.get_seq_length() + 1
+        self.keys, self.values = (whole[:, :, :stop] for whole in self._allocated)
+        setattr(self.keys, INDEXES, self.indexes)
+        self._known = self.keys
+        self.indexes.advance(self._allocated[0].shape[2])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that a `FixedStep` reads and writes in place."""
+        return [*(self._allocated or ()), *self.indexes.tensors]
 
     @property
     def nbytes(self) -> int:

@@ -259,7 +259,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             print_stages(row)
         return
-    timed = ("dense", "dense_device", *BACKENDS, "sparse", "sparse_device", "routing", "floor")
+    timed = ("dense", "dense_device", *BACKENDS, "sparse", "sparse_device", "sparse_graph", "routing", "floor")
     parts = [part for part in timed if f"{part}_ms" in rows[0]]
     digits = 2 if rows[0]["pass"] == "decode" else 1
     memory = "cache" if rows[0]["pass"] in ("decode", "generation") else "peak"

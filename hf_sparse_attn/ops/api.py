@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_sparse_attn.ops.backend import Backend, Index, compute_dtype
+from hf_sparse_attn.ops.backend import Backend, Index, StartIndex, compute_dtype
 from hf_sparse_attn.ops.block_votes import check_votes, prefill, reading_everything
 from hf_sparse_attn.ops.checks import check_document, check_scores
 from hf_sparse_attn.ops.common.call import AttentionCall, Chooser
@@ -36,6 +36,7 @@ def document_attention(
     index: Index | None = None,
     dropout: Dropout | None = None,
     candidates: Tensor | None = None,
+    newest: Tensor | None = None,
     choose: Chooser | None = None,
 ) -> Tensor:
     """Attention of one document through the implementation that the config names.
@@ -43,7 +44,7 @@ def document_attention(
     Args:
         query: [num_heads, Q, head_dim]; any float dtypes are taken.
         key, value: [num_key_value_heads, N, head_dim].
-        pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index, dropout, candidates: see
+        pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index, dropout, candidates, newest: see
             `AttentionCall`.
         choose: makes the candidates of each pattern's heads.
 
@@ -64,7 +65,7 @@ def document_attention(
         pattern = dataclasses.replace(pattern, num_tokens=key.shape[1])
     sinks = None if sinks is None else sinks.to(compute_dtype(query, key))
     call = AttentionCall(
-        pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index, dropout, candidates
+        pattern, query_offset, key_offset, scaling, softcap, sinks, recorder, index, dropout, candidates, newest
     )
     for statistics in statistics_in(recorder):
         statistics.begin(query, key, call)
@@ -167,12 +168,26 @@ def new_index(pattern: LayerPattern, key: Tensor, key_offset: int) -> Index | No
         key: [num_key_value_heads, N, head_dim].
         key_offset: position of the first key.
     """
-    start = find_backend(pattern.config.implementation, key.device).index
+    start = _start_index(pattern, key.device)
+    return None if start is None else start(pattern, len(key), key_offset)
+
+
+def has_fixed_steps(pattern: LayerPattern, device: torch.device) -> bool:
+    """Whether steps of one token over cached keys on a device can launch the same every time.
+
+    Layers whose rows read everything need no index for it.
+    """
+    start = _start_index(pattern, device)
+    return pattern.dense_rows() is None if start is None else start.has_fixed_steps
+
+
+def _start_index(pattern: LayerPattern, device: torch.device) -> StartIndex | None:
+    start = find_backend(pattern.config.implementation, device).index
     if start is None or pattern.dense_rows() is None or pattern.kv_head_entries or pattern.config.num_voted_blocks:
         return None
     if pattern.sliding_window is not None and not start.knows_sliding_windows:
         return None
-    return start(pattern, len(key), key_offset)
+    return start
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ class Index(Protocol):
     key_offset: int
     length: int
     knows_sliding_windows: bool
+    has_fixed_steps: bool  # it is a `FixedStepIndex`
 
     def crop(self, length: int) -> None:
         """Forget the keys after the first `length`."""
@@ -30,10 +31,28 @@ class Index(Protocol):
         """Bytes of memory."""
 
 
+class FixedStepIndex(Index, Protocol):
+    """An index that takes in one token after another by the same launches; see `AttentionCall.newest`."""
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many keys, at once."""
+
+    def is_ready(self, num_keys: int, room: int) -> bool:
+        """Whether the step of the token after `num_keys` keys can be one of them, over keys with this room."""
+
+    def advance(self, room: int) -> None:
+        """Count on after such a step."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that such a step reads and writes in place."""
+
+
 class StartIndex(Protocol):
     """Makes an implementation's empty index; in practice its class."""
 
     knows_sliding_windows: bool
+    has_fixed_steps: bool
 
     def __call__(self, pattern: LayerPattern, num_kv_heads: int, key_offset: int) -> Index:
         """An index of no keys yet."""

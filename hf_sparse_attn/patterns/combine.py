@@ -80,7 +80,7 @@ def row_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: in
     Args:
         pattern: the layer's pattern.
         position: the rows' positions.
-        static: positions of the static keys.
+        static: positions of the static keys, ascending; later ones do not matter.
         window: keys of the row's window, or of its half on each side where attention is not causal.
         key_offset: position of the key with index 0.
     """
@@ -90,13 +90,21 @@ def row_keys(pattern: LayerPattern, position: Tensor, static: Tensor, window: in
     keys = _sorted(torch.cat(given, 1))
     older = position[:, None] - keys
     distance = older if pattern.is_causal else older.abs()
-    known = (distance < window) | (keys < key_offset) | torch.isin(keys, static)
+    known = (distance < window) | (keys < key_offset) | _among(keys, static)
     if pattern.num_tokens is not None:
         known |= keys >= pattern.num_tokens
     if pattern.sliding_window is not None:
         known |= distance >= pattern.sliding_window
     known[:, 1:] |= keys[:, 1:] == keys[:, :-1]
     return (keys - key_offset).masked_fill_(known, -1)
+
+
+def _among(keys: Tensor, static: Tensor) -> Tensor:
+    """Which of these are in the ascending `static`; unlike `torch.isin` without a wait for the device."""
+    if not len(static):
+        return torch.zeros_like(keys, dtype=torch.bool)
+    place = torch.searchsorted(static, keys.to(static.dtype)).clamp_(max=len(static) - 1)
+    return static[place] == keys
 
 
 def _sorted(keys: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Slash:
         return len(self.distances)
 
     def keys(self, position: Tensor) -> Tensor:
-        return position[:, None] - torch.tensor(self.distances, device=position.device)
+        return torch.stack([position - distance for distance in self.distances], 1)
 
     def admits(self, row: int, position: Tensor) -> Tensor:
         return (position[:, None] + torch.tensor(self.distances, device=position.device) == row).any(-1)

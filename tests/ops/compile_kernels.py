@@ -28,6 +28,7 @@ POINTERS = {
     torch.float64: "*fp64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int16: "*i16",
     torch.int8: "*i8",

@@ -215,12 +215,13 @@ MUTANTS = {
     "softcap": ("score_listed", "SCORE", lambda score: score._replace(SOFTCAP=None)),
     "light keys": ("sum_listed", "DROP", lambda _: False),
     "sinks": ("sum_listed", "sinks", lambda _: None),
-    "another page's sums": ("add_to_sums", "stop", lambda stop: stop - 1),
+    "another page's sums": ("append_and_score", "PAGE_SIZE", lambda size: size - 1),
+    "sums that stand still": ("append_and_score", "since_known", lambda _: 0),
     "other heads of the group": ("append_and_score", "GROUP", lambda _: 1),
-    "routed static keys": ("append_and_score", "static_bits", lambda _: 0),
-    "keys inside the window": ("choose_ranks", "first_older", lambda number: number + 1),
-    "keys counted twice": ("choose_ranks", "num_older", lambda number: number - 1),
-    "unlisted keys": ("list_found", "num_keys", lambda number: number - 1),
+    "unranked keys": ("append_and_score", "num_new", lambda _: 0),
+    "keys inside the window": ("choose_ranks", "window", lambda window: window - 1),
+    "keys counted twice": ("choose_ranks", "since_older", lambda rows: rows + 1),
+    "unlisted keys": ("list_found", "newest", lambda newest: newest - 20),
 }
 
 

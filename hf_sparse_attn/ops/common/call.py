@@ -35,6 +35,9 @@ class AttentionCall:
         candidates: [num_key_value_heads, Q, K] int32, indices of keys that stand in place of those which the buckets
             would give each row, negative for none; None: those of the buckets. Only a backend with `plain` is given
             them.
+        newest: [1] int64, the index of the newest key, on the keys' device; the keys after it are room for more, and
+            the one query is its own. The call counts as one over all the room, and `index.is_ready` for it, which
+            nothing but `index.advance` moves on. None: all are keys.
     """
 
     pattern: LayerPattern
@@ -47,6 +50,7 @@ class AttentionCall:
     index: Any = None  # a `backend.Index`, of the implementation that is called
     dropout: Dropout | None = None
     candidates: Tensor | None = None
+    newest: Tensor | None = None
 
 
 # query [num_heads, Q, head_dim], key [num_key_value_heads, N, head_dim] and the call -> its `candidates`, none of which

@@ -134,12 +134,14 @@ class Call:
     backward: bool = False
     statistics: list[Tensor] | None = None
     output: Tensor | None = None
+    newest: Tensor | None = None
 
     @classmethod
     def of(cls, call: AttentionCall, sparse_pieces: SparsePieces, **others: Any) -> Call:
         """The pieces' view of a call."""
         shared = (call.pattern, call.query_offset, call.key_offset, call.scaling, call.softcap)
-        return cls(sparse_pieces, *shared, call.sinks is None, call.dropout, call.candidates, call.recorder, **others)
+        own = call.sinks is None, call.dropout, call.candidates, call.recorder
+        return cls(sparse_pieces, *shared, *own, newest=call.newest, **others)
 
     @property
     def plain(self) -> bool:
@@ -342,6 +344,8 @@ def _dense(
     on: [num_heads, R, head_dim]."""
     sliding_window, is_causal = call.pattern.sliding_window, call.pattern.is_causal
     row = torch.arange(start, start + query.shape[1], device=key.device)[:, None]
+    if call.newest is not None:
+        row = call.newest[:, None] + call.key_offset
     column = torch.arange(first, first + key.shape[1], device=key.device)
     mask = None
     if (is_causal and (start > first or not call.plain)) or (sliding_window or key.shape[1]) < key.shape[1]:

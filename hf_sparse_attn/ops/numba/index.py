@@ -37,6 +37,7 @@ class Index:
     """
 
     knows_sliding_windows = True
+    has_fixed_steps = False
 
     def __init__(self, pattern: LayerPattern, num_kv_heads: int, key_offset: int) -> None:
         self.pattern, self.key_offset = pattern, key_offset

@@ -142,7 +142,8 @@ class CachedKeys(NamedTuple):
     """The tables of a decode index, with room for more keys.
 
     Args:
-        bucket, rank: [Hkv, room] int32, each key's bucket (B for a static key) and the number of older keys there.
+        bucket, rank: [Hkv, room] int32, each key's bucket (B for a static key, also for those to come) and the number
+            of older keys there.
         counts: [Hkv, B + 1] int32, keys of each bucket, static ones last.
         sums, numbers: [Hkv, B, D] and [Hkv, B] int32, of the keys that the bucket means are of.
     """
@@ -152,6 +153,25 @@ class CachedKeys(NamedTuple):
     counts: Tensor
     sums: Tensor
     numbers: Tensor
+
+
+class Progress(NamedTuple):
+    """How far the tables of a decode index are, counted back from the rows of a launch, which follow each other.
+
+    Args:
+        num_new: keys that are new, the last ones.
+        rows_to_end: positions from the first row to after the newest key.
+        since_older: positions from the row whose window the older keys were last counted for, to the first row.
+        since_known: positions from a row that knows the keys of the bucket sums and no others, to the first row.
+    """
+
+    num_new: int
+    rows_to_end: int
+    since_older: int
+    since_known: int
+
+
+ONE_TOKEN = Progress(1, 1, 1, 1)  # a step of one token after another
 
 
 class TakenRanks(NamedTuple):

@@ -17,7 +17,7 @@ from hf_sparse_attn.ops.triton.launch import TL, block_dim, precision, strided
 from hf_sparse_attn.ops.triton.primitives import load_keys, score_keys
 
 
-@triton.jit(do_not_specialize=["key_offset", "first_row", "num_static", "max_found", "capacity"])
+@triton.jit(do_not_specialize=["key_offset", "rows_to_end", "num_static", "max_found", "capacity"])
 def score_listed_kernel(
     query,
     key,
@@ -26,8 +26,9 @@ def score_listed_kernel(
     found,
     num_found,
     columns,
+    newest,
     key_offset,
-    first_row,
+    rows_to_end,
     window,
     num_static,
     max_found,
@@ -45,11 +46,12 @@ def score_listed_kernel(
     """Scores of all keys that the rows score; each program takes BLOCK columns of a row's list.
 
     Args:
-        query: [H, R, D], the first row at position `first_row`.
-        static: [num_static], positions.
+        query: [H, R, D], the first row `rows_to_end` positions before the one after the newest key.
+        static: [num_static], positions; those in a row's window or after it are not its own columns.
         drawn: [R, NUM_RANDOM], indices of random keys, -1 for none.
         found, num_found: [Hkv, R, max_found] and [Hkv, R].
         columns: `ScoredColumns`, written.
+        newest: [1], index of the newest key.
     """
     head = tl.program_id(1)
     row = tl.program_id(2)
@@ -58,6 +60,7 @@ def score_listed_kernel(
     before_random = window + num_static
     before_found = before_random + NUM_RANDOM
     stop = before_found + tl.load(num_found + place)
+    first_row = tl.load(newest).to(tl.int32) + 1 + key_offset - rows_to_end
     oldest = first_row + row - window + 1  # of the window
     index = oldest + c - key_offset
     is_static = (c >= window) & (c < before_random)
@@ -174,25 +177,27 @@ def decode(
     found: Tensor,
     num_found: Tensor,
     log_min_weights: Tensor,
-    first_row: int,
+    newest: Tensor,
     key_offset: int,
+    rows_to_end: int,
     window: int,
     drop: bool,
     score: Score,
 ) -> None:
-    """Fill output [H, R, D] for rows from position `first_row` on.
+    """Fill output [H, R, D] for rows from `rows_to_end` positions before the one after the newest key on.
 
     Args:
         output: [H, R, D].
         query: [H, R, D].
         key, value: [Hkv, N, D].
         sinks: [H] or None.
-        static: [keys] int32, positions of the static keys, ascending.
+        static: [keys] int32, positions of the static keys, also of later ones.
         drawn: [R, random keys] int32, their indices, -1 for none.
         found, num_found: [Hkv, R, most] and [Hkv, R] int32, indices of the candidates.
         log_min_weights: [H], logarithm of the smallest weight of a candidate that is attended to.
-        first_row: position of the first row.
+        newest: [1] int64, index of the newest key.
         key_offset: position of the first key.
+        rows_to_end: see above.
         window: keys of a row's window.
         drop: candidates of too little weight are dropped.
         score: how products become scores.
@@ -229,8 +234,9 @@ def decode(
         found,
         num_found,
         columns,
+        newest,
         key_offset,
-        first_row,
+        rows_to_end,
         window,
         num_static,
         found.shape[2],

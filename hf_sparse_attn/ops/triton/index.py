@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.ops.common.chunked import Call
-from hf_sparse_attn.ops.triton.arguments import CachedKeys, Score
+from hf_sparse_attn.ops.triton.arguments import ONE_TOKEN, CachedKeys, Progress, Score
 from hf_sparse_attn.ops.triton.decode import decode
 from hf_sparse_attn.ops.triton.document_keys import log_min_weights
-from hf_sparse_attn.ops.triton.find_cached import FEW, add_to_sums, append_and_score, choose_ranks, list_found
+from hf_sparse_attn.ops.triton.find_cached import FEW, append_and_score, choose_ranks, list_found
 from hf_sparse_attn.ops.triton.hash_keys import hash_keys, hash_tables, sort_by_bucket
 from hf_sparse_attn.ops.triton.launch import rows_contiguous
 from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static_positions
@@ -34,6 +34,10 @@ class Index:
     Appending a key and finding a row's keys are launches for which the host does not wait. Only
     `document_attention` of `ops.triton` appends.
 
+    A step of one token launches the same every time, but for the room of the keys that it is given. So where that is
+    fixed and the call brings the index of the newest key along (`AttentionCall.newest`), the launches can be recorded
+    and replayed. The host's own numbers then stand still; `advance` moves them on.
+
     Args:
         pattern: the layer's pattern, without a sliding window of the model's own.
         num_kv_heads: KV heads.
@@ -41,21 +45,23 @@ class Index:
     """
 
     knows_sliding_windows = False
+    has_fixed_steps = True
 
     @_written_anywhere
     def __init__(self, pattern: LayerPattern, num_kv_heads: int, key_offset: int) -> None:
         self.pattern, self.key_offset = pattern, key_offset
-        self.length = self._num_older = self._num_known = 0
+        self.length = 0
+        self._num_older = 0  # keys that `_older` counts; under 0 where a window has room for more
+        self._known_row = key_offset - 1  # a position whose row knows the keys of `_sums`
         weight, num_buckets = pattern.bucket_hash.weight, pattern.bucket_hash.num_buckets
         self.acc = weight.dtype
         numbers = partial(torch.zeros, dtype=torch.int32, device=weight.device)
         self.bucket, self._rank = numbers(num_kv_heads, 0), numbers(num_kv_heads, 0)
         self._counts = numbers(num_kv_heads, num_buckets + 1)  # of all keys, static ones last
         self._older = numbers(num_kv_heads, num_buckets)  # of the first _num_older keys
-        self._numbers = numbers(num_kv_heads, num_buckets)  # of the first _num_known keys
+        self._numbers = numbers(num_kv_heads, num_buckets)  # of the keys of _sums
         self._sums = weight.new_zeros(num_kv_heads, num_buckets, weight.shape[1])
-        self._static = torch.zeros(0, dtype=torch.int64)  # on the CPU
-        self._static_here = numbers(0)
+        self._static = numbers(0)  # positions, also of keys to come for which there is room
         self._hash = hash_tables(pattern)
         self._budgets = torch.tensor(pattern.budgets, dtype=torch.int32, device=weight.device)
         self._log_min_weights = log_min_weights(pattern)
@@ -66,33 +72,45 @@ class Index:
         start, stop = self.length, key.shape[1]
         if start == stop:
             return
-        self._make_room(stop)
-        self.bucket[:, start:stop] = hash_keys(self.pattern, key[:, start:])
-        held = self._static_keys(start, stop).to(key.device)
-        self.bucket[:, held] = self.pattern.bucket_hash.num_buckets
-        in_order, order, first = sort_by_bucket(self.bucket[:, start:stop], self.pattern.bucket_hash.num_buckets)
+        self._prepare(stop)
+        own, num_buckets = self.bucket[:, start:stop], self.pattern.bucket_hash.num_buckets
+        own.copy_(torch.where(own == num_buckets, own, hash_keys(self.pattern, key[:, start:])))
+        in_order, order, first = sort_by_bucket(own, num_buckets)
         place = torch.arange(stop - start, device=key.device)
         rank = place - (first - self._counts).gather(1, in_order.long())
         self._rank[:, start:stop].scatter_(1, order, rank.int())
         self._count(self._counts, start, stop, 1)
         self.length = stop
 
-    def _make_room(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
+        """Make room for so many keys, at once."""
         if length > self.bucket.shape[1]:
-            room = length + length // 8 + 64 - self.length
-            self.bucket, self._rank = (
-                torch.nn.functional.pad(x[:, : self.length], (0, room)) for x in (self.bucket, self._rank)
-            )
+            self._grow(length)
 
-    def _static_keys(self, start: int, stop: int) -> Tensor:
-        """Indices of the static keys among these, which are noted."""
-        offset, pattern = self.key_offset, self.pattern
-        found = static_positions(pattern.config, offset + stop, torch.device("cpu"), offset + start, pattern.marked)
-        if len(found):
-            self._static = torch.cat([self._static, found])
-            new = found.int().to(self.bucket.device, non_blocking=True)
-            self._static_here = torch.cat([self._static_here, new])
-        return found - offset
+    @_written_anywhere
+    def _grow(self, length: int) -> None:
+        room = length - self.length
+        self.bucket, self._rank = (
+            torch.nn.functional.pad(x[:, : self.length], (0, room)) for x in (self.bucket, self._rank)
+        )
+        self._mark_static()
+
+    def _prepare(self, length: int) -> None:
+        """Make room for so many keys and more, and know which of them are static."""
+        if length > self.bucket.shape[1]:
+            self.reserve(length + length // 8 + 64)
+        elif self.pattern.marked is not None:  # only their tokens tell
+            self._mark_static()
+
+    def _mark_static(self) -> None:
+        """Where static keys are or will be: their positions, and their bucket from the first new key on."""
+        device, first = self.bucket.device, self.length
+        stop = self.key_offset + self.bucket.shape[1]
+        static = static_positions(self.pattern.config, stop, torch.device("cpu"), self.key_offset, self.pattern.marked)
+        self._static = static.int().to(device)
+        new = (static - self.key_offset)[static >= self.key_offset + first]
+        self.bucket[:, first:] = 0
+        self.bucket[:, new.to(device)] = self.pattern.bucket_hash.num_buckets
 
     def _count(self, table: Tensor, start: int, stop: int, sign: int) -> None:
         """Add the keys start .. stop - 1, or subtract them, where the table [Hkv, B or B + 1] has their buckets."""
@@ -109,16 +127,19 @@ class Index:
         if length < self._num_older:
             self._count(self._older, length, self._num_older, -1)
             self._num_older = length
-        if length < self._num_known:
+        if length < self._num_known(self._known_row):
             self._forget_sums()
-        num_static = int((self._static < length + self.key_offset).sum())
-        self._static, self._static_here = self._static[:num_static], self._static_here[:num_static]
         self.length = length
 
     def _forget_sums(self) -> None:
         self._sums.zero_()
         self._numbers.zero_()
-        self._num_known = 0
+        self._known_row = self.key_offset - 1
+
+    def _num_known(self, row: int) -> int:
+        """Keys whose bucket means the row at a position knows."""
+        page_size = self.pattern.config.page_size
+        return max(row // page_size * page_size - MEANS_LAG + 1 - self.key_offset, 0)
 
     @_written_anywhere
     def copy(self) -> Index:
@@ -134,7 +155,7 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        tables = (self.bucket, self._rank, self._counts, self._older, self._numbers, self._sums, self._static_here)
+        tables = (self.bucket, self._rank, self._counts, self._older, self._numbers, self._sums, self._static)
         return sum(x.nbytes for x in tables)
 
     @property
@@ -146,12 +167,42 @@ class Index:
         """Append the new ones of keys [Hkv, N, D] and attend to them from sparse rows [H, R, D]; [H, R, D]."""
         query, key, value = (rows_contiguous(x) for x in (query, key, value))
         output = query.new_empty(query.shape[1], len(query), value.shape[-1]).transpose(0, 1)
+        if call.newest is not None:
+            self._attend(call, output, query, key, value, sinks, call.newest, ONE_TOKEN)
+            return output
+        newest, end = torch.full((1,), key.shape[1] - 1, device=key.device), call.query_offset + query.shape[1]
         if key.shape[1] - self.length > min(FEW, query.shape[1]):
             self.append(key)
         for start, stop in self._row_blocks(call.query_offset, query.shape[1], len(query), key.shape[1]):
             rows = slice(start - call.query_offset, stop - call.query_offset)
-            self._attend(call, output[:, rows], query[:, rows], key, value, sinks, start)
+            progress = self._go_on(key.shape[1], start, stop, end)
+            self._attend(call, output[:, rows], query[:, rows], key, value, sinks, newest, progress)
         return output
+
+    def _go_on(self, num_keys: int, start: int, stop: int, end: int) -> Progress:
+        """Count on to rows at positions start .. stop - 1 of one refresh interval; the tables still have to follow.
+
+        Args:
+            num_keys: in all.
+            start, stop: see above.
+            end: position after the newest key.
+        """
+        first_older = start - self.pattern.window(num_keys) + 1 - self.key_offset
+        self._prepare(num_keys)
+        self._move(start, first_older)
+        since_older, since_known = first_older - self._num_older, start - self._known_row
+        progress = Progress(num_keys - self.length, end - start, since_older, since_known)
+        self.length, self._num_older, self._known_row = num_keys, first_older + stop - start - 1, stop - 1
+        return progress
+
+    def _move(self, row: int, first_older: int) -> None:
+        """Take back what a row knows less than was known, and nearly count the keys older than its window."""
+        if self._num_known(row) < self._num_known(self._known_row):
+            self._forget_sums()
+        counted, older = max(self._num_older, 0), max(first_older, 0)
+        if abs(older - counted) > FEW:
+            self._count(self._older, min(counted, older), max(counted, older), 1 if older > counted else -1)
+            self._num_older = first_older
 
     def _attend(
         self,
@@ -161,57 +212,74 @@ class Index:
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
-        first_row: int,
+        newest: Tensor,
+        progress: Progress,
     ) -> None:
-        """Fill output [H, R, D] of rows of one refresh interval from position `first_row` on."""
-        window = self.pattern.window(key.shape[1])
-        if max(self.pattern.budgets):
-            self._move(key, first_row, window)
-        scores = self._append_and_score(query, key)
-        found, num_found = self._find(scores, key.shape[1], first_row - window + 1 - self.key_offset)
-        positions = torch.arange(first_row, first_row + query.shape[1], device=key.device)
+        """Fill output [H, R, D] of rows of one refresh interval; `newest` [1] is the index of the newest key."""
+        window, key_offset = self.pattern.window(key.shape[1]), self.key_offset
+        scores = append_and_score(self._tables, self._hash, self.pattern, query, key, newest, key_offset, progress)
+        found, num_found = self._find(scores, newest, key.shape[1], window, progress)
+        first_row = newest + (key_offset + 1 - progress.rows_to_end)
+        positions = first_row + torch.arange(query.shape[1], device=key.device)
         decode(
             output,
             query,
             key,
             value,
             sinks,
-            self._static_here,
-            row_keys(self.pattern, positions, self._static_here, window, self.key_offset).int(),
+            self._static,
+            row_keys(self.pattern, positions, self._static, window, key_offset).int(),
             found,
             num_found,
             self._log_min_weights,
-            first_row,
-            self.key_offset,
+            newest,
+            key_offset,
+            progress.rows_to_end,
             window,
             any(self.pattern.min_weights),
             Score(call.scaling, call.softcap),
         )
 
-    def _append_and_score(self, query: Tensor, key: Tensor) -> Tensor:
-        """Append the keys that the index does not have yet; the buckets' scores [Hkv, R, B]."""
-        start, stop = self.length, key.shape[1]
-        self._make_room(stop)
-        static = self._static_keys(start, stop)
-        scores = append_and_score(self._tables, self._hash, self.pattern, query, key, start, static)
-        self.length = stop
-        return scores
-
-    def _find(self, scores: Tensor, num_keys: int, first_older: int) -> tuple[Tensor, Tensor]:
-        """The keys found through buckets, [Hkv, R, most], and how many they are, [Hkv, R].
-
-        `first_older` keys are older than the first row's window, see `choose_ranks`.
-        """
+    def _find(
+        self, scores: Tensor, newest: Tensor, num_keys: int, window: int, progress: Progress
+    ) -> tuple[Tensor, Tensor]:
+        """The keys found through buckets, [Hkv, R, most], and how many they are, [Hkv, R]."""
         num_kv_heads, num_rows, _ = scores.shape
         most = min(max(self.pattern.budgets), num_keys)
         if not most:
             numbers = partial(torch.zeros, num_kv_heads, num_rows, dtype=torch.int32, device=scores.device)
             return numbers(0), numbers()
-        taken, num_found, older = choose_ranks(
-            scores, self._tables, self._older, self._budgets, self._num_older, first_older
+        taken, num_found = choose_ranks(scores, self._tables, self._older, self._budgets, newest, window, progress)
+        return list_found(self._tables, taken, newest, num_keys, most), num_found
+
+    def is_ready(self, num_keys: int, room: int) -> bool:
+        """Whether a step of one token over `num_keys` keys and its own can be one of those that launch the same.
+
+        Args:
+            num_keys: keys before the step.
+            room: of the keys, for which this has room as well.
+        """
+        row, dense_rows = self.key_offset + num_keys, self.pattern.dense_rows()
+        first_older = row - self.pattern.window(room) + 1 - self.key_offset
+        return (
+            self.length == num_keys < room <= self.bucket.shape[1]
+            and dense_rows is not None
+            and row >= dense_rows
+            and self.pattern.marked is None
+            and max(self._num_older, 0) == max(first_older - 1, 0)
+            and self._num_known(self._known_row) == self._num_known(row - 1)
         )
-        self._older, self._num_older = older, max(first_older + num_rows - 1, 0)
-        return list_found(self._tables, taken, self._num_older, most), num_found
+
+    def advance(self, room: int) -> None:
+        """Count on after a step of one token for which this was ready."""
+        self._known_row = self.key_offset + self.length
+        self.length += 1
+        self._num_older = self.length - self.pattern.window(room)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that a step reads and writes in place."""
+        return [*self._tables, *self._hash, self._older, self._static, self._budgets, self._log_min_weights]
 
     def _row_blocks(self, start: int, num_rows: int, num_heads: int, num_keys: int) -> Iterator[tuple[int, int]]:
         """Rows from position `start` on in blocks that one launch takes: start .. stop - 1, of one refresh interval."""
@@ -222,21 +290,3 @@ class Index:
             stop = min(start + most, end, (start // config.page_size + 1) * config.page_size)
             yield start, stop
             start = stop
-
-    def _move(self, key: Tensor, row: int, window: int) -> None:
-        """Know the keys that the interval of a row at this position knows, and nearly those older than its window."""
-        page_size = self.pattern.config.page_size
-        known = max(row // page_size * page_size - MEANS_LAG + 1 - self.key_offset, 0)
-        if known < self._num_known:
-            self._forget_sums()
-        if known > self._num_known:
-            add_to_sums(self._tables, key, self._num_known, known)
-            self._num_known = known
-        older = max(row - window + 1 - self.key_offset, 0)
-        if older - self._num_older > FEW:
-            self._count(self._older, self._num_older, older, 1)
-        elif self._num_older - older > FEW:
-            self._count(self._older, older, self._num_older, -1)
-        else:
-            return
-        self._num_older = older
