@@ -28,6 +28,7 @@ POINTERS = {
     torch.float64: "*fp64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int16: "*i16",
     torch.int8: "*i8",
@@ -107,6 +108,7 @@ def main():
         rows = query[:, 2048:]
         for chunk in implementation._chunks(query, key, 2048, 2560, call):
             chunk.attend(torch.empty_like(rows), rows, key, key)
+        for chunk in implementation._chunks(query, key, 2048, 2560, replace(call, backward=True)):
             chunk.differentiate(rows, rows, key, key)
         index = triton_index.Index(pattern, num_kv_heads, 0)
         index.append(key)
