@@ -66,6 +66,7 @@ SCORES = {
     "of all sizes": lambda score: score.mul_(10.0 ** torch.arange(-32, 32)),
     "denormal": lambda score: score.mul_(torch.finfo(score.dtype).tiny / 64),
     "largest numbers": lambda score: score.clamp_(-2, 2).mul_(torch.finfo(score.dtype).max / 16),
+    "too far apart for a difference": lambda score: score.sign_().mul_(torch.finfo(score.dtype).max),
     "side by side": neighbours,
     "one far away": outlier,
     "zeros": zeros,
