@@ -9,7 +9,7 @@ Patterson 2009).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.ops.common.kept_choice import keeps_choice
 from hf_sparse_attn.patterns import LayerPattern, static_positions
 from hf_sparse_attn.routing import BucketIndex
 
 SLOTS = 64  # keys that a program of the backward owns
 _SORT_PASSES = 4  # of 8 bits each, over a bucket and an index
-_INTEGER_STEPS = 3  # compare, select and add, for each bit of a score
+_CHOICE_STEPS = 93  # instructions of the integer units for each score, as compiled; a third are the 12 halvings
 _READER_STEPS = 8  # shift, mask and five comparisons, whether a row reads a key
 
 
@@ -31,13 +32,13 @@ class Ceilings:
     """Rates of a GPU: 1e12 floating-point or integer operations per second, memory in 1e12 bytes per second.
 
     The defaults for bf16 and memory were measured on an H200 (a large matrix product of random numbers, a large copy);
-    the others are the vendor's rates of the same chip, scaled alike.
+    the others are the vendor's rates of the same chip, scaled alike; an integer instruction counts once.
     """
 
     bf16: float = 788.0
     tf32: float = 394.0
     fp32: float = 53.0
-    int32: float = 26.0
+    int32: float = 13.0
     memory: float = 4.3
 
 
@@ -56,6 +57,14 @@ class TileCounts:
     listed_found: float
     row_blocks: float
     blocks: float
+
+
+def mean_counts(counts: Sequence[TileCounts]) -> TileCounts:
+    """Means of the counts of tiles of as many rows."""
+    found = [asdict(x) for x in counts]
+    return TileCounts(
+        **{name: sum(x[name] for x in found) / len(found) for name in found[0]} | {"rows": counts[0].rows}
+    )
 
 
 @torch.no_grad()
@@ -106,7 +115,7 @@ def count_stages(
     config: SparseAttentionConfig,
     counts: TileCounts,
     ceilings: Ceilings,
-    backward_chunk_rows: int | None = None,
+    backward: tuple[TileCounts, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Work of one attention in bfloat16, batch 1, values of head_dim.
 
@@ -115,20 +124,18 @@ def count_stages(
         config: which keys its rows read.
         counts: of tiles of its rows.
         ceilings: of the GPU.
-        backward_chunk_rows: rows after which the backward adds to the gradients of all keys; None: forward alone.
+        backward: counts of the backward's tiles, and rows after which it adds to the gradients of all keys; None:
+            forward alone.
 
     Returns:
         For each stage "stage", "gflop" (of the "unit" that does them), "gbyte" and "floor_ms".
     """
     sparse_rows = max(num_tokens - config.dense_below, 0)
     buckets, vector = 2**config.num_hash_bits, 2 * head_dim  # bytes of a key
-    tiles = num_kv_heads * sparse_rows / counts.rows
-    pairs = counts.rows * num_heads // num_kv_heads
-    listed = counts.listed_found + config.window_size + counts.rows - 1 + config.num_global_tokens
+    tiles, listed, entry, product = _tile_work(counts, sparse_rows, num_heads, num_kv_heads, head_dim, config)
     means = 4 * num_kv_heads * buckets * head_dim * num_tokens / config.page_size
     scores = 4 * num_kv_heads * buckets * sparse_rows
     queries, keys = vector * num_heads * sparse_rows, vector * num_kv_heads * num_tokens
-    product = 2 * tiles * listed * pairs * head_dim  # of all pairs with all listed keys
     passes = 2 if any(config.min_weights(0, num_heads)) else 1
     dense_rows = min(config.dense_below, num_tokens)
     kept = 4 * num_kv_heads * sparse_rows * (buckets // 8 + 8)  # the bits of the chosen buckets, copied twice
@@ -137,28 +144,34 @@ def count_stages(
         ("sort by bucket", 0.0, "int32", 2.0 * _SORT_PASSES * 8 * num_kv_heads * num_tokens),
         ("bucket means", keys / 2, "fp32", keys + means),
         ("bucket scores", 3 * scores / 2 * head_dim, "tf32", queries + means + scores),
-        ("choice of buckets", scores / 4 * 32 * _INTEGER_STEPS, "int32", scores + kept / 4),
-        ("lists", 0.0, "int32", 8 * tiles * listed),
+        ("choice of buckets", scores / 4 * _CHOICE_STEPS, "int32", scores + kept / 4),
+        ("lists", 0.0, "int32", entry * tiles * listed),
     ]
-    attention = [("attention", (passes + 1) * product, "bf16", tiles * listed * (passes + 1) * (vector + 8) + queries)]
+    attention = [
+        ("attention", (passes + 1) * product, "bf16", tiles * listed * (passes + 1) * (vector + entry) + queries)
+    ]
     work = [*routing, *attention]
     work.append(
         ("dense rows", 2.0 * num_heads * dense_rows**2 * head_dim, "bf16", 4.0 * vector * num_heads * dense_rows)
     )
-    if backward_chunk_rows is not None:
-        chunks = -(-sparse_rows // backward_chunk_rows)
+    if backward is not None:
+        counts, chunk_rows = backward
+        tiles, listed, entry, product = _tile_work(counts, sparse_rows, num_heads, num_kv_heads, head_dim, config)
+        pairs = counts.rows * num_heads // num_kv_heads
+        routing[-1] = ("lists", 0.0, "int32", entry * tiles * listed)
+        chunks = -(-sparse_rows // chunk_rows)
         # Rows that read a block of keys, packed; in each chunk half a tile more, as the last one is not full.
         readers = num_kv_heads * (sparse_rows * counts.row_blocks + chunks * num_tokens / SLOTS * counts.rows / 2)
         older = readers / counts.rows * SLOTS + tiles * (config.window_size + counts.rows)
         marked = tiles * counts.blocks * counts.rows
-        chosen_again = buckets // 8 > num_heads // num_kv_heads * head_dim  # too many bits to be kept
+        chosen_again = not keeps_choice(buckets, num_heads // num_kv_heads * head_dim, torch.bfloat16)
         again = [stage for stage in routing if chosen_again or stage[0] in ("hash", "sort by bucket", "lists")]
         work += [(f"{stage}, again", *others) for stage, *others in again]
         if not chosen_again:
             work.append(("chosen buckets, kept", 0.0, "int32", kept))
         work += [
             ("rows of blocks", marked * SLOTS * _READER_STEPS, "int32", marked * 12.0),
-            ("gradient of queries", 3 * product, "bf16", tiles * listed * (2 * vector + 8) + 2 * queries),
+            ("gradient of queries", 3 * product, "bf16", tiles * listed * (2 * vector + entry) + 2 * queries),
             (
                 "gradient of keys and values",
                 8.0 * older * pairs * head_dim,
@@ -177,6 +190,21 @@ def count_stages(
         }
         for stage, operations, unit, moved in work
     ]
+
+
+def _tile_work(
+    counts: TileCounts,
+    sparse_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    config: SparseAttentionConfig,
+) -> tuple[float, float, int, float]:
+    """Tiles, keys that each lists, bytes of an entry, and operations of one product of all rows with listed keys."""
+    tiles = num_kv_heads * sparse_rows / counts.rows
+    listed = counts.listed_found + config.window_size + counts.rows - 1 + config.num_global_tokens
+    entry = 8 if counts.rows <= 32 else 12  # an index, and a bit for each row
+    return tiles, listed, entry, 2 * tiles * listed * counts.rows * (num_heads // num_kv_heads) * head_dim
 
 
 def dense_floor_ms(num_tokens: int, num_heads: int, head_dim: int, ceilings: Ceilings, backward: bool = False) -> float:

@@ -47,6 +47,12 @@ def make_parser() -> OneLineErrors:
         metavar="N",
         help="Count the keys of tiles on N tokens (default: %(default)s).",
     )
+    parser.add_argument(
+        "--tile-rows",
+        type=positive_int,
+        metavar="N",
+        help="Count tiles of N rows in the forward (default: those of the kernels, 64 where they fit into a page).",
+    )
     add(parser, "sparse-attention", "output")
     return parser
 
@@ -67,15 +73,19 @@ def main() -> None:
     num_heads, num_kv_heads, head_dim = SHAPE
     half = torch.empty(0, head_dim, dtype=torch.bfloat16)
     refuse_token_ids(config)
-    rows, _ = triton_launch.tile_shape(half, num_heads // num_kv_heads, config.page_size)
-    counts = count(arguments, rows)
+    shape = half, num_heads // num_kv_heads, config.page_size
     backward, ceilings = arguments.passes == "forward_backward", Ceilings()
-    chunk_rows = triton.BACKWARD_CHUNK_ROWS if backward else None
+    tile_rows = [arguments.tile_rows or triton_launch.tile_shape(*shape)[0]]
+    tile_rows += [triton_launch.tile_shape(*shape, backward=True)[0]] * backward
+    counts, *others = count(arguments, tile_rows)
+    of_backward = (others[0], triton.BACKWARD_CHUNK_ROWS) if backward else None
     source = {"inputs": arguments.model or "random", "counted_tokens": arguments.counted_tokens}
     tables = {"tile": asdict(counts), "ceilings": asdict(ceilings), "source": source}
+    if backward:
+        tables["backward_tile"] = asdict(others[0])
     results: list[dict[str, Any]] = []
     for num_tokens in dict.fromkeys(arguments.seq_lens):
-        stages = count_stages(num_tokens, *SHAPE, config, counts, ceilings, chunk_rows)
+        stages = count_stages(num_tokens, *SHAPE, config, counts, ceilings, of_backward)
         row = {"seq_len": num_tokens, "stages": stages, "floor_ms": sum(stage["floor_ms"] for stage in stages)}
         row["dense_floor_ms"] = dense_floor_ms(num_tokens, num_heads, head_dim, ceilings, backward)
         if torch.cuda.is_available():
@@ -87,11 +97,11 @@ def main() -> None:
         print_stages(row)
 
 
-def count(arguments: Any, rows: int) -> Any:
-    """Count the keys per tile, over three layers of the model or of random inputs."""
+def count(arguments: Any, tile_rows: list[int]) -> list[Any]:
+    """Count the keys per tile, for tiles of each of these sizes, over three layers of the model or of random inputs."""
     import torch
 
-    from hf_sparse_attn.benchmarking.roofline import TileCounts, count_tiles
+    from hf_sparse_attn.benchmarking.roofline import count_tiles, mean_counts
     from hf_sparse_attn.benchmarking.speed import layer_inputs, make_inputs
     from hf_sparse_attn.config import SparseAttentionConfig
     from hf_sparse_attn.data import load_documents
@@ -104,7 +114,7 @@ def count(arguments: Any, rows: int) -> Any:
         query, key, _ = make_inputs(length, 4, 1, SHAPE[2], torch.float32, device)
         pattern = layer_pattern(config, 0, 4, 1, SHAPE[2], device, torch.float32)
         with argument("counted_tokens"):
-            return count_tiles(query[0], key[0], pattern, rows)
+            return [count_tiles(query[0], key[0], pattern, rows) for rows in tile_rows]
     path, model_config, tokenizer, sparse_attention = read_checkpoint(arguments.model, arguments.sparse_attention)
     config = SparseAttentionConfig.from_dict(sparse_attention)
     refuse_token_ids(config)
@@ -121,8 +131,8 @@ def count(arguments: Any, rows: int) -> Any:
         heads = query.shape[1], key.shape[1], query.shape[-1]
         pattern = layer_pattern(config, layer, *heads, device, torch.float32)
         with argument("counted_tokens"):
-            found.append(asdict(count_tiles(query[0], key[0], pattern, rows)))
-    return TileCounts(**{name: sum(x[name] for x in found) / len(found) for name in found[0]} | {"rows": rows})
+            found.append([count_tiles(query[0], key[0], pattern, rows) for rows in tile_rows])
+    return [mean_counts(of_size) for of_size in zip(*found, strict=True)]
 
 
 def measure(num_tokens: int, config: Any, backward: bool) -> dict[str, float]:

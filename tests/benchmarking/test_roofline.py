@@ -80,7 +80,7 @@ def test_the_backward_comes_on_top():
     own = {"lists, again", "rows of blocks", "gradient of queries", "gradient of keys and values"}
     for bits, others in ((10, {"chosen buckets, kept"}), (12, {"choice of buckets, again"})):
         config = SparseAttentionConfig(num_hash_bits=bits)
-        forward, both = (count_stages(2**15, 32, 8, 64, config, COUNTS, Ceilings(), rows) for rows in (None, 8192))
+        forward, both = (count_stages(2**15, 32, 8, 64, config, COUNTS, Ceilings(), x) for x in (None, (COUNTS, 8192)))
         assert both[: len(forward)] == forward
         stages = {stage["stage"] for stage in both}
         assert stages >= own | others
@@ -90,10 +90,20 @@ def test_the_backward_comes_on_top():
 def test_only_rows_that_read_a_block_are_multiplied_with_it():
     """Each of 30720 rows reads 40 blocks; in each of 4 chunks half a tile more; and the window."""
     config, num_tokens = SparseAttentionConfig(), 2**15
-    stages = {x["stage"]: x for x in count_stages(num_tokens, *SHAPE, config, COUNTS, Ceilings(), 8192)}
+    stages = {x["stage"]: x for x in count_stages(num_tokens, *SHAPE, config, COUNTS, Ceilings(), (COUNTS, 8192))}
     rows = 30720 * 40 + 4 * 512 * 16
     pairs = 8 * 4 * (rows * 64 + 30720 * (256 + 32))
     assert stages["gradient of keys and values"]["gflop"] == pytest.approx(8 * pairs * 128 / 1e9)
+
+
+def test_the_backward_has_tiles_of_its_own():
+    """The queries' gradients go over the lists of the smaller tiles; the forward's stages stay as they are."""
+    config, small = SparseAttentionConfig(), TileCounts(16, 1000.0, 1900.0, 40.0, 70.0)
+    counts = TileCounts(64, 1000.0, 2100.0, 40.0, 90.0)
+    stages = count_stages(34816, *SHAPE, config, counts, Ceilings(), (small, 8192))
+    assert stages[:8] == count_stages(34816, *SHAPE, config, counts, Ceilings())
+    gflop = {x["stage"]: x["gflop"] for x in stages}["gradient of queries"]
+    assert gflop == pytest.approx(8 * 2048 * (1900 + 256 + 15 + 16) * 64 * 128 * 2 * 3 / 1e9)
 
 
 @pytest.mark.parametrize("passes", ["forward", "forward_backward"])
@@ -105,7 +115,9 @@ def test_script(run_script, tmp_path, passes):
     )
     assert finished.status == 0, finished.stderr
     result = json.loads(output.read_text())
-    assert result["tile"]["rows"] == 32
+    assert result["tile"]["rows"] == 64
+    assert result.get("backward_tile", {"rows": 32})["rows"] == 32
+    assert ("backward_tile" in result) == (passes == "forward_backward")
     assert result["tile"]["found"] <= result["tile"]["listed_found"]
     for row in result["rows"]:
         assert row["floor_ms"] == pytest.approx(sum(stage["floor_ms"] for stage in row["stages"]))

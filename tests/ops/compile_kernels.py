@@ -108,6 +108,7 @@ def main():
         rows = query[:, 2048:]
         for chunk in implementation._chunks(query, key, 2048, 2560, call):
             chunk.attend(torch.empty_like(rows), rows, key, key)
+        for chunk in implementation._chunks(query, key, 2048, 2560, replace(call, backward=True)):
             chunk.differentiate(rows, rows, key, key)
         index = triton_index.Index(pattern, num_kv_heads, 0)
         index.append(key)

@@ -57,9 +57,9 @@ def kernels(monkeypatch):
         yield triton
 
 
-def half_precision_tiles(query, group, page_size):
+def half_precision_tiles(query, *others):
     """What `tile_shape` says of queries in half precision, whatever they are in."""
-    return TILE_SHAPE(query.half(), group, page_size)
+    return TILE_SHAPE(query.half(), *others)
 
 
 def assert_same_keys(query, key, pattern, softcap=None, sinks=None):
@@ -152,6 +152,23 @@ def test_later_tokens_leave_earlier_rows_alone_to_the_last_bit(name, monkeypatch
         after = attend(*changed, pattern, "triton")
         assert torch.equal(after[:, :cut], before[:, :cut])
         assert not torch.isclose(after[:, cut:], before[:, cut:]).all(-1).any()
+
+
+def test_tiles_of_64_rows(kernels, monkeypatch):
+    """Each row has a bit of its own; the backward takes tiles of 32."""
+    monkeypatch.setattr(kernels, "_CHUNK_ROWS", 64)
+    query, key, value = inputs(64, 64, 1, 1)
+    pattern = patterns({"page_size": 64, "key_budget": 5, "num_random_keys": 1}, num_heads=1, num_kv_heads=1)
+    shapes, fwd = [], kernels.fwd
+
+    def note(output, query, key, value, sinks, lists, *others, **kwargs):
+        shapes.append((lists.keys.shape[1], lists.rows.dtype))
+        return fwd(output, query, key, value, sinks, lists, *others, **kwargs)
+
+    monkeypatch.setattr(kernels, "fwd", note)
+    like_reference(query, key, value, pattern)
+    assert_same_keys(query, key, pattern)
+    assert set(shapes) == {(1, torch.int64)}
 
 
 def test_gradients_of_tiles_of_one_row(monkeypatch):

@@ -94,7 +94,7 @@ class KeyLists(NamedTuple):
 
     Args:
         keys: [Hkv, tiles, capacity] int32, index of the key.
-        rows: [Hkv, tiles, capacity] int32, bit r is set if row r of the tile scores it.
+        rows: [Hkv, tiles, capacity] int32, int64 for tiles of 64 rows; bit r is set if row r of the tile scores it.
         fixed: [Hkv, tiles] int32, entries before those found through buckets.
         total: [Hkv, tiles] int32, entries in all.
     """

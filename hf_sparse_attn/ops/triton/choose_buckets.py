@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,8 @@ from hf_sparse_attn.ops.triton.document_keys import DocumentKeys, Span
 from hf_sparse_attn.ops.triton.launch import TL, precision, strided
 from hf_sparse_attn.ops.triton.primitives import NEVER, tile_rows
 
-_CHOOSING_ROWS = 4  # that choose their buckets together
+_CHOOSING_ROWS = 8  # that choose their buckets in turn
+HALVINGS = tl.constexpr(12)  # of the range of a row's scores, before single scores are told apart
 _SCORING_ROWS = 64  # that score buckets together
 
 
@@ -112,26 +112,50 @@ def first_newer(order, low, high, limit):
 
 
 @triton.jit
-def take_best(score, available, budget, SCORE_BITS: tl.constexpr):
-    """Keys that rows take of each bucket, [ROWS, BLOCK]: from the best down, all that are available, up to `budget`.
+def take_best(score, available, budget):
+    """Keys that a row takes of each bucket, [BLOCK]: from the best down, all that are available, up to `budget`.
 
-    Among equal scores the higher bucket comes first.
+    Among equal scores the higher bucket comes first. Scores are finite here, as in `routing`, so that their
+    differences are; NaN only where nothing is available.
     """
-    score = tl.where(score == 0.0, 0.0, score)  # no negative zero
-    # The score at which the budget ends: the highest number whose bits, from the first down, keep enough keys.
-    unsigned: tl.constexpr = tl.uint64 if SCORE_BITS == 64 else tl.uint32
-    raw = score.to(unsigned, bitcast=True)
-    one = tl.full((1, 1), 1, unsigned)
-    ranked = tl.where(raw >> (SCORE_BITS - 1) != 0, ~raw, raw | (one << (SCORE_BITS - 1)))
-    threshold = tl.zeros((score.shape[0], 1), unsigned)
-    for i in range(SCORE_BITS):
-        candidate = threshold | (one << (SCORE_BITS - 1 - i))
-        reached = tl.sum(tl.where(ranked >= candidate, available, 0), 1)
-        threshold = tl.where((reached >= budget)[:, None], candidate, threshold)
-    whole = tl.where(ranked > threshold, available, 0)
-    last = tl.where(ranked == threshold, available, 0)
-    rest = (budget - tl.sum(whole, 1) - tl.sum(last, 1))[:, None] + tl.cumsum(last, 1)  # the higher bucket first
+    LARGEST: tl.constexpr = 2.0**1022 if score.dtype == tl.float64 else 2.0**126
+    score = tl.minimum(tl.maximum(score, -LARGEST), LARGEST)
+    score = tl.where(available > 0, score, float("-inf"))
+    threshold = last_score(score, available, budget)
+    whole = tl.where(score > threshold, available, 0)
+    last = tl.where(score == threshold, available, 0)
+    rest = budget - tl.sum(whole, 0) - tl.sum(last, 0) + tl.cumsum(last, 0)  # the higher bucket first
     return whole + tl.minimum(tl.maximum(rest, 0), last)
+
+
+@triton.jit
+def last_score(score, available, budget):
+    """The highest score that `budget` keys reach, -inf where there are no more keys; score [BLOCK], -inf if none.
+
+    It lies between `low` and `high`, and the keys over their middle tell in which half. A step that only halves the
+    range takes a third of the instructions of one that also moves both ends to the next score inside of it. So the
+    first steps do the former; as a rule they leave one or two scores, and the latter tell these apart, whatever the
+    range.
+    """
+    few = tl.sum(available, 0) <= budget
+    low = tl.where(few, 0.0, tl.min(tl.where(available > 0, score, float("inf")), 0))
+    high = tl.where(few, 0.0, tl.max(score, 0))
+    for _ in range(HALVINGS):
+        middle = low + (high - low) * 0.5
+        reached = tl.sum(tl.where(score >= middle, available, 0), 0)
+        low = tl.where(reached >= budget, middle, low)
+        high = tl.where(reached >= budget, high, middle)
+    low = tl.where(few, 0.0, tl.min(tl.where(score >= low, score, float("inf")), 0))
+    high = tl.where(few, 0.0, tl.max(tl.where(score <= high, score, float("-inf")), 0))
+    while low < high:
+        middle = low + (high - low) * 0.5
+        middle = tl.where(middle > low, middle, high)  # numbers side by side
+        reached = tl.sum(tl.where(score >= middle, available, 0), 0)
+        if reached >= budget:
+            low = tl.min(tl.where(score >= middle, score, float("inf")), 0)
+        else:
+            high = tl.max(tl.where(score < middle, score, float("-inf")), 0)
+    return tl.where(few, float("-inf"), low)
 
 
 @triton.jit(do_not_specialize=["num_keys", "key_offset", "base", "start", "end", "num_intervals"])
@@ -153,9 +177,8 @@ def choose_buckets_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     SLIDING: tl.constexpr,
-    SCORE_BITS: tl.constexpr,
 ):
-    """Each row's buckets from the best down until its budget of keys is used; ROWS rows of an interval at a time.
+    """Each row's buckets from the best down until its budget of keys is used; ROWS rows of an interval in turn.
 
     Only the newest keys of a row's last bucket are taken.
 
@@ -165,42 +188,39 @@ def choose_buckets_kernel(
     """
     head = tl.program_id(1)
     order = keys.order + head * num_keys
+    bucket = keys.bucket + head * num_keys
     b = tl.arange(0, BLOCK)
     known = b < NUM_BUCKETS
-    r = tl.arange(0, ROWS)
-    local, computed = tile_rows(tl.program_id(0), r, base, start, end, interval_size, ROWS)
-    oldest = base + tl.min(local) - key_offset  # index of the key at the first row
-    run_first = tl.load(keys.first + head * (NUM_BUCKETS + 1) + b, mask=known, other=0)
-    run_stop = tl.load(keys.first + head * (NUM_BUCKETS + 1) + b + 1, mask=known, other=0)
-    highest = first_newer(order, run_first, run_stop, oldest - window)[None, :] + tl.zeros((ROWS, BLOCK), tl.int32)
-    lowest = run_first[None, :] + tl.zeros((ROWS, BLOCK), tl.int32)
-    if SLIDING:
-        lowest = first_newer(order, run_first, run_stop, oldest - sliding_window)[None, :] + tl.zeros(
-            (ROWS, BLOCK), tl.int32
-        )
-    for i in range(1, ROWS):  # the key that is older than the window from row i on
-        index = oldest + i - window
-        entering = tl.load(keys.bucket + head * num_keys + index, mask=(index >= 0) & (index < num_keys), other=-1)
-        highest += ((b == entering)[None, :] & (r >= i)[:, None]).to(tl.int32)
-        if SLIDING:
-            index = oldest + i - sliding_window
-            leaving = tl.load(keys.bucket + head * num_keys + index, mask=(index >= 0) & (index < num_keys), other=-1)
-            lowest += ((b == leaving)[None, :] & (r >= i)[:, None]).to(tl.int32)
-
-    row = (head * num_intervals * interval_size + local).to(tl.int64)
-    inside = computed[:, None] & known[None, :]
-    score = tl.load(scores + row[:, None] * NUM_BUCKETS + b[None, :], mask=inside, other=float("-inf"))
-    available = tl.where(score > float("-inf"), highest - lowest, 0)
-    taken = take_best(score, available, tl.load(budgets + head), SCORE_BITS)
-
-    chosen = taken > 0
-    bits = tl.reshape(chosen.to(tl.int32), (ROWS, BLOCK // 32, 32)) << tl.arange(0, 32)[None, None, :]
-    word = tl.sum(bits, 2)
     w = tl.arange(0, BLOCK // 32)
-    tl.store(choice.words + row[:, None] * (BLOCK // 32) + w[None, :], word, mask=computed[:, None])
-    partly = chosen & (taken < available)
-    tl.store(choice.cut + row * 2, tl.sum(tl.where(partly, lowest, 0), 1), mask=computed)
-    tl.store(choice.cut + row * 2 + 1, tl.sum(tl.where(partly, highest - taken, 0), 1), mask=computed)
+    budget = tl.load(budgets + head)
+    first_row, _ = tile_rows(tl.program_id(0), 0, base, start, end, interval_size, ROWS)
+    before = base + first_row - key_offset - 1  # index of the key before the first row
+    lowest = tl.load(keys.first + head * (NUM_BUCKETS + 1) + b, mask=known, other=0)
+    run_stop = tl.load(keys.first + head * (NUM_BUCKETS + 1) + b + 1, mask=known, other=0)
+    highest = first_newer(order, lowest, run_stop, before - window)
+    if SLIDING:
+        lowest = first_newer(order, lowest, run_stop, before - sliding_window)
+    for i in range(ROWS):
+        highest += (b == bucket_of(bucket, before + 1 + i - window, num_keys)).to(tl.int32)
+        if SLIDING:
+            lowest += (b == bucket_of(bucket, before + 1 + i - sliding_window, num_keys)).to(tl.int32)
+        r = i + tl.arange(0, 1)
+        local, computed = tile_rows(tl.program_id(0), r, base, start, end, interval_size, ROWS)
+        row = (head * num_intervals * interval_size + local).to(tl.int64)
+        score = tl.load(scores + row * NUM_BUCKETS + b, mask=known & computed, other=float("-inf"))
+        available = tl.where(score > float("-inf"), highest - lowest, 0)
+        taken = take_best(score, available, budget)
+        bits = tl.reshape((taken > 0).to(tl.int32), (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
+        tl.store(choice.words + row * (BLOCK // 32) + w, tl.sum(bits, 1), mask=computed)
+        partly = (taken > 0) & (taken < available)
+        tl.store(choice.cut + row * 2, tl.sum(tl.where(partly, lowest, 0), 0), mask=computed)
+        tl.store(choice.cut + row * 2 + 1, tl.sum(tl.where(partly, highest - taken, 0), 0), mask=computed)
+
+
+@triton.jit
+def bucket_of(bucket, index, num_keys):
+    """The bucket of a key, -1 where there is no such key."""
+    return tl.load(bucket + index, mask=(index >= 0) & (index < num_keys), other=-1)
 
 
 def choose_buckets(scores: Tensor, keys: DocumentKeys, span: Span) -> Choice:
@@ -222,7 +242,7 @@ def choose_buckets(scores: Tensor, keys: DocumentKeys, span: Span) -> Choice:
         BLOCK=keys.bucket_bits,
         ROWS=_CHOOSING_ROWS,
         SLIDING=keys.sliding,
-        SCORE_BITS=64 if keys.acc == torch.float64 else 32,
+        num_warps=1,  # one row at a time: a warp needs no barriers
         **span.place,
     )
     return choice

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.chunked import Call, Piece, attend_in_pieces
+from hf_sparse_attn.ops.common.kept_choice import keeps_choice
 from hf_sparse_attn.ops.triton import launch as triton_launch
 from hf_sparse_attn.ops.triton.arguments import AttentionConstants, Choice, Score, Tile
 from hf_sparse_attn.ops.triton.backward import bwd_dkv_older, bwd_dkv_window, bwd_dq, bwd_preprocess
@@ -126,7 +127,7 @@ class _Chunk:
         if not statistics:
             num_heads, num_rows, _ = keys.query_shape
             statistics.append(torch.empty(2, num_heads, num_rows, dtype=keys.acc, device=keys.key.device))
-            if any(keys.budgets) and keys.bucket_bits // 8 <= keys.group * keys.head_dim * keys.key.dtype.itemsize // 2:
+            if any(keys.budgets) and keeps_choice(keys.bucket_bits, keys.group * keys.head_dim, keys.key.dtype):
                 statistics += [keys.empty(num_rows, keys.bucket_bits // 32), keys.empty(num_rows, 2)]
         return statistics[:1], statistics[1:]
 
@@ -169,6 +170,7 @@ class _Chunk:
     def _constants(self, value: Tensor) -> AttentionConstants:
         keys, call = self.keys, self.keys.call
         head_dim, value_dim = keys.head_dim, value.shape[-1]
+        most_keys = max(2**13 // (keys.rows * keys.group_padded), 16)  # a step's scores lie in registers
         tile = Tile(
             ROWS=keys.rows,
             GROUP=keys.group,
@@ -177,7 +179,7 @@ class _Chunk:
             BLOCK_DIM=block_dim(head_dim),
             VALUE_DIM=value_dim,
             BLOCK_VALUE_DIM=block_dim(value_dim),
-            BLOCK=triton_launch.block_keys(value, max(head_dim, value_dim)),
+            BLOCK=min(triton_launch.block_keys(value, max(head_dim, value_dim)), most_keys),
         )
         score, drop = Score(call.scaling, call.softcap), any(call.pattern.min_weights)
         return AttentionConstants(tile, score, drop, keys.precision, TL[keys.acc])

@@ -33,7 +33,7 @@ class DocumentKeys:
         self.acc = pattern.bucket_hash.weight.dtype
         self.precision = triton_launch.precision(query.dtype)
         self.group = len(query) // self.num_kv_heads
-        self.rows, self.group_padded = triton_launch.tile_shape(query, self.group, config.page_size)
+        self.rows, self.group_padded = triton_launch.tile_shape(query, self.group, config.page_size, call.backward)
         self.window = pattern.window(end)
         self.sliding = pattern.sliding_window is not None
         self.sliding_window = pattern.sliding_window or _UNBOUNDED

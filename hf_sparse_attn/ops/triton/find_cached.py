@@ -208,7 +208,6 @@ def choose_ranks_kernel(
     since_older,
     NUM_BUCKETS: tl.constexpr,
     BLOCK: tl.constexpr,
-    SCORE_BITS: tl.constexpr,
 ):
     """Each row's buckets from the best down until its budget of keys is used: the ranks that it takes of each.
 
@@ -240,9 +239,9 @@ def choose_ranks_kernel(
     if row == tl.num_programs(0) - 1:
         tl.store(older_next + head * NUM_BUCKETS + b, count, mask=known)
     place = head * tl.num_programs(0) + row
-    score = tl.load(scores + place * NUM_BUCKETS + b, mask=known, other=float("-inf"))[None, :]
-    available = tl.where(score > float("-inf"), count[None, :], 0)
-    taken = tl.sum(take_best(score, available, tl.load(budgets + head), SCORE_BITS), 0)
+    score = tl.load(scores + place * NUM_BUCKETS + b, mask=known, other=float("-inf"))
+    available = tl.where(score > float("-inf"), count, 0)
+    taken = take_best(score, available, tl.load(budgets + head))
     table = place * NUM_BUCKETS + b
     tl.store(taken_ranks.low + table, count - taken, mask=known)
     tl.store(taken_ranks.high + table, count, mask=known)
@@ -292,7 +291,6 @@ def choose_ranks(
         progress.since_older,
         NUM_BUCKETS=num_buckets,
         BLOCK=num_buckets,
-        SCORE_BITS=64 if scores.dtype == torch.float64 else 32,
     )
     if older_next is not older:
         older.copy_(older_next)

@@ -82,15 +82,20 @@ def block_keys(x: Tensor, dim: int) -> int:
     return max(16, min(64, room // row_bytes))
 
 
-def tile_shape(query: Tensor, group: int, interval_size: int) -> tuple[int, int]:
+def tile_shape(query: Tensor, group: int, interval_size: int, backward: bool = False) -> tuple[int, int]:
     """Rows of one refresh interval that a tile of queries takes, and the query heads that it has room for.
 
-    As many as the registers hold, so that each key is loaded once for them all; a row has one bit of 32. In float64 a
-    tile is one row, whose sums other rows' keys do not regroup: what comes later changes nothing, to the last bit.
+    As many as the registers hold, so that each key is loaded once for them all: in the backward, which holds gradients
+    beside queries, half as many. A row has one bit of 64. In float64 a tile is one row, whose sums other rows' keys do
+    not regroup: what comes later changes nothing, to the last bit.
     """
     group_padded = int(triton.next_power_of_2(group))
     if query.dtype == torch.float64:
         return 1, max(group_padded, 16)
-    room = 2**14 if query.dtype.itemsize > 2 or _has_little_memory(query.device) else 2**15
-    pairs = max(16, min(128, room // (query.dtype.itemsize * block_dim(query.shape[-1]))))
-    return min(max(pairs // group_padded, 1), 32, int(triton.next_power_of_2(interval_size))), group_padded
+    row_bytes = query.dtype.itemsize * block_dim(query.shape[-1])
+    if query.dtype.itemsize > 2 or _has_little_memory(query.device):
+        room, most_rows = 2**14, 32
+    else:
+        room, most_rows = (2**15, 32) if backward else (2**16, 64)
+    pairs = max(16, min(4 * most_rows, room // row_bytes))
+    return min(max(pairs // group_padded, 1), most_rows, int(triton.next_power_of_2(interval_size))), group_padded

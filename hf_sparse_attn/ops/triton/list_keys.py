@@ -207,7 +207,7 @@ def list_keys_kernel(
             for i in range(NUM_RANDOM):
                 other = tl.load(drawn + local.to(tl.int64) * NUM_RANDOM + i, mask=computed, other=-1)
                 found = found & (index[:, None] != other)
-    taken = tl.sum(((takes | found) & computed).to(tl.int32) << r, 1)
+    taken = tl.sum(((takes | found) & computed).to(lists.rows.dtype.element_ty) << r, 1)
     tl.store(lists.keys + place * capacity + c, tl.where(taken != 0, index, 0), mask=c < stop)
     tl.store(lists.rows + place * capacity + c, taken, mask=c < stop)
 
@@ -222,7 +222,9 @@ def list_keys(choice: Choice, runs: Runs, drawn: Tensor, keys: DocumentKeys, spa
     capacity = keys.window + tile_rows - 1 + len(keys.static) + tile_rows * num_random + found
     capacity = -(-capacity // 16) * 16
     shape = (span.num_tiles, capacity)
-    lists = KeyLists(keys.empty(*shape), keys.empty(*shape), keys.empty(shape[0]), keys.empty(shape[0]))
+    bits = torch.int32 if tile_rows <= 32 else torch.int64
+    rows = keys.empty(*shape, dtype=bits)
+    lists = KeyLists(keys.empty(*shape), rows, keys.empty(shape[0]), keys.empty(shape[0]))
     triton_launch.launch(
         list_keys_kernel,
         (triton.cdiv(capacity, _BLOCK), span.num_tiles, keys.num_kv_heads),
