@@ -10,6 +10,7 @@ from pathlib import Path
 import numba
 import pytest
 
+from hf_sparse_attn.ops.common import threads
 from hf_sparse_attn.ops.numba import compiled_files as numba_cache
 from hf_sparse_attn.ops.numba.kernels import compiled
 
@@ -171,10 +172,13 @@ def sources(tmp_path):
     """A copy of what is compiled, with one function more, and nothing else of the package."""
     ops = tmp_path / "hf_sparse_attn" / "ops" / "numba"
     ops.mkdir(parents=True)
-    for package in (ops, *list(ops.parents)[:2]):
+    common = ops.with_name("common")  # how its threads are found
+    common.mkdir()
+    for package in (ops, common, *list(ops.parents)[:2]):
         (package / "__init__.py").touch()
-    for name in ("simd.py", "kernels.py", "compiled_files.py"):
-        shutil.copy(Path(numba_cache.__file__).with_name(name), ops)
+    for name in (*numba_cache._SOURCES, "compiled_files"):
+        shutil.copy(Path(numba_cache.__file__).with_name(f"{name}.py"), ops)
+    shutil.copy(threads.__file__, common)
     edit(ops / "kernels.py", "", KERNEL)
     return ops
 
