@@ -195,7 +195,7 @@ def plot_comparison(results: Mapping[int, Mapping[str, Sequence[dict[str, Any]]]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 + 5 * len(results), 5), layout="constrained", dpi=120)
+    figure = Figure(figsize=(4 + 5 * len(results), 5), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     names = list(dict.fromkeys(name for patterns in results.values() for name in patterns))
     colours = matplotlib.color_sequences["tab20"]
@@ -213,8 +213,9 @@ def plot_comparison(results: Mapping[int, Mapping[str, Sequence[dict[str, Any]]]
             )
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_yscale("symlog", linthresh=1e-2)
+        panel.set_ylim(bottom=min(0, *(result["ratio"] - 1 for found in patterns.values() for result in found)) - 1e-3)
         panel.set_title(f"{length} tokens")
         panel.set_xlabel("density: pairs of rows and keys that are read")
     panels[0].set_ylabel("perplexity over that of dense attention, less 1")
-    panels[0].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path)
