@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from hf_sparse_attn.patterns import LayerPattern, Marked
 from hf_sparse_attn.recording import Recorder
 from hf_sparse_attn.side_channels import INDEXES, KEPT
 from hf_sparse_attn.statistics import statistics_in
+from hf_sparse_attn.tracing import carries_gradients
 
 _FEWEST_ROWS = 128  # that are worth more than one call of SDPA
 
@@ -116,7 +116,7 @@ def attention(
         if kept is not None:
             raise ValueError("a SparseCache with a policy knows no other choice of keys")
         indexes = None
-    if _carries_gradients(inputs):
+    if carries_gradients(query, key, value, inputs.sinks):
         if kept is not None:
             raise ValueError("a SparseCache with a policy carries no gradients; use torch.no_grad()")
         indexes = None
@@ -193,8 +193,3 @@ def _is_dense(inputs: Inputs, pattern: LayerPattern) -> bool:
             and ops.computes_dense_rows(pattern.config.implementation, inputs.query.device)
         )
     )
-
-
-def _carries_gradients(inputs: Inputs) -> bool:
-    parts = inputs.query, inputs.key, inputs.value, inputs.sinks
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parts)

@@ -1,4 +1,4 @@
-"""Tensors whose values cannot be read: in a graph that is being traced, fake ones, those on the meta device."""
+"""What is asked of tensors before anything is computed: whether their values can be read, whether gradients flow."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from torch import Tensor
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
-    """Whether a graph is being traced or one of the tensors has a shape alone."""
+    """Whether a graph is being traced or one of the tensors has a shape alone: a fake one, or one on "meta"."""
     if torch.compiler.is_compiling():
         return True
     return any(x is not None and (x.is_meta or (type(x) is not Tensor and _is_fake(x))) for x in tensors)
+
+
+def carries_gradients(*tensors: Tensor | None) -> bool:
+    """Whether gradients with respect to one of the tensors are recorded."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _is_fake(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from hf_sparse_attn.cache.buffers import allocate, can_hold, is_writable, size_a
 from hf_sparse_attn.cache.document_indexes import KeyIndexes
 from hf_sparse_attn.cache.evicting import KeptKeys
 from hf_sparse_attn.side_channels import INDEXES, KEPT
-from hf_sparse_attn.tracing import is_traced
+from hf_sparse_attn.tracing import carries_gradients, is_traced
 
 
 class SparseLayer(DynamicLayer):
@@ -38,9 +38,7 @@ class SparseLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self._known = self.keys
         self._notice_other_keys()
-        parts = (key_states, value_states, self.keys, self.values)
-        carries_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parts)
-        if carries_gradients or is_traced(key_states):
+        if carries_gradients(key_states, value_states, self.keys, self.values) or is_traced(key_states):
             self._allocated = None
             keys, values = super().update(key_states, value_states)
         else:

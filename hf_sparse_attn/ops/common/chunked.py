@@ -21,6 +21,7 @@ from hf_sparse_attn.ops.common.dropout import Dropout
 from hf_sparse_attn.ops.common.threads import in_order
 from hf_sparse_attn.patterns import LayerPattern
 from hf_sparse_attn.recording import Recorder
+from hf_sparse_attn.tracing import carries_gradients
 
 _DENSE_BLOCK = 1024  # dense rows per piece where they need a mask, at most
 _FEWEST_DENSE_ROWS = 16  # for which an implementation's own way pays
@@ -99,7 +100,7 @@ def attend_in_pieces(
     """
     sinks, start, end = call.sinks, call.query_offset, call.query_offset + query.shape[1]
     own = Call.of(call, sparse_pieces, own_dense=own_dense, in_threads=in_threads)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, sinks)):
+    if carries_gradients(query, key, value, sinks):
         own = replace(own, statistics=[])
     by_sdpa = not own.has_own_dense(end - start)
     if own.dense_end(end) == end and by_sdpa and len(list(_dense_blocks(start, end, query.shape[0], own))) == 1:

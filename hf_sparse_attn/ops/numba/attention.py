@@ -8,9 +8,9 @@ from torch import Tensor
 
 from hf_sparse_attn.ops.common.call import AttentionCall
 from hf_sparse_attn.ops.common.chunked import Call, attend_in_pieces
+from hf_sparse_attn.ops.numba import dense_rows as own_dense
 from hf_sparse_attn.ops.numba.chunks import sparse_pieces
 from hf_sparse_attn.ops.numba.decode import attend_linked
-from hf_sparse_attn.ops.numba.dense_rows import DenseRows
 
 _KEYS_PER_LINKED_ROW = 100  # at most one linked row for so many keys; with more, sorting the keys pays
 
@@ -28,4 +28,4 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, call: Attentio
         few = query.shape[1] <= max(key.shape[1] // _KEYS_PER_LINKED_ROW, 1)
         if few and call.query_offset >= (dense_rows or 0):
             return attend_linked(Call.of(call, pieces), index, query, key, value, call.sinks)
-    return attend_in_pieces(pieces, query, key, value, call, own_dense=DenseRows())
+    return attend_in_pieces(pieces, query, key, value, call, own_dense=own_dense)

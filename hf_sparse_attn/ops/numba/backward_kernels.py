@@ -21,14 +21,7 @@ from hf_sparse_attn.ops.numba.simd import (
     store,
     zeros,
 )
-from hf_sparse_attn.ops.numba.tile import (
-    ROWS,
-    WIDE,
-    narrow_product,
-    narrow_transposed_product,
-    product,
-    transposed_product,
-)
+from hf_sparse_attn.ops.numba.tile import ROWS, multiply, multiply_transposed
 
 PAIRS = 48  # of a tile, about
 
@@ -156,13 +149,8 @@ def _multiply(left, left_step, right, at_right, right_step, n, out, size, num_ro
 
     `left` and `out` are flat and begin at their first element; rows are filled up to a multiple of ROWS.
     """
-    wide = size - size % WIDE
     for i in range(0, num_rows, ROWS):
-        a, c = i * left_step, i * size
-        for d in range(0, wide, WIDE):
-            product(left, a, left_step, right, at_right + d, right_step, n, out, c + d, size, True)
-        if wide < size:
-            narrow_product(left, a, left_step, right, at_right + wide, right_step, n, out, c + wide, size, True)
+        multiply(left, i * left_step, left_step, right, at_right, right_step, n, out, i * size, size, True)
 
 
 @inlined
@@ -215,15 +203,9 @@ def differentiate_rows(upstream, query, head, softcap, read, space, query_grad, 
                 if space.weights[i] != 0:
                     space.slopes[i] *= 1 - math.tanh(space.scores[i] / softcap) ** 2
         for p in range(0, num_pairs, ROWS):
-            wide, at = head_dim - head_dim % WIDE, p * head_dim
-            for d in range(0, wide, WIDE):
-                transposed_product(
-                    space.slopes, p, step, space.key, d, head_dim, n, space.query_grad, at + d, head_dim, True
-                )
-            if wide < head_dim:
-                narrow_transposed_product(
-                    space.slopes, p, step, space.key, wide, head_dim, n, space.query_grad, at + wide, head_dim, True
-                )
+            multiply_transposed(
+                space.slopes, p, step, space.key, 0, head_dim, n, space.query_grad, p * head_dim, head_dim, True
+            )
         for i in range(0, num_pairs * head_dim, LANES):
             store(query_grad, at_query + i, load(space.query_grad, i))
         _multiply(space.slopes, step, query, at_query, head_dim, num_pairs, space.grad, head_dim, n)

@@ -31,7 +31,7 @@ from hf_sparse_attn.ops.numba.kernels import (
     attend_rows,
     move,
 )
-from hf_sparse_attn.ops.numba.layout import as_array, by_row, filled, flat_rows, padded, widened
+from hf_sparse_attn.ops.numba.layout import as_array, by_row, filled, flat_output, flat_rows, padded, widened
 from hf_sparse_attn.ops.numba.rules import make_rules, num_columns, record
 from hf_sparse_attn.ops.numba.tile import ROWS
 from hf_sparse_attn.patterns import LayerPattern, num_row_keys, row_keys, static_positions
@@ -196,13 +196,8 @@ class _Chunk:
 
     def attend(self, output: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> None:
         """Fill output [group, R, head_dim] for query [group, R, head_dim], the KV head's keys and values and sinks."""
-        num_heads, num_rows, head_dim = output.shape
-        padded, dtype = self.head.value.shape[1], compute_dtype(query, key)
-        direct = padded == head_dim and output.stride(0) == head_dim and output.stride(2) == 1 and output.dtype == dtype
-        own = output.new_empty(num_rows, num_heads, padded, dtype=dtype).transpose(0, 1) if not direct else output
-        self.compute(query, sinks, own)
-        if not direct:
-            output.copy_(own[..., :head_dim])
+        with flat_output(output, compute_dtype(query, key)) as own:
+            self.compute(query, sinks, own)
 
     def compute(self, query: Tensor, sinks: Tensor | None, output: Tensor, until: int = len(STAGES) - 1) -> None:
         """As `attend`, but nothing is computed after the stage `until`; each row of `output` must be contiguous."""

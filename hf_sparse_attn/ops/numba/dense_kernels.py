@@ -20,20 +20,14 @@ from hf_sparse_attn.ops.numba.simd import (
     load,
     maximum,
     multiply_add,
+    negative,
     splat,
     store,
     total,
     zeros,
 )
 from hf_sparse_attn.ops.numba.team import share
-from hf_sparse_attn.ops.numba.tile import (
-    ROWS,
-    WIDE,
-    narrow_product,
-    narrow_transposed_product,
-    product,
-    transposed_product,
-)
+from hf_sparse_attn.ops.numba.tile import ROWS, WIDE, multiply, multiply_transposed, product
 
 _CHUNK = 8 * ROWS  # pairs that go through a block of keys together
 _BLOCK_ELEMENTS = 32768  # of a block's keys, which stay in the nearer caches meanwhile
@@ -70,16 +64,15 @@ def _columns(pair, rows, low, width):
 
 
 @inlined
-def _score(rows, head, tile, low, width, scores, at):
-    """The scores of a tile's pairs, `scores` [.., block] from the flat index `at` on, for the keys from `low` on."""
-    _, num_pairs, head_dim = rows.query.shape
-    at_query = (head * num_pairs + tile) * head_dim
-    at_key = (head * rows.key.shape[1] * WIDE + low) * head_dim
+def _multiply_keys(left, head, tile, key, low, width, out, at):
+    """Products of a tile's pairs with the keys from `low` on, written to `out` [.., block] from the flat index `at` on.
+
+    left: [num_key_value_heads, pairs, D]; key: [num_key_value_heads, blocks, D, WIDE].
+    """
+    _, num_pairs, size = left.shape
+    at_left, at_key = (head * num_pairs + tile) * size, (head * key.shape[1] * WIDE + low) * size
     for c in range(0, width, WIDE):
-        product(
-            rows.query, at_query, head_dim, rows.key, at_key + c * head_dim, WIDE, head_dim,
-            scores, at + c, scores.shape[1], True,
-        )  # fmt: skip
+        product(left, at_left, size, key, at_key + c * size, WIDE, size, out, at + c, out.shape[1], True)
 
 
 @inlined
@@ -92,20 +85,37 @@ def _hide(scores, at, low, high, width):
 
 
 @inlined
-def _weigh(scores, at, width, least_weight, largest_score, weight, summed, i):
-    """Turn a pair's scores into weights; what the pair had before is scaled to the new largest score."""
+def _largest(scores, at, width):
     top = load(scores, at)
     for c in range(at + LANES, at + width, LANES):
         top = maximum(load(scores, c), top)
-    new = max(largest(top), largest_score[i])
-    change = math.exp(largest_score[i] - new)
-    largest_score[i] = new
-    shift, added, least = splat(-new), zeros(scores), splat(least_weight)
+    return largest(top)
+
+
+@inlined
+def _least_weight(scores):
+    """What is under it is the `exp` of -inf, which is half of it."""
+    return np.full(1, 2 * np.finfo(scores.dtype).tiny, scores.dtype)[0]
+
+
+@inlined
+def _exponentiate(scores, at, width, shift, least_weight):
+    """Turn a pair's scores into exp(score - shift), 0 for -inf; returns their sum."""
+    lowered, added, least = splat(-shift), zeros(scores), splat(least_weight)
     for c in range(at, at + width, LANES):
-        weights = drop_below(exp(add(load(scores, c), shift)), least)
+        weights = drop_below(exp(add(load(scores, c), lowered)), least)
         added = add(added, weights)
         store(scores, c, weights)
-    weight[i] = weight[i] * change + total(added)
+    return total(added)
+
+
+@inlined
+def _weigh(scores, at, width, least_weight, largest_score, weight, summed, i):
+    """Turn a pair's scores into weights; what the pair had before is scaled to the new largest score."""
+    new = max(_largest(scores, at, width), largest_score[i])
+    change = math.exp(largest_score[i] - new)
+    largest_score[i] = new
+    weight[i] = weight[i] * change + _exponentiate(scores, at, width, new, least_weight)
     if change != 1:
         factor, value_dim = splat(change), summed.shape[1]
         for d in range(i * value_dim, (i + 1) * value_dim, LANES):
@@ -124,23 +134,21 @@ def _add_values(weights, at, low, high, value, at_value, summed, i):
 
 
 @inlined
-def _add_product(left, at_left, right, at_right, n, out, at_out, size):
-    """Add to a tile's rows `out`, of `size` numbers each, those of n columns of `left` times n rows of `right`."""
-    step, wide = left.shape[1], size - size % WIDE
-    for d in range(0, wide, WIDE):
-        product(left, at_left, step, right, at_right + d, size, n, out, at_out + d, size, False)
-    if wide < size:
-        narrow_product(left, at_left, step, right, at_right + wide, size, n, out, at_out + wide, size, False)
+def _num_pairs(rows, output, output_row):
+    """Pairs of the rows, without those that they are filled up with."""
+    return -(-len(output) // output_row) * rows.group
 
 
 @inlined
-def _add_transposed_product(left, at_left, right, at_right, n, out, at_out, size):
-    """As `_add_product`, for n rows of `left` and ROWS of its columns."""
-    step, wide = left.shape[1], size - size % WIDE
-    for d in range(0, wide, WIDE):
-        transposed_product(left, at_left, step, right, at_right + d, size, n, out, at_out + d, size, False)
-    if wide < size:
-        narrow_transposed_product(left, at_left, step, right, at_right + wide, size, n, out, at_out + wide, size, False)
+def _write(rows, head, first, last, summed, weight, output, output_row):
+    """Write the sums of the pairs first .. last - 1, divided by their weights, but of those after the last row."""
+    value_dim = summed.shape[1]
+    for i in range(min(last, _num_pairs(rows, output, output_row)) - first):
+        row, member = (first + i) // rows.group, (first + i) % rows.group
+        weight[i] = 1 / weight[i]  # in the array's precision
+        factor, place = splat(weight[i]), row * output_row + (head * rows.group + member) * value_dim
+        for d in range(0, value_dim, LANES):
+            store(output, place + d, multiply_add(load(summed, i * value_dim + d), factor, zeros(summed)))
 
 
 @compiled
@@ -153,7 +161,7 @@ def _attend_chunk(turn, rows, value, sinks, output, output_row, logsumexp):
     block = max(_BLOCK_ELEMENTS // value_dim // WIDE, 1) * WIDE
     weights, summed = np.empty((ROWS, block), dtype), np.zeros((_CHUNK, value_dim), dtype)
     weight, largest_score = np.zeros(_CHUNK, dtype), np.full(_CHUNK, -math.inf, dtype)
-    least_weight = np.full(1, 2 * np.finfo(dtype).tiny, dtype)  # `exp` gives half of it for -inf
+    least_weight = _least_weight(weights)
     if sinks.shape[1]:
         for i in range(_CHUNK):
             largest_score[i], weight[i] = sinks[head, (first + i) % rows.group], 1
@@ -165,7 +173,7 @@ def _attend_chunk(turn, rows, value, sinks, output, output_row, logsumexp):
             if start >= stop:
                 continue
             width = -(-stop // WIDE) * WIDE
-            _score(rows, head, tile, low, width, weights, 0)
+            _multiply_keys(rows.query, head, tile, rows.key, low, width, weights, 0)
             # All pairs of the tile read the columns common .. end - 1; some of them read others, which must not reach
             # the rest, whatever they hold.
             common, end = _columns(tile + ROWS - 1, rows, low, width)[0], _columns(tile, rows, low, width)[1]
@@ -174,27 +182,19 @@ def _attend_chunk(turn, rows, value, sinks, output, output_row, logsumexp):
                 before, after = _columns(tile + r, rows, low, width)
                 if before < after:
                     _hide(weights, at, before, after, width)
-                    _weigh(weights, at, width, least_weight[0], largest_score, weight, summed, i)
+                    _weigh(weights, at, width, least_weight, largest_score, weight, summed, i)
                     _add_values(weights, at, before, min(common, after), value, at_value, summed, i)
             if common < end:
-                at_sum = (tile - first) * value_dim
-                _add_product(
-                    weights, common, value, at_value + common * value_dim, end - common, summed, at_sum, value_dim
-                )
+                at_sum, at_common, n = (tile - first) * value_dim, at_value + common * value_dim, end - common
+                multiply(weights, common, block, value, at_common, value_dim, n, summed, at_sum, value_dim, False)
             for r in range(ROWS):
                 before, after = _columns(tile + r, rows, low, width)
                 start = max(end, common, before)
                 _add_values(weights, r * block, start, after, value, at_value, summed, tile - first + r)
-    num_rows = -(-len(output) // output_row)
-    for i in range(last - first):
-        row, member = (first + i) // rows.group, (first + i) % rows.group
-        if row < num_rows:
-            if logsumexp.shape[1]:
-                logsumexp[head, first + i] = largest_score[i] + math.log(weight[i])
-            weight[i] = 1 / weight[i]  # in the array's precision
-            factor, place = splat(weight[i]), row * output_row + (head * rows.group + member) * value_dim
-            for d in range(0, value_dim, LANES):
-                store(output, place + d, multiply_add(load(summed, i * value_dim + d), factor, zeros(summed)))
+    if logsumexp.shape[1]:
+        for i in range(min(last, _num_pairs(rows, output, output_row)) - first):
+            logsumexp[head, first + i] = largest_score[i] + math.log(weight[i])
+    _write(rows, head, first, last, summed, weight, output, output_row)
 
 
 @compiled
@@ -222,7 +222,7 @@ def _differentiate_part(turn, rows, key, value, grad, logsumexp, delta, query_gr
     head, part = turn % num_kv_heads, turn // num_kv_heads
     block = max(_BACKWARD_BLOCK_ELEMENTS // max(head_dim, value_dim) // WIDE, 1) * WIDE
     weights, slopes = np.empty((_CHUNK, block), dtype), np.empty((_CHUNK, block), dtype)
-    least_weight = np.full(1, 2 * np.finfo(dtype).tiny, dtype)
+    least_weight = splat(_least_weight(weights))
     at_grads = (part * num_kv_heads + head) * key_grad.shape[2]
     for first in range(part * _CHUNK, num_pairs, num_parts * _CHUNK):
         last = min(first + _CHUNK, num_pairs)
@@ -232,29 +232,28 @@ def _differentiate_part(turn, rows, key, value, grad, logsumexp, delta, query_gr
             width = min(-(-(end - low) // WIDE) * WIDE, block)
             for tile in range(first, last, ROWS):
                 pair, at_tile = head * num_pairs + tile, (tile - first) * block
-                _score(rows, head, tile, low, width, weights, at_tile)
-                for c in range(0, width, WIDE):  # gradients of the weights
-                    place = (head * value.shape[1] * WIDE + low + c) * value_dim
-                    product(
-                        grad, pair * value_dim, value_dim, value, place, WIDE, value_dim,
-                        slopes, at_tile + c, block, True,
-                    )  # fmt: skip
+                _multiply_keys(rows.query, head, tile, rows.key, low, width, weights, at_tile)
+                _multiply_keys(grad, head, tile, value, low, width, slopes, at_tile)  # gradients of the weights
                 for r in range(ROWS):
                     at = at_tile + r * block
                     before, after = _columns(tile + r, rows, low, width)
                     _hide(weights, at, before, after, width)
                     shift, mean = splat(-logsumexp.flat[pair + r]), splat(-delta.flat[pair + r])
                     for c in range(at, at + width, LANES):
-                        weight = drop_below(exp(add(load(weights, c), shift)), splat(least_weight[0]))
+                        weight = drop_below(exp(add(load(weights, c), shift)), least_weight)
                         store(weights, c, weight)
                         store(slopes, c, multiply_add(weight, add(load(slopes, c), mean), zeros(slopes)))
                 place, n = (head * num_keys + low) * head_dim, min(width, num_keys - low)
-                _add_product(slopes, at_tile, key, place, n, query_grad, pair * head_dim, head_dim)
+                multiply(slopes, at_tile, block, key, place, head_dim, n, query_grad, pair * head_dim, head_dim, False)
             pair, n = head * num_pairs + first, last - first
             for c in range(0, width, ROWS):
-                place = at_grads + low + c
-                _add_transposed_product(slopes, c, rows.query, pair * head_dim, n, key_grad, place * head_dim, head_dim)
-                _add_transposed_product(weights, c, grad, pair * value_dim, n, value_grad, place * value_dim, value_dim)
+                of_key, of_value = (at_grads + low + c) * head_dim, (at_grads + low + c) * value_dim
+                multiply_transposed(
+                    slopes, c, block, rows.query, pair * head_dim, head_dim, n, key_grad, of_key, head_dim, False
+                )
+                multiply_transposed(
+                    weights, c, block, grad, pair * value_dim, value_dim, n, value_grad, of_value, value_dim, False
+                )
 
 
 @compiled
@@ -278,18 +277,19 @@ def differentiate_chunks(team, rows, key, value, grad, logsumexp, delta, query_g
 
 @inlined
 def _drop_light(weights, at, stop, least):
-    """Let the columns before `stop` have no weight where it is under `least`; the sum of what they keep."""
-    kept, limit, whole = zeros(weights), splat(least), stop - stop % LANES
+    """Let the columns before `stop` have no weight where it is under `least`; the sum of what is dropped."""
+    light, limit, whole = zeros(weights), splat(least), stop - stop % LANES
     for c in range(at, at + whole, LANES):
-        heavy = drop_below(load(weights, c), limit)
-        kept = add(kept, heavy)
+        weight = load(weights, c)
+        heavy = drop_below(weight, limit)
+        light = add(light, add(weight, negative(heavy)))
         store(weights, c, heavy)
-    summed = total(kept)
+    dropped = total(light)
     for c in range(at + whole, at + stop):
         if weights.flat[c] < least:
+            dropped += weights.flat[c]
             weights.flat[c] = 0
-        summed += weights.flat[c]
-    return summed
+    return dropped
 
 
 @inlined
@@ -299,29 +299,19 @@ def _weigh_scored(weights, at, own, older, width, static, held, sinks, g, min_we
     Of the first `older` keys those are dropped whose part of all is under `min_weight`, unless they are static.
     """
     _hide(weights, at, 0, own, width)
-    top = load(weights, at)
-    for c in range(at + LANES, at + width, LANES):
-        top = maximum(load(weights, c), top)
-    shift = largest(top)
+    shift = _largest(weights, at, width)
     if len(sinks):
         shift = max(shift, sinks[g])
-    lowered, added, least = splat(-shift), zeros(weights), splat(least_weight)
-    for c in range(at, at + width, LANES):
-        weight = drop_below(exp(add(load(weights, c), lowered)), least)
-        added = add(added, weight)
-        store(weights, c, weight)
-    summed = total(added)
+    summed = _exponentiate(weights, at, width, shift, least_weight)
     if len(sinks):
         summed += math.exp(sinks[g] - shift)
     if min_weight > 0 and older > 0:
-        before, num_static = weights.dtype.type(0), 0
+        num_static = 0
         while num_static < len(static) and static[num_static] < older:
             held[num_static] = weights.flat[at + static[num_static]]
             weights.flat[at + static[num_static]] = 0
             num_static += 1
-        for c in range(at, at + older):
-            before += weights.flat[c]
-        summed += _drop_light(weights, at, older, min_weight * summed) - before
+        summed -= _drop_light(weights, at, older, min_weight * summed)
         for i in range(num_static):
             weights.flat[at + static[i]] = held[i]
     return summed
@@ -347,19 +337,20 @@ def attend_scored_rows(rows, value, sinks, min_weights, static, own_window, outp
     block = max(_BLOCK_ELEMENTS // value_dim // WIDE, 1) * WIDE
     weights, summed = np.empty((together, room), dtype), np.empty((together, value_dim), dtype)
     weight, held = np.empty(together, dtype), np.empty(len(static), dtype)
-    least_weight = np.full(1, 2 * np.finfo(dtype).tiny, dtype)
+    least_weight = _least_weight(weights)
     for first in range(0, num_pairs, together):
         last = min(first + together, num_pairs)
         stop = _columns(last - 1, rows, 0, num_keys)[1]
         width = -(-stop // WIDE) * WIDE
         for low in range(0, width, block):
             for tile in range(first, last, ROWS):
-                _score(rows, 0, tile, low, min(block, width - low), weights, (tile - first) * room + low)
+                at = (tile - first) * room + low
+                _multiply_keys(rows.query, 0, tile, rows.key, low, min(block, width - low), weights, at)
         for i in range(last - first):
             own, g = _columns(first + i, rows, 0, num_keys)[1], (first + i) % rows.group
             older = max(own - own_window, 0)
             weight[i] = _weigh_scored(
-                weights, i * room, own, older, width, static, held, sinks, g, min_weights[g], least_weight[0]
+                weights, i * room, own, older, width, static, held, sinks, g, min_weights[g], least_weight
             )
             for d in range(value_dim):
                 summed[i, d] = 0
@@ -367,16 +358,9 @@ def attend_scored_rows(rows, value, sinks, min_weights, static, own_window, outp
             for tile in range(first, last, ROWS):
                 common, i = min(_columns(tile, rows, low, block)[1], width - low), tile - first
                 if common > 0:
-                    at = i * room + low
-                    _add_product(weights, at, value, low * value_dim, common, summed, i * value_dim, value_dim)
+                    at, at_value, at_sum = i * room + low, low * value_dim, i * value_dim
+                    multiply(weights, at, room, value, at_value, value_dim, common, summed, at_sum, value_dim, False)
                 for r in range(i, i + ROWS):
                     own = _columns(first + r, rows, low, block)[1]
                     _add_values(weights, r * room + low, common, own, value, low * value_dim, summed, r)
-        for i in range(last - first):
-            row, g = (first + i) // rows.group, (first + i) % rows.group
-            place = row * output_row + g * value_dim
-            if place + value_dim <= len(output):
-                weight[i] = 1 / weight[i]
-                factor = splat(weight[i])
-                for d in range(0, value_dim, LANES):
-                    store(output, place + d, multiply_add(load(summed, i * value_dim + d), factor, zeros(summed)))
+        _write(rows, 0, first, last, summed, weight, output, output_row)

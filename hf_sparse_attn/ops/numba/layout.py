@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -51,6 +54,19 @@ def flat_rows(output: Tensor) -> tuple[Array, int]:
     stride = output.stride(1)
     length = (output.shape[1] - 1) * stride + output.shape[0] * output.shape[2]
     return output.as_strided((length,), (1,)).numpy(), stride
+
+
+@contextmanager
+def flat_output(output: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Room for [heads, R, head_dim] in `dtype`, head_dim filled up, for `flat_rows`: the output itself where it is so,
+    else what is copied there at the end."""
+    num_heads, num_rows, size = output.shape
+    if output.dtype == dtype and output.stride(0) == size == padded(size) and output.stride(2) == 1:
+        yield output
+        return
+    own = output.new_empty(num_rows, num_heads, padded(size), dtype=dtype).transpose(0, 1)
+    yield own
+    output.copy_(own[..., :size])
 
 
 def filled(x: Tensor) -> Tensor:

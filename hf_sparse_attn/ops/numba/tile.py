@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from hf_sparse_attn.ops.numba.kernels import inlined
 from hf_sparse_attn.ops.numba.simd import LANES, address_of, spread, vector_of
 
 ROWS = 8 if LANES == 16 else 4  # of a tile: its sums fill half of the registers
@@ -87,7 +88,29 @@ def _product(num_vectors: int, left_is_transposed: bool) -> Any:
 
 
 product = _product(2, left_is_transposed=False)
-narrow_product = _product(1, left_is_transposed=False)
-transposed_product = _product(2, left_is_transposed=True)
-narrow_transposed_product = _product(1, left_is_transposed=True)
+_narrow_product = _product(1, left_is_transposed=False)
+_transposed_product = _product(2, left_is_transposed=True)
+_narrow_transposed_product = _product(1, left_is_transposed=True)
 WIDE = 2 * LANES  # columns of `product`
+
+
+@inlined
+def multiply(left, at_left, left_step, right, at_right, right_step, n, out, at_out, size, start):
+    """As `product`, for rows of `out` of `size` columns, a multiple of LANES."""
+    wide = size - size % WIDE
+    for d in range(0, wide, WIDE):
+        product(left, at_left, left_step, right, at_right + d, right_step, n, out, at_out + d, size, start)
+    if wide < size:
+        at_rest = at_right + wide
+        _narrow_product(left, at_left, left_step, right, at_rest, right_step, n, out, at_out + wide, size, start)
+
+
+@inlined
+def multiply_transposed(left, at_left, left_step, right, at_right, right_step, n, out, at_out, size, start):
+    """As `multiply`, where n rows of `left` hold a number for each of the ROWS."""
+    wide = size - size % WIDE
+    for d in range(0, wide, WIDE):
+        _transposed_product(left, at_left, left_step, right, at_right + d, right_step, n, out, at_out + d, size, start)
+    if wide < size:
+        at_rest, at_out = at_right + wide, at_out + wide
+        _narrow_transposed_product(left, at_left, left_step, right, at_rest, right_step, n, out, at_out, size, start)
