@@ -140,8 +140,10 @@ def sparse_attention_forward(
     recorder = recorders[0] if len(recorders) == 1 else Recorders(recorders) if recorders else None
     choose = next(iter(_attached_to(module, _CHOOSERS)[::-1]), None)
     output = attention(inputs, pattern, scaling, softcap, recorder, choose=choose)
-    for observer in _attached_to(module, _OBSERVERS):
-        observer(pattern, query, key, value, scaling, output)
+    if observers := _attached_to(module, _OBSERVERS):
+        with torch.autocast(query.device.type, enabled=False):
+            for observer in observers:
+                observer(pattern, query, key, value, scaling, output)
     return output, None
 
 

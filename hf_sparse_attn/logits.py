@@ -23,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from hf_sparse_attn.attributes import replaced_attribute
+from hf_sparse_attn.linear_layers import fast_linear_layers
 
 CHUNK_BYTES = 2**26  # of the logits of a chunk in float32; computing with them takes some three times as much
 LEAST_ROWS = 4
@@ -74,7 +75,11 @@ class Head:
         def finished(*args: Any, **kwargs: Any) -> ModelOutput:
             return output
 
-        with replaced_attribute(self._base, "forward", finished), _without_group_hooks(self._last):
+        with (
+            replaced_attribute(self._base, "forward", finished),
+            _without_group_hooks(self._last),
+            fast_linear_layers(),
+        ):
             return self._forward(input_ids=ids, use_cache=False).logits[0]
 
 
@@ -90,7 +95,7 @@ def hidden_states_and_head(model: nn.Module, **inputs: Any) -> tuple[Tensor, Hea
         rows of them into logits. Gradients flow through both.
     """
     causal_model = causal_model_of(model)
-    with _last_row_alone(causal_model) as outputs:
+    with _last_row_alone(causal_model) as outputs, fast_linear_layers():
         logits = model(**inputs).logits
     if not outputs:
         return logits, Head(causal_model, None, logits.shape[-1])

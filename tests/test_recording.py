@@ -2,6 +2,7 @@ import copy
 import threading
 
 import pytest
+import torch
 from helpers.batches import padded_batch, tokens
 from helpers.families import NUM_HEADS, NUM_LAYERS, tiny_model
 from helpers.specification import cached_logits, logits
@@ -87,6 +88,18 @@ def test_recorders_inside_each_other_count_the_same():
     logits(model, ids)
     assert 0 < inner.attended == inner_again.attended
     assert (outer.attended, outer.admissible) == (3 * inner.attended, 3 * inner.admissible)
+
+
+def test_observers_compute_without_autocast():
+    seen = []
+    model = tiny_model()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        observe(model, lambda *_: seen.append(torch.is_autocast_enabled("cpu"))),
+    ):
+        logits(model.float(), tokens(20))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False] * NUM_LAYERS
 
 
 def test_observers_inside_each_other_are_all_told():

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash, layer_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
 from hf_sparse_attn.integration import configured, observe_dense
+from hf_sparse_attn.linear_layers import coarse_linear_layers
 from hf_sparse_attn.logits import Head, hidden_states_and_head
 from hf_sparse_attn.offloading import is_offloaded
 from hf_sparse_attn.ops.common.threads import in_order
@@ -43,8 +44,8 @@ Result = TypeVar("Result")
 LOSS_FACTOR = 3.2  # how many times the predicted rise of the loss is measured: 1.7 to 3.2 were, with SmolLM2-135M
 _MAX_MEASUREMENTS = 5
 _TRADE_POINTS = 10
-VERSION = 1  # of what is kept of a calibration: higher when something else is measured, or in another way
-GRADIENT_TOKENS = 2048  # of each document, whose loss says how much every head's errors matter
+VERSION = 2  # of what is kept of a calibration: higher when something else is measured, or in another way
+GRADIENT_TOKENS = 1024  # of each document, whose loss says how much every head's errors matter
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _read(
             pattern.sliding_window,
         )
 
-    with observe_dense(model, observer):
+    with observe_dense(model, observer), coarse_linear_layers(model):
         model.base_model(input_ids=document[None].to(input_device(model)), use_cache=False)
     return layers, sorted(local)
 
@@ -245,7 +246,8 @@ def _gradient_moments(model: PreTrainedModel, document: Tensor, seed: int) -> di
     ) -> None:
         def keep(gradient: Tensor) -> None:
             by_head = gradient[0].float().transpose(0, 1)  # [num_heads, N, D]
-            moments[pattern.layer_idx] = (by_head.transpose(1, 2) @ by_head / by_head.shape[1]).cpu()
+            with torch.autocast(gradient.device.type, enabled=False):
+                moments[pattern.layer_idx] = (by_head.transpose(1, 2) @ by_head / by_head.shape[1]).cpu()
 
         layers.add(pattern.layer_idx)
         output.register_hook(keep)  # neither the outputs nor their gradients are all there at once
@@ -296,6 +298,8 @@ def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     """The backward computes the activations inside the layers again: they take several times the memory of the weights.
 
+    Only the layers are computed coarsely: the head's weights, often the largest, would be copied.
+
     Transformers' own switch has no effect outside of training. Where weights are offloaded, layers are computed to
     their ends: PyTorch would leave them as soon as it has what it needs, and the weights in use would stay.
     """
@@ -303,9 +307,15 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                recomputed = partial(checkpoint, layer.forward, use_reentrant=False, early_stop=early_stop)
+                forward = partial(_computed_coarsely, model, layer.forward)
+                recomputed = partial(checkpoint, forward, use_reentrant=False, early_stop=early_stop)
                 stack.enter_context(replaced_attribute(layer, "forward", recomputed))
         yield
+
+
+def _computed_coarsely(model: PreTrainedModel, forward: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    with coarse_linear_layers(model):
+        return forward(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from helpers.families import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, NUM_LAYERS, VOCA
 from helpers.operation import make_pattern
 from helpers.specification import logits
 
-from hf_sparse_attn import SparseAttentionConfig, configure, record_density
+from hf_sparse_attn import SparseAttentionConfig, configure, linear_layers, record_density
 from hf_sparse_attn.calibration import budget_allocation as allocation
 from hf_sparse_attn.calibration import calibrate as conversion
 from hf_sparse_attn.calibration.budget_allocation import least_density
@@ -86,6 +86,21 @@ class TestCalibrate:
         ]
         codewords = torch.stack([bucket_hash.weight for bucket_hash in hashes]).flatten(0, 1)
         assert len(codewords.flatten(1).unique(dim=0)) == len(codewords) == NUM_LAYERS * NUM_KV_HEADS
+
+    def test_coarse_linear_layers_find_almost_the_same(self, monkeypatch):
+        """What is made of queries, keys and gradients is computed in float32 all the same."""
+        found = []
+        for capable in (True, False):
+            monkeypatch.setattr(linear_layers, "_has_bfloat16", lambda capable=capable: capable)
+            model, document = tiny_model(dtype=torch.float32), tokens(LENGTH)[0]
+            moments = conversion._gradient_moments(model, document, 0)
+            samples, _ = conversion._read(model, document, CONFIG)
+            found.append((moments, {layer: sample.query_moment for layer, sample in samples.items()}))
+        # Logits that are a little different draw other labels of a few tokens.
+        for coarse, exact, tolerance in zip(*found, (0.4, 0.03), strict=True):
+            for layer, expected in exact.items():
+                assert coarse[layer].dtype == torch.float32
+                assert 0 < (coarse[layer] - expected).norm() < tolerance * expected.norm()
 
     def test_the_last_document_does_not_fit_the_hash(self, calibrated):
         documents = [*calibrated[1][:2], tokens(LENGTH, seed=9)[0]]
