@@ -19,7 +19,9 @@ from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops import compute_dtype
 from hf_sparse_attn.ops.common.chunked import ONCE
 from hf_sparse_attn.patterns import LayerPattern, layer_pattern
+from hf_sparse_attn.recording import together
 from hf_sparse_attn.tensor_parallel import HeadSplit
+from hf_sparse_attn.watching import RECORDERS, watchers
 
 _NUM_TENSORS = len(Inputs._fields)
 
@@ -33,6 +35,8 @@ def compiled_attention(
     scaling: float,
     softcap: float | None,
     is_causal: bool = True,
+    *,
+    watched: int = 0,
 ) -> Tensor:
     """`attention.attention` as one node of the graph that is being traced, with a backward.
 
@@ -41,12 +45,13 @@ def compiled_attention(
         fields: `repr` of the model's `config.sparse_attention`, a dict or None.
         layer_idx, split, sliding_window, scaling, softcap, is_causal: as for `routing.layer_pattern` and
             `attention.attention`.
+        watched: id of the module whose recorders are told what rows read, when the graph runs; 0: there are none.
 
     Returns:
         [batch, Q, num_heads, head_dim], in query's dtype.
     """
     parts = [split.rank, split.size]
-    return _attention(*inputs, fields, layer_idx, parts, sliding_window, scaling, softcap, is_causal)
+    return _attention(*inputs, fields, layer_idx, parts, sliding_window, scaling, softcap, is_causal, watched)
 
 
 # They read masks on the host, for which a CUDA graph (mode="reduce-overhead") is left and entered again.
@@ -71,9 +76,11 @@ def _attention(
     scaling: float,
     softcap: float | None,
     is_causal: bool = True,
+    watched: int = 0,
 ) -> Tensor:
     inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens, seq_idx, marks, sinks)
-    return attention(inputs, _pattern(inputs, fields, layer_idx, split, sliding_window, is_causal), scaling, softcap)
+    pattern = _pattern(inputs, fields, layer_idx, split, sliding_window, is_causal)
+    return attention(inputs, pattern, scaling, softcap, together(watchers(watched, RECORDERS)))
 
 
 @_attention.register_fake
@@ -134,14 +141,14 @@ def _attention_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:_NUM_TENSORS])
-    ctx.others = inputs[_NUM_TENSORS:]
+    ctx.others = inputs[_NUM_TENSORS:-1]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     query, key, value, sinks = _attention_backward(grad, *tensors, *ctx.others)
     no_sinks = tensors[-1] is None
-    return query, key, value, *[None] * 5, None if no_sinks else sinks, *[None] * len(ctx.others)
+    return query, key, value, *[None] * 5, None if no_sinks else sinks, *[None] * (len(ctx.others) + 1)
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

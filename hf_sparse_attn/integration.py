@@ -7,9 +7,8 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +23,11 @@ from hf_sparse_attn.masks.mask_function import asks_what_is_packed, reads_both_s
 from hf_sparse_attn.masks.unsupported import unsupported
 from hf_sparse_attn.notices import notice_positions
 from hf_sparse_attn.patterns import LayerPattern, layer_pattern, marks_are_missing
-from hf_sparse_attn.recording import DensityRecorder, Recorder, Recorders
-from hf_sparse_attn.side_channels import MARKS, PATTERN
+from hf_sparse_attn.recording import DensityRecorder, Recorder, together
+from hf_sparse_attn.side_channels import MARKS, PATTERN, WATCHED
 from hf_sparse_attn.tensor_parallel import HeadSplit, head_split
 from hf_sparse_attn.tracing import input_device, is_traced, refuse_transforms
+from hf_sparse_attn.watching import CHOOSERS, OBSERVERS, RECORDERS, watchers, watching
 
 NAME = "sparse"
 
@@ -38,19 +38,6 @@ _NOT_READ = ("position_bias", "indices", "block_indices", "sinks", "cache")
 _OTHER_STATES = ("key", "context", "key_value_states", "encoder_hidden_states", "cross_attention_states")
 
 Observer = Callable[[LayerPattern, Tensor, Tensor, Tensor, float, Tensor], None]
-
-
-class _Attached(NamedTuple):
-    """The recorders, observers and choosers of a model's forwards in one block of one thread."""
-
-    model: nn.Module
-    modules: frozenset[int]  # ids of the model's modules
-    watcher: Any
-
-
-_RECORDERS: ContextVar[tuple[_Attached, ...]] = ContextVar("recorders", default=())
-_OBSERVERS: ContextVar[tuple[_Attached, ...]] = ContextVar("observers", default=())
-_CHOOSERS: ContextVar[tuple[_Attached, ...]] = ContextVar("choosers", default=())
 
 
 def register() -> None:
@@ -131,16 +118,15 @@ def sparse_attention_forward(
     inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens_q, seq_idx, marks, s_aux)
     if is_traced(query):
         layer_idx = _traced_layer_idx(module, key, fields)
-        text = repr(fields)
-        return compiled_attention(inputs, text, layer_idx, split, sliding_window, scaling, softcap, causal), None
+        layer = repr(fields), layer_idx, split, sliding_window, scaling, softcap, causal
+        return compiled_attention(inputs, *layer, watched=_traced_number(module, WATCHED)), None
     refuse_transforms()
     pattern = _module_pattern(module, query, key, sliding_window, split, causal)
     notice_positions(module.config, inputs, pattern)
-    recorders = _attached_to(module, _RECORDERS)
-    recorder = recorders[0] if len(recorders) == 1 else Recorders(recorders) if recorders else None
-    choose = next(iter(_attached_to(module, _CHOOSERS)[::-1]), None)
+    recorder, choosers = together(watchers(module, RECORDERS)), watchers(module, CHOOSERS)
+    choose = choosers[-1] if choosers else None
     output = attention(inputs, pattern, scaling, softcap, recorder, choose=choose)
-    if observers := _attached_to(module, _OBSERVERS):
+    if observers := watchers(module, OBSERVERS):
         with torch.autocast(query.device.type, enabled=False):
             for observer in observers:
                 observer(pattern, query, key, value, scaling, output)
@@ -210,7 +196,7 @@ def _module_pattern(
     if cached is None or cached[0] != fields or cached[1] != layer:
         pattern = layer_pattern(
             SparseAttentionConfig.from_dict(fields),
-            _layer_idx(module),
+            _number(module, "layer_idx"),
             query.shape[1],
             key.shape[1],
             query.shape[-1],
@@ -231,8 +217,8 @@ def known_patterns(model: nn.Module) -> dict[int, LayerPattern]:
     return {cached[2].layer_idx: cached[2] for cached in found if cached is not None}
 
 
-def _layer_idx(module: nn.Module) -> int:
-    return int(getattr(module, "layer_idx", None) or 0)
+def _number(module: nn.Module, name: str) -> int:
+    return int(getattr(module, name, None) or 0)
 
 
 def _traced_layer_idx(module: nn.Module, key: Tensor, fields: dict[str, Any] | None) -> int:
@@ -245,11 +231,16 @@ def _traced_layer_idx(module: nn.Module, key: Tensor, fields: dict[str, Any] | N
     dense_below = SparseAttentionConfig.dense_below if fields is None else fields.get("dense_below")
     if isinstance(dense_below, int) and statically_known_true(key.shape[2] <= dense_below):
         return 0
+    return _traced_number(module, "layer_idx")
+
+
+def _traced_number(module: nn.Module, name: str) -> int:
+    """A number that a module holds, or 0."""
     if torch.compiler.is_dynamo_compiling():
-        # Dynamo makes a graph for every number that a module holds, unless it may take it for a variable.
+        # Dynamo makes a graph for every such number, unless it may take it for a variable.
         with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
-            return _layer_idx(module)
-    return _layer_idx(module)
+            return _number(module, name)
+    return _number(module, name)
 
 
 def configure(model: nn.Module, **fields: Any) -> SparseAttentionConfig:
@@ -324,18 +315,18 @@ def merge_sparse_attention(config: Any, overrides: dict[str, Any] | None = None)
 
 def record(model: nn.Module, recorder: Recorder) -> AbstractContextManager[None]:
     """Have `recorder` told what every row reads in this thread's forwards of this block, beside other recorders."""
-    return _attach(model, _RECORDERS, recorder)
+    return watching(model, RECORDERS, recorder)
 
 
 def observe(model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
     """Call `observer(pattern, query, key, value, scaling, output)` after each attention of this thread's forwards of
     this block."""
-    return _attach(model, _OBSERVERS, observer)
+    return watching(model, OBSERVERS, observer)
 
 
 def choosing(model: nn.Module, choose: ops.Chooser) -> AbstractContextManager[None]:
     """Have `choose` find the keys that the buckets would give in this thread's forwards of this block."""
-    return _attach(model, _CHOOSERS, choose)
+    return watching(model, CHOOSERS, choose)
 
 
 @contextmanager
@@ -358,17 +349,3 @@ def record_density(model: nn.Module) -> Iterator[DensityRecorder]:
     recorder = DensityRecorder()
     with record(model, recorder):
         yield recorder
-
-
-@contextmanager
-def _attach(model: nn.Module, kind: ContextVar[tuple[_Attached, ...]], watcher: Any) -> Iterator[None]:
-    attached = _Attached(model, frozenset(map(id, model.modules())), watcher)
-    kind.set((*kind.get(), attached))
-    try:
-        yield
-    finally:
-        kind.set(tuple(other for other in kind.get() if other is not attached))
-
-
-def _attached_to(module: nn.Module, kind: ContextVar[tuple[_Attached, ...]]) -> list[Any]:
-    return [attached.watcher for attached in kind.get() if id(module) in attached.modules]

@@ -54,6 +54,11 @@ class Recorders:
             recorder.add_dense(*rows)
 
 
+def together(recorders: Sequence[Recorder]) -> Recorder | None:
+    """One recorder for all; None if there is none."""
+    return recorders[0] if len(recorders) == 1 else Recorders(recorders) if recorders else None
+
+
 class HeadsFrom:
     """Tells a recorder of some of a layer's heads, from `first` on, that count from 0 themselves."""
 

@@ -12,9 +12,10 @@ to. So these ride on the tensors and the module:
 | MARKS | a forward's keyword arguments | `global_tokens` | `integration` | `global_token_ids` are refused |
 | TOKEN_IDS | a cache's `__dict__` | `global_tokens` | `global_tokens` | `global_token_ids` are refused |
 | PATTERN | an attention layer's `__dict__` | `integration` | `integration` | the pattern is built anew |
+| WATCHED | a model's modules' `__dict__` | `watching` | `integration` | compiled forwards are not recorded |
 | PART | a model's modules' `__dict__` | `split_heads` | `tensor_parallel` | a part of the heads is refused |
 
-Recorders, observers and choosers belong to a block of one thread and are context variables of `integration`.
+Recorders, observers and choosers belong to a block of one thread and are context variables of `watching`.
 
 The names begin with the package's, so that a Hub kernel (`hub_kernel`) and an installed copy of another release, whose
 objects are not of the same classes, do not read what the other has left.
@@ -27,4 +28,5 @@ SEEN_BY = f"_{__package__}_seen_by"
 MARKS = f"_{__package__}_marks"
 TOKEN_IDS = f"_{__package__}_token_ids"
 PATTERN = f"_{__package__}_pattern"
+WATCHED = f"_{__package__}_watched"
 PART = f"_{__package__}_part"

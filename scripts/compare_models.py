@@ -18,7 +18,8 @@ from hf_sparse_attn.cli.argument_types import output_file
 from hf_sparse_attn.cli.arguments import print_table
 from hf_sparse_attn.data import load_documents, long_documents
 from hf_sparse_attn.environment import describe_environment
-from hf_sparse_attn.evaluation.perplexity import DENSE, SPARSE, paired_difference, token_nll
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE
+from hf_sparse_attn.evaluation.perplexity import paired_difference, token_nll
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.loading import load_sparse_model, read_checkpoint
 from hf_sparse_attn.output_files import write_json

@@ -5,6 +5,7 @@ Which families and caches work is in the matrix; here is what is special about g
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from helpers.batches import padded_batch, tokens
 from helpers.families import tiny_model
 from helpers.operation import calibrated_hash_text
 from helpers.specification import TOLERANCE, logits
+
+from hf_sparse_attn import record_density
+from hf_sparse_attn.side_channels import WATCHED
 
 CALIBRATED = {"hash": "calibrated", "calibrated_hash": calibrated_hash_text(), "key_budget": [[0, 3], 4]}
 
@@ -103,3 +107,68 @@ def test_an_exported_model_stands_alone(tmp_path):
 def test_it_stays_outside_of_cuda_graphs(name):
     """Inductor's mode "reduce-overhead" asks for this tag; the operations read masks on the host."""
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.hf_sparse_attn, name).default.tags
+
+
+class TestRecording:
+    """Forwards of a graph are recorded as eager ones are."""
+
+    def test_density(self):
+        model, ids = tiny_model(), tokens(40, 2)
+        graph = compiled(model)
+        with record_density(model) as expected:
+            logits(model, ids)
+        logits(graph, ids)  # compiled before anybody watches
+        for _ in range(2):
+            with record_density(model) as found:
+                logits(graph, ids)
+            assert (found.attended, found.scored, found.admissible) == (
+                expected.attended,
+                expected.scored,
+                expected.admissible,
+            )
+        with record_density(model) as found:
+            pass
+        logits(graph, ids)  # and when nobody watches any more
+        assert found.admissible == 0
+
+    def test_another_model_is_not_recorded(self):
+        model, other = tiny_model(), tiny_model()
+        with record_density(model) as found:
+            logits(compiled(other), tokens(40))
+        assert found.admissible == 0
+
+    def test_a_backward_is_recorded_once(self):
+        model, ids = tiny_model().train(), tokens(40)
+        with record_density(model) as expected:
+            model(ids, labels=ids, use_cache=False)
+        with record_density(model) as found:
+            compiled(model)(ids, labels=ids, use_cache=False).loss.backward()
+        assert found.admissible == expected.admissible > 0
+
+    def test_layers_compiled_one_by_one(self):
+        model, ids = tiny_model(), tokens(40)
+        with record_density(model) as expected:
+            logits(model, ids)
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
+        with record_density(model) as found:
+            logits(model, ids)
+        assert found.attended == expected.attended > 0
+
+    def test_a_thread_of_its_own_is_not_recorded(self):
+        model, ids = tiny_model(), tokens(40)
+        graph = compiled(model)
+        with record_density(model) as found:
+            thread = threading.Thread(target=logits, args=(graph, ids))
+            thread.start()
+            thread.join()
+        assert found.admissible == 0
+
+
+def test_nothing_stays_on_watched_modules():
+    model = tiny_model()
+    with record_density(model), record_density(model.model):
+        with record_density(model.model.layers[0]):
+            pass
+        assert all(WATCHED in module.__dict__ for module in model.modules())
+    assert not any(WATCHED in module.__dict__ for module in model.modules())

@@ -28,6 +28,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
 from hf_sparse_attn.calibration.kept_results import KeptResults
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.errors import ArgumentError
+from hf_sparse_attn.evaluation.dense_attention import fastest
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash, layer_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
@@ -376,6 +377,7 @@ def choose_by_loss(
     """
     factor = LOSS_FACTOR
     rows = [{"name": "calibration", "input_ids": document.tolist()}]
+    dense = fastest(model, document.tolist())
     best: tuple[SparseAttentionConfig, Allocation] | None = None
     for _ in range(_MAX_MEASUREMENTS):
         config, choice = _smallest_density(calibration, max_loss / factor, key_budget)
@@ -383,7 +385,7 @@ def choose_by_loss(
             break
         progress(f"measuring the loss at density {choice.density:.3f}")
         with configured(model, config.to_dict()):
-            loss = compare_perplexity(model, rows)["delta_nll"]["mean"]
+            loss = compare_perplexity(model, rows, dense_attention=dense)["delta_nll"]["mean"]
         progress(f"the loss rises by {loss:.5f} nats per token")
         if loss <= max_loss:
             best = config, choice

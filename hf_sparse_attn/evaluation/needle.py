@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE
 from hf_sparse_attn.evaluation.haystack import SEVERAL, SINGLE, Context
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.logits import hidden_states_and_head
 from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.tracing import input_device
 
-DENSE, SPARSE = "sdpa", "sparse"
 TASK_TITLES = {SINGLE: "one fact", SEVERAL: "several facts"}
 NUM_RESAMPLES = 10_000
 _REPLACING = (DynamicLayer, DynamicSlidingWindowLayer)

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.evaluation import choosers
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE
 from hf_sparse_attn.evaluation.divergence import compare_predictions, joined, summarize
-from hf_sparse_attn.evaluation.perplexity import DENSE, SPARSE, paired_difference
+from hf_sparse_attn.evaluation.perplexity import paired_difference
 from hf_sparse_attn.evaluation.tasks.asking import ask, paired
 from hf_sparse_attn.evaluation.tasks.paired import summarize as summarize_tasks
 from hf_sparse_attn.evaluation.tasks.prompts import Prompt

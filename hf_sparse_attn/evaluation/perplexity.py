@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.data import IGNORED_LABEL
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, by_sdpa
 from hf_sparse_attn.evaluation.divergence import Predictions, compare_predictions, joined, summarize, worst_tokens
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.logits import hidden_states_and_head, token_losses
 from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.tracing import input_device
 
-DENSE, SPARSE = "sdpa", "sparse"
 NUM_SPANS = 8
 BLOCK_LENGTH = 256
 NUM_RESAMPLES = 10_000
@@ -89,14 +89,16 @@ def compare_perplexity(
     *,
     tokenizer: Any = None,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
+    dense_attention: Callable[[PreTrainedModel], AbstractContextManager[None]] = by_sdpa,
 ) -> dict[str, Any]:
-    """Evaluate the same weights with dense (SDPA) and sparse attention over the same documents.
+    """Evaluate the same weights with dense and sparse attention over the same documents.
 
     Args:
         model: what `load_sparse_model` returns; it is left with sparse attention.
         documents: dicts with "name" and "input_ids", all of one length N >= 2.
         tokenizer: shows the worst tokens in their text; None leaves the text out.
         progress: wraps the iteration over the forwards (two a document), to show how far it is.
+        dense_attention: a block in which the model's attention is dense.
 
     Returns:
         A JSON-ready dict: "context_length" (N), "tokens" (predicted ones, N - 1 a document), "dense" and "sparse"
@@ -112,6 +114,7 @@ def compare_perplexity(
     """
     rows = [torch.tensor([document["input_ids"]], device=input_device(model)) for document in documents]
 
+    model.set_attn_implementation(SPARSE)
     pairs: list[Predictions] = []
     found: dict[str, Any] = {}
     seconds = {DENSE: 0.0, SPARSE: 0.0}
@@ -119,8 +122,7 @@ def compare_perplexity(
     # Whoever goes first on a document pays for cold caches: they take turns.
     turns = [(DENSE, SPARSE), (SPARSE, DENSE)]
     for index, implementation in progress([(i, turn) for i in range(len(rows)) for turn in turns[i % 2]]):
-        model.set_attn_implementation(implementation)
-        with record(model, density) if implementation == SPARSE else nullcontext():
+        with record(model, density) if implementation == SPARSE else dense_attention(model):
             started = time.perf_counter()
             found[implementation] = hidden_states_and_head(model, input_ids=rows[index], use_cache=False)
             found[implementation][0][0, -1, 0].item()  # wait for the device, so that the time is all of it
@@ -132,7 +134,6 @@ def compare_perplexity(
                     document = documents[index]["name"]
                     raise ValueError(f"the loss of document {document!r} is not finite with {name} attention")
             pairs.append(pair)
-    model.set_attn_implementation(SPARSE)
 
     predictions = joined(pairs)
     dense, sparse, kl = predictions.dense.double(), predictions.sparse.double(), predictions.kl.double()

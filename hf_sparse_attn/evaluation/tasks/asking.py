@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_sparse_attn.evaluation.needle import DENSE, SPARSE, answer_likelihoods, read_context
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE
+from hf_sparse_attn.evaluation.needle import answer_likelihoods, read_context
 from hf_sparse_attn.evaluation.tasks.prompts import Prompt
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.recording import DensityRecorder
