@@ -111,6 +111,8 @@ class FinetuneArguments(TrainingArguments):
             new = old.replace("gradient", "activation")
             if getattr(self, new, False) is None:
                 setattr(self, new, getattr(self, old))
+        # Trainer refuses bf16 on a machine without an accelerator otherwise.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if self.gradient_checkpointing:
             given: Any = self.gradient_checkpointing_kwargs or {}

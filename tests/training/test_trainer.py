@@ -243,6 +243,12 @@ def test_optimizer_of_another_model(checkpoint, tiny_model_path, tiny_tokenizer,
         tune(tiny_model_path, tiny_tokenizer, packed(tokens, CONTEXT_LENGTH), arguments)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without an accelerator")
+def test_bfloat16_needs_no_word_about_the_cpu(tmp_path):
+    arguments = FinetuneArguments(output_dir=str(tmp_path), bf16=True)
+    assert (arguments.use_cpu, arguments.device.type, arguments.bf16) == (True, "cpu", True)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
