@@ -6,26 +6,34 @@ and as accurate. In bfloat16 processors with instructions for it multiply severa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 _LEAST_ROWS = 64  # of the input: few rows are read as fast as the weights by either library
 _BFLOAT16 = "avx512_bf16", "amx_bf16", "bf16"  # instructions of x86 and ARM
 
 
-def fast_linear_layers() -> AbstractContextManager[Any]:
-    """In this block linear layers go to oneDNN: float32 on the CPU, many rows, without gradients, in this thread.
+@contextmanager
+def fast_linear_layers(model: nn.Module) -> Iterator[None]:
+    """In this block a model's linear layers go to oneDNN: in float32 on the CPU, with many rows, without gradients.
 
-    Results differ from PyTorch's by the rounding of float32. Nothing changes with gradients, or in a build of PyTorch
-    that has no oneDNN.
+    Results differ from PyTorch's by the rounding of float32. Nothing changes with gradients, for layers of other
+    classes than `torch.nn.Linear` or with hooks of accelerate, in what is compiled, or where PyTorch has no oneDNN.
     """
-    return nullcontext() if torch.is_grad_enabled() or _linear() is None else _OneDNN()
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    if torch.is_grad_enabled() or _linear() is None:
+        layers = []
+    for layer in layers:
+        layer.__class__ = _OneDNNLinear
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Linear
 
 
 def coarse_linear_layers(model: nn.Module) -> AbstractContextManager[Any]:
@@ -37,7 +45,7 @@ def coarse_linear_layers(model: nn.Module) -> AbstractContextManager[Any]:
     first = next(model.parameters())
     if first.dtype == torch.float32 and first.device.type == "cpu" and _has_bfloat16():
         return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # a cache would hold all weights again
-    return fast_linear_layers()
+    return fast_linear_layers(model)
 
 
 def _has_bfloat16() -> bool:
@@ -50,22 +58,17 @@ def _linear() -> Any:
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
-class _OneDNN(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs and _is_large(*args):
-            return _by_onednn(*args)
-        return func(*args, **kwargs or {})
+class _OneDNNLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  PyTorch's name
+        if torch.compiler.is_compiling() or not self._is_meant(input):
+            return super().forward(input)
+        result: Tensor = _linear()(input, self.weight, self.bias, "none", [], "")
+        return result
 
-
-def _is_large(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    tensors = [tensor for tensor in (rows, weight, bias) if tensor is not None]
-    plain = all(
-        type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
-        for tensor in tensors
-    )
-    return plain and not torch.is_grad_enabled() and rows.numel() >= _LEAST_ROWS * rows.shape[-1]
-
-
-def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    result: Tensor = _linear()(rows, weight, bias, "none", [], "")
-    return result
+    def _is_meant(self, rows: Tensor) -> bool:
+        tensors = [tensor for tensor in (rows, self.weight, self.bias) if tensor is not None]
+        plain = all(
+            type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+            for tensor in tensors
+        )
+        return plain and not torch.is_grad_enabled() and rows.numel() >= _LEAST_ROWS * rows.shape[-1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,7 +78,7 @@ class Head:
         with (
             replaced_attribute(self._base, "forward", finished),
             _without_group_hooks(self._last),
-            fast_linear_layers(),
+            nullcontext() if self._last is None else fast_linear_layers(self._last),
         ):
             return self._forward(input_ids=ids, use_cache=False).logits[0]
 
@@ -95,7 +95,7 @@ def hidden_states_and_head(model: nn.Module, **inputs: Any) -> tuple[Tensor, Hea
         rows of them into logits. Gradients flow through both.
     """
     causal_model = causal_model_of(model)
-    with _last_row_alone(causal_model) as outputs, fast_linear_layers():
+    with _last_row_alone(causal_model) as outputs, fast_linear_layers(causal_model):
         logits = model(**inputs).logits
     if not outputs:
         return logits, Head(causal_model, None, logits.shape[-1])

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.batches import tokens
+from helpers.families import tiny_model
 from torch import nn
 
 from hf_sparse_attn import linear_layers
+from hf_sparse_attn.evaluation.perplexity import token_nll
 from hf_sparse_attn.linear_layers import coarse_linear_layers, fast_linear_layers
 
 
@@ -25,7 +28,7 @@ def calls(monkeypatch):
 def test_results_are_those_of_float32(calls, shape, bias):
     layer, x = nn.Linear(24, 40, bias=bias), torch.randn(shape)
     with torch.no_grad():
-        with fast_linear_layers():
+        with fast_linear_layers(layer):
             found = layer(x)
         expected = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     assert len(calls) == 1
@@ -39,7 +42,7 @@ def test_all_else_stays_as_it_was(calls, case):
     dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(case, torch.float32)
     layer, x = layer.to(dtype), x.to(dtype)[: 10 if case == "few rows" else None]
     expected = layer(x)
-    with torch.set_grad_enabled(case == "gradients"), fast_linear_layers():
+    with torch.set_grad_enabled(case == "gradients"), fast_linear_layers(layer):
         if case == "afterwards":
             pass
         elif case == "gradients inside":
@@ -72,3 +75,29 @@ def test_the_instructions_are_found_by_their_names(monkeypatch):
         assert linear_layers._has_bfloat16() == expected
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert not linear_layers._has_bfloat16()
+
+
+def test_other_classes_and_the_layers_own_come_back(calls):
+    class Other(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(24, 24), Other(24, 24))
+    with torch.no_grad():
+        with fast_linear_layers(model):
+            model(torch.randn(200, 24))
+            assert isinstance(model[0], nn.Linear)
+        with pytest.raises(KeyError), fast_linear_layers(model):
+            raise KeyError
+    assert [type(layer) for layer in model] == [nn.Linear, Other]
+    assert len(calls) == 1
+
+
+def test_a_compiled_model_is_evaluated(calls):
+    model, ids = tiny_model(dtype=torch.float32), tokens(100)
+    expected = token_nll(model, ids)
+    assert calls
+    torch.testing.assert_close(token_nll(torch.compile(model, backend="aot_eager"), ids), expected)
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(token_nll(model, ids), expected)
+    torch.compiler.reset()
