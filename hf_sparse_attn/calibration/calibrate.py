@@ -43,6 +43,7 @@ from hf_sparse_attn.tracing import input_device
 Result = TypeVar("Result")
 
 LOSS_FACTOR = 3.2  # how many times the predicted rise of the loss is measured: 1.7 to 3.2 were, with SmolLM2-135M
+LEAST_LOSS = 1e-6  # nats per token: less is noise
 _MAX_MEASUREMENTS = 5
 _TRADE_POINTS = 10
 VERSION = 2  # of what is kept of a calibration: higher when something else is measured, or in another way
@@ -391,7 +392,8 @@ def choose_by_loss(
             best = config, choice
         if best is not None and loss > max_loss / 2:
             break
-        factor = max(1.0 if loss <= max_loss else 1.2 * factor, loss / max(choice.loss, 1e-9))
+        measured = loss / max(choice.loss, LEAST_LOSS) if loss > LEAST_LOSS else 0.0
+        factor = max(1.0 if loss <= max_loss else 1.2 * factor, measured)
     if best is not None:
         return best
     raise ValueError(

@@ -18,7 +18,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
     Allocation,
     by_head,
 )
-from hf_sparse_attn.calibration.calibrate import Calibration, choose_by_loss
+from hf_sparse_attn.calibration.calibrate import LEAST_LOSS, Calibration, choose_by_loss
 from hf_sparse_attn.calibration.kept_results import KeptResults, kept_results
 from hf_sparse_attn.calibration.prepare import prepare
 from hf_sparse_attn.calibration.refit import Refit, aims_of, compare
@@ -41,8 +41,6 @@ from hf_sparse_attn.progress import Progress, counted, silent
 from hf_sparse_attn.tracing import input_device
 
 logger = logging.getLogger(__name__)
-
-LEAST_LOSS = 1e-6  # nats per token: less is noise
 
 
 @dataclass(frozen=True)

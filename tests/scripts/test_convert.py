@@ -317,7 +317,7 @@ def test_max_loss_is_kept_on_the_last_calibration_document(convert, arguments):
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
     from hf_sparse_attn.loading import load_sparse_model
 
-    _, _, printed = convert(target_density=None, max_loss=0.05)
+    _, _, printed = convert(target_density=None, max_loss=0.1)
     assert "measuring the loss at density" in printed
     tokenizer = AutoTokenizer.from_pretrained(arguments["--model"])
     texts = load_documents(str(arguments["--calibration-dataset"]), "train")
@@ -325,14 +325,14 @@ def test_max_loss_is_kept_on_the_last_calibration_document(convert, arguments):
     model = load_sparse_model(str(arguments["--output"]))
     result = compare_perplexity(model, documents[1:])
     assert result["documents"][0]["name"] == "1.txt"
-    assert result["delta_nll"]["mean"] <= 0.05
+    assert result["delta_nll"]["mean"] <= 0.1
     assert result["sparse"]["density"] < 1
 
 
 def test_impossible_max_loss(run_script, arguments, monkeypatch, tmp_path):
     from hf_sparse_attn.calibration import calibrate as conversion
 
-    monkeypatch.setattr(conversion, "compare_perplexity", lambda *_: {"delta_nll": {"mean": 1.0}})
+    monkeypatch.setattr(conversion, "compare_perplexity", lambda *_, **__: {"delta_nll": {"mean": 1.0}})
     finished = run_script(SCRIPT, *flat(arguments | {"--target-density": None, "--max-loss": 0.01}))
     assert finished.status == 2
     assert "argument --max-loss: a rise of the loss by at most 0.01 was not reached" in finished.stderr
