@@ -385,11 +385,15 @@ def distributions(model, document, config):
 def sequence(results, seen):
     """A `compare_perplexity` that measures these rises of the loss, one after another."""
 
-    def compare(model, rows):
+    def compare(model, rows, **_):
         seen.append(dict(model.config.sparse_attention))
         return {"delta_nll": {"mean": results[len(seen) - 1]}}
 
     return compare
+
+
+def _first_choice(calibration, max_loss):
+    return conversion._smallest_density(calibration, max_loss / conversion.LOSS_FACTOR, 1000)[1]
 
 
 class TestChooseByLoss:
@@ -426,6 +430,17 @@ class TestChooseByLoss:
         assert len(seen) == 2
         assert config.to_dict() == seen[taken]
         assert (choice.density < aim.density) == (taken == 1)
+
+    def test_noise_where_nothing_is_predicted_is_no_factor(self, calibrated, monkeypatch):
+        """The first choice reads everything; its loss is rounding, and says nothing of sparser choices."""
+        calibration, documents = calibrated
+        sparser, seen = calibration.choose(0.9, 1000)[1], []
+        most = 1.5 * sparser.loss
+        assert _first_choice(calibration, most).loss == 0
+        monkeypatch.setattr(conversion, "compare_perplexity", sequence([1e-8, most], seen))
+        _, choice = choose_by_loss(tiny_model(dtype=torch.float32), calibration, documents[0], most, 1000)
+        assert len(seen) == 2
+        assert choice.density < 1
 
     def test_a_measured_factor_makes_the_next_choice_denser(self, calibrated, monkeypatch):
         """The first choice loses half more than was predicted: the next one is to be predicted that much lower."""
