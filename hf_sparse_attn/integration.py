@@ -332,8 +332,13 @@ def choosing(model: nn.Module, choose: ops.Chooser) -> AbstractContextManager[No
 @contextmanager
 def observe_dense(model: nn.Module, observer: Observer) -> Iterator[None]:
     """As `observe`, while every row of the model reads everything; its configuration is put back afterwards."""
-    with configured(model, {"dense_below": sys.maxsize}), observe(model, observer):
+    with reading_everything(model), observe(model, observer):
         yield
+
+
+def reading_everything(model: nn.Module) -> AbstractContextManager[None]:
+    """In this block every row of the model reads everything; its configuration is put back afterwards."""
+    return configured(model, {"dense_below": sys.maxsize})
 
 
 @contextmanager

@@ -24,9 +24,9 @@ def fast_linear_layers(model: nn.Module) -> Iterator[None]:
     Results differ from PyTorch's by the rounding of float32. Nothing changes with gradients, for layers of other
     classes than `torch.nn.Linear` or with hooks of accelerate, in what is compiled, or where PyTorch has no oneDNN.
     """
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
-    if torch.is_grad_enabled() or _linear() is None:
-        layers = []
+    layers = []
+    if not torch.is_grad_enabled() and _linear() is not None:
+        layers = [module for module in model.modules() if type(module) is nn.Linear]
     for layer in layers:
         layer.__class__ = _OneDNNLinear
     try:

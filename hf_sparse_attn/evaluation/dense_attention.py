@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse_attn import ops
-from hf_sparse_attn.integration import configured
+from hf_sparse_attn.integration import reading_everything
 from hf_sparse_attn.tracing import input_device
 
 DENSE, SPARSE = "sdpa", "sparse"
@@ -33,15 +32,9 @@ def by_sdpa(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(SPARSE)
 
 
-@contextmanager
-def by_tiles(model: PreTrainedModel) -> Iterator[None]:
-    """In this block every row of the model reads everything, by this package's own code."""
-    with configured(model, {"dense_below": sys.maxsize}):
-        yield
-
-
 def fastest(model: PreTrainedModel, tokens: Sequence[int]) -> Callable[[PreTrainedModel], AbstractContextManager[None]]:
-    """`by_tiles` for float32 models on CPUs with compiled loops, half of SDPA's time for long text; else `by_sdpa`.
+    """`reading_everything` for float32 models on CPUs with compiled loops, half of SDPA's time for long text; else
+    `by_sdpa`.
 
     Only where both give the same hidden states of the first 1024 tokens; a warning tells if they do not.
 
@@ -53,10 +46,10 @@ def fastest(model: PreTrainedModel, tokens: Sequence[int]) -> Callable[[PreTrain
     if device.type != "cpu" or model.dtype != torch.float32 or not ops.computes_dense_rows("auto", device):
         return by_sdpa
     row = torch.tensor([tokens[:_CHECKED_TOKENS]], device=device)
-    expected, found = (_last_hidden_states(model, row, block) for block in (by_sdpa, by_tiles))
+    expected, found = (_last_hidden_states(model, row, block) for block in (by_sdpa, reading_everything))
     difference = ((found - expected).norm() / expected.norm()).item()
     if difference < _TOLERANCE:
-        return by_tiles
+        return reading_everything
     if not expected.isfinite().all():
         return by_sdpa
     logger.warning(

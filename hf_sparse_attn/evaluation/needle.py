@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, by_sdpa
 from hf_sparse_attn.evaluation.haystack import SEVERAL, SINGLE, Context
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.logits import hidden_states_and_head
@@ -52,15 +51,14 @@ def compare_retrieval(
     answers: dict[str, dict[int, list[dict[str, Any]]]] = {DENSE: {}, SPARSE: {}}
     seconds: dict[str, dict[int, float]] = {DENSE: {}, SPARSE: {}}
     density = DensityRecorder()
+    model.set_attn_implementation(SPARSE)
     # Whoever goes first on a context pays for cold caches: they take turns.
     turns = [(DENSE, SPARSE), (SPARSE, DENSE)]
     for index, side in progress([(i, side) for i in range(len(contexts)) for side in turns[i % 2]]):
-        model.set_attn_implementation(side)
-        with record(model, density) if side == SPARSE else nullcontext():
+        with record(model, density) if side == SPARSE else by_sdpa(model):
             started = time.perf_counter()
             answers[side][index] = retrieve(model, contexts[index])
             seconds[side][index] = time.perf_counter() - started
-    model.set_attn_implementation(SPARSE)
 
     asked = [
         {"task": context.task, "context_length": context.context_length, "depth": needle.depth}

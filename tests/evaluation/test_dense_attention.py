@@ -9,8 +9,9 @@ from helpers.families import tiny_model
 from helpers.specification import logits
 
 from hf_sparse_attn.evaluation import dense_attention
-from hf_sparse_attn.evaluation.dense_attention import by_sdpa, by_tiles, fastest
+from hf_sparse_attn.evaluation.dense_attention import by_sdpa, fastest
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
+from hf_sparse_attn.integration import reading_everything
 
 IDS = tokens(60)
 
@@ -27,7 +28,7 @@ def test_both_are_dense_and_leave_the_model_as_it_was(family):
     expected = logits(model, IDS)
     model.set_attn_implementation("sparse")
     sparse = logits(model, IDS)
-    for block in (by_sdpa, by_tiles):
+    for block in (by_sdpa, reading_everything):
         if block is by_sdpa and family in ("gemma2", "gpt_oss"):  # SDPA knows no softcap and no sinks
             continue
         with block(model):
@@ -37,7 +38,7 @@ def test_both_are_dense_and_leave_the_model_as_it_was(family):
 
 
 def test_tiles_where_they_are_seen_to_agree(compiled_loops):
-    assert fastest(tiny_model(dtype=torch.float32), IDS[0].tolist()) is by_tiles
+    assert fastest(tiny_model(dtype=torch.float32), IDS[0].tolist()) is reading_everything
 
 
 def test_sdpa_for_another_dtype(compiled_loops):
@@ -50,7 +51,7 @@ def test_sdpa_without_compiled_loops(monkeypatch):
 
 
 def test_a_difference_is_told(compiled_loops, monkeypatch, caplog):
-    monkeypatch.setattr(dense_attention, "by_tiles", lambda model: torch.enable_grad())  # sparse all the same
+    monkeypatch.setattr(dense_attention, "reading_everything", lambda model: torch.enable_grad())  # sparse all the same
     with caplog.at_level(logging.WARNING):
         assert fastest(tiny_model(dtype=torch.float32), IDS[0].tolist()) is by_sdpa
     assert "please report it" in caplog.text
@@ -67,7 +68,7 @@ def test_a_broken_model_is_not_told_of(compiled_loops, caplog):
 def test_a_comparison_comes_to_the_same(compiled_loops):
     model = tiny_model(dtype=torch.float32)
     documents = [{"name": "some", "input_ids": IDS[0].tolist()}]
-    one, two = (compare_perplexity(model, documents, dense_attention=block) for block in (by_sdpa, by_tiles))
+    one, two = (compare_perplexity(model, documents, dense_attention=block) for block in (by_sdpa, reading_everything))
     assert one["dense"]["nll"] == pytest.approx(two["dense"]["nll"], abs=1e-5)
     assert one["sparse"]["nll"] == two["sparse"]["nll"] != pytest.approx(one["dense"]["nll"], abs=1e-5)
     assert one["sparse"]["density"] == two["sparse"]["density"] < 1

@@ -312,12 +312,14 @@ def test_key_budget_limits_the_mean(convert):
     assert f"({min(budgets)} to {max(budgets)}, fitted for" in card.replace("\n", " ")
 
 
-def test_max_loss_is_kept_on_the_last_calibration_document(convert, arguments):
+def test_max_loss_is_kept_on_the_last_calibration_document(convert, arguments, monkeypatch):
+    from hf_sparse_attn import linear_layers
     from hf_sparse_attn.data import load_documents, long_documents
     from hf_sparse_attn.evaluation.perplexity import compare_perplexity
     from hf_sparse_attn.loading import load_sparse_model
 
-    _, _, printed = convert(target_density=None, max_loss=0.1)
+    monkeypatch.setattr(linear_layers, "_has_bfloat16", lambda: False)  # the choice is to be the same on every CPU
+    _, _, printed = convert(target_density=None, max_loss=0.05)
     assert "measuring the loss at density" in printed
     tokenizer = AutoTokenizer.from_pretrained(arguments["--model"])
     texts = load_documents(str(arguments["--calibration-dataset"]), "train")
@@ -325,7 +327,7 @@ def test_max_loss_is_kept_on_the_last_calibration_document(convert, arguments):
     model = load_sparse_model(str(arguments["--output"]))
     result = compare_perplexity(model, documents[1:])
     assert result["documents"][0]["name"] == "1.txt"
-    assert result["delta_nll"]["mean"] <= 0.1
+    assert result["delta_nll"]["mean"] <= 0.05
     assert result["sparse"]["density"] < 1
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, by_sdpa
 from hf_sparse_attn.evaluation.needle import answer_likelihoods, read_context
 from hf_sparse_attn.evaluation.tasks.prompts import Prompt
 from hf_sparse_attn.integration import record
@@ -49,15 +48,12 @@ def ask_both(model: PreTrainedModel, prompt: Prompt, sparse_first: bool = False)
         What `paired` returns, with "dense_seconds" and "sparse_seconds".
     """
     answers, seconds, density = {}, {}, DensityRecorder()
+    model.set_attn_implementation(SPARSE)
     for side in (SPARSE, DENSE) if sparse_first else (DENSE, SPARSE):
-        model.set_attn_implementation(side)
-        try:
-            with record(model, density) if side == SPARSE else nullcontext():
-                started = time.perf_counter()
-                answers[side] = ask(model, prompt)
-                seconds[side] = time.perf_counter() - started
-        finally:
-            model.set_attn_implementation(SPARSE)
+        with record(model, density) if side == SPARSE else by_sdpa(model):
+            started = time.perf_counter()
+            answers[side] = ask(model, prompt)
+            seconds[side] = time.perf_counter() - started
     result = paired(prompt, answers[DENSE], answers[SPARSE], density)
     return result | {"dense_seconds": seconds[DENSE], "sparse_seconds": seconds[SPARSE]}
 
