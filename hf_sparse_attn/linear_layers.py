@@ -36,14 +36,16 @@ def fast_linear_layers(model: nn.Module) -> Iterator[None]:
             layer.__class__ = nn.Linear
 
 
-def coarse_linear_layers(model: nn.Module) -> AbstractContextManager[Any]:
+def coarse_linear_layers(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
     """In this block the linear layers of a float32 model on the CPU are computed in bfloat16, in this thread.
 
     For what rounding does not matter to. Where the processor has no instructions for it, and for other models, this is
     `fast_linear_layers`.
+
+    Args:
+        device: where the model computes, wherever its weights are meanwhile (`tracing.input_device`).
     """
-    first = next(model.parameters())
-    if first.dtype == torch.float32 and first.device.type == "cpu" and _has_bfloat16():
+    if next(model.parameters()).dtype == torch.float32 and device.type == "cpu" and _has_bfloat16():
         return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # a cache would hold all weights again
     return fast_linear_layers(model)
 

@@ -11,6 +11,8 @@ from hf_sparse_attn import linear_layers
 from hf_sparse_attn.evaluation.perplexity import token_nll
 from hf_sparse_attn.linear_layers import coarse_linear_layers, fast_linear_layers
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def calls(monkeypatch):
@@ -61,12 +63,20 @@ def test_products_of_a_float32_model_are_coarse_where_the_processor_is_fast_at_i
     layer, x = nn.Linear(24, 40), torch.randn(200, 24)
     for capable, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(linear_layers, "_has_bfloat16", lambda capable=capable: capable)
-        with torch.no_grad(), coarse_linear_layers(layer):
+        with torch.no_grad(), coarse_linear_layers(layer, CPU):
             assert layer(x).dtype == dtype
         assert layer(x).dtype == torch.float32
     monkeypatch.setattr(linear_layers, "_has_bfloat16", lambda: True)
-    with torch.no_grad(), coarse_linear_layers(layer.double()):  # a model of another dtype is left alone
+    with torch.no_grad(), coarse_linear_layers(layer.double(), CPU):  # a model of another dtype is left alone
         assert layer(x.double()).dtype == torch.float64
+
+
+def test_offloaded_weights_are_computed_with_as_any_others(monkeypatch):
+    """Between forwards they are on "meta"."""
+    monkeypatch.setattr(linear_layers, "_has_bfloat16", lambda: True)
+    for device, coarse in ((CPU, True), (torch.device("meta"), False)):
+        with torch.no_grad(), coarse_linear_layers(nn.Linear(24, 40, device="meta"), device):
+            assert torch.is_autocast_enabled("cpu") == coarse
 
 
 def test_the_instructions_are_found_by_their_names(monkeypatch):

@@ -10,7 +10,7 @@ from operator import add
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -230,8 +230,9 @@ def _read(
             pattern.sliding_window,
         )
 
-    with observe_dense(model, observer), coarse_linear_layers(model):
-        model.base_model(input_ids=document[None].to(input_device(model)), use_cache=False)
+    device = input_device(model)
+    with observe_dense(model, observer), coarse_linear_layers(model, device):
+        model.base_model(input_ids=document[None].to(device), use_cache=False)
     return layers, sorted(local)
 
 
@@ -305,18 +306,20 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     Transformers' own switch has no effect outside of training. Where weights are offloaded, layers are computed to
     their ends: PyTorch would leave them as soon as it has what it needs, and the weights in use would stay.
     """
-    early_stop = not is_offloaded(model)
+    early_stop, device = not is_offloaded(model), input_device(model)
     with ExitStack() as stack:
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                forward = partial(_computed_coarsely, model, layer.forward)
+                forward = partial(_computed_coarsely, layer, device, layer.forward)
                 recomputed = partial(checkpoint, forward, use_reentrant=False, early_stop=early_stop)
                 stack.enter_context(replaced_attribute(layer, "forward", recomputed))
         yield
 
 
-def _computed_coarsely(model: PreTrainedModel, forward: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    with coarse_linear_layers(model):
+def _computed_coarsely(
+    layer: nn.Module, device: torch.device, forward: Callable[..., Result], *args: Any, **kwargs: Any
+) -> Result:
+    with coarse_linear_layers(layer, device):
         return forward(*args, **kwargs)
 
 
