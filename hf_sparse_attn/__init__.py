@@ -6,7 +6,7 @@ Importing this package registers `attn_implementation="sparse"`; nothing else is
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
-from hf_sparse_attn.cache import SparseCache
+from hf_sparse_attn.cache import SparseCache, SparseStaticCache
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.global_tokens import mark_global_tokens
 from hf_sparse_attn.integration import check_model, configure, record_density, register
@@ -45,6 +45,7 @@ __all__ = [
     "SparseAttentionConfig",
     "SparseCache",
     "SparseIndex",
+    "SparseStaticCache",
     "UniformBudget",
     "apply_index",
     "build_index",

@@ -108,19 +108,17 @@ def attention(
         every, window = read_documents(inputs, kv_length, pattern.sliding_window, pattern.is_causal)
     if window != pattern.sliding_window:
         pattern = dataclasses.replace(pattern, sliding_window=window)
-    if not pattern.is_causal:
-        if kept is not None:
-            raise ValueError("a SparseCache with a policy holds keys of causal attention alone")
-        indexes = None
-    if choose is not None:
-        if kept is not None:
-            raise ValueError("a SparseCache with a policy knows no other choice of keys")
-        indexes = None
-    if carries_gradients(query, key, value, inputs.sinks):
-        if kept is not None:
-            raise ValueError("a SparseCache with a policy carries no gradients; use torch.no_grad()")
+    by_gradients = carries_gradients(query, key, value, inputs.sinks)
+    if indexes is not None and (by_gradients or choose is not None or not pattern.is_causal):
+        indexes.clear()  # which hear nothing of the keys that are written now
         indexes = None
     if kept is not None:
+        if not pattern.is_causal:
+            raise ValueError("a SparseCache with a policy holds keys of causal attention alone")
+        if choose is not None:
+            raise ValueError("a SparseCache with a policy knows no other choice of keys")
+        if by_gradients:
+            raise ValueError("a SparseCache with a policy carries no gradients; use torch.no_grad()")
         if inputs.marks is not None:
             raise ValueError("a SparseCache with a policy does not take global_token_ids")
         if pattern.sliding_window is not None:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from hf_sparse_attn.attention import Inputs, attention
+from hf_sparse_attn.cache.static import indexes_at
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.ops import compute_dtype
 from hf_sparse_attn.ops.common.chunked import ONCE
 from hf_sparse_attn.patterns import LayerPattern, layer_pattern
 from hf_sparse_attn.recording import together
+from hf_sparse_attn.side_channels import INDEXES
 from hf_sparse_attn.tensor_parallel import HeadSplit
 from hf_sparse_attn.watching import RECORDERS, watchers
 
@@ -80,6 +82,8 @@ def _attention(
 ) -> Tensor:
     inputs = Inputs(query, key, value, attention_mask, position_ids, cu_seq_lens, seq_idx, marks, sinks)
     pattern = _pattern(inputs, fields, layer_idx, split, sliding_window, is_causal)
+    if (indexes := indexes_at(key)) is not None:
+        setattr(key, INDEXES, indexes)
     return attention(inputs, pattern, scaling, softcap, together(watchers(watched, RECORDERS)))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse_attn.cache import SparseCache
+from hf_sparse_attn.cache import SparseCache, SparseStaticCache
 from hf_sparse_attn.cache.policies import (
     AdaptiveBudget,
     HeavyHitters,
@@ -45,6 +45,7 @@ __all__ = [
     "Sinks",
     "SparseAttentionConfig",
     "SparseCache",
+    "SparseStaticCache",
     "UniformBudget",
     "check_model",
     "configure",

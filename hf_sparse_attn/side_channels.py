@@ -5,7 +5,7 @@ to. So these ride on the tensors and the module:
 
 | attribute | on | set by | read by | if it is lost |
 |---|---|---|---|---|
-| INDEXES | a cache layer's key tensor | `cache.SparseLayer` | `attention` | keys are grouped by bucket anew |
+| INDEXES | a cache layer's key tensor | `cache`, `custom_op` | `attention` | keys are grouped by bucket anew |
 | KEPT | a cache layer's new keys | `cache.EvictingLayer` | `attention` | the next call ends in an error |
 | DOCUMENTS | the mask | `masks.read` | `masks.read` | each layer reads the mask itself |
 | SEEN_BY | position_ids | `notices` | `notices` | each layer looks at them itself |

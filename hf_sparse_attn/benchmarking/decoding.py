@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.benchmarking.speed import check_rows, synchronize
-from hf_sparse_attn.cache import SparseCache, SparseLayer
+from hf_sparse_attn.cache import SparseCache, SparseLayer, SparseStaticCache, layer_bytes
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.decoding_graph import DecodingGraph
 from hf_sparse_attn.integration import record_density
@@ -151,7 +151,9 @@ def device_milliseconds(works: Sequence[Callable[[], object]]) -> float:
 
 
 @torch.no_grad()
-def compare_generation(model: PreTrainedModel, input_ids: Tensor, repeats: int = 3) -> dict[str, Any]:
+def compare_generation(
+    model: PreTrainedModel, input_ids: Tensor, repeats: int = 3, compiled: bool = False
+) -> dict[str, Any]:
     """Time of one generated token of a whole model: medians over steps that alternate between dense and sparse.
 
     One sparse prefill fills one `SparseCache`, in which both sides go on; each appends its tokens in place.
@@ -160,35 +162,42 @@ def compare_generation(model: PreTrainedModel, input_ids: Tensor, repeats: int =
         model: with attn_implementation="sparse"; left so.
         input_ids: [1, N] int64, the context.
         repeats: eight timed tokens of each side.
+        compiled: both sides' steps are compiled by torch.compile, over one `SparseStaticCache`.
 
     Returns:
-        As `compare_decoding`, with "pass" "generation"; the bytes are of all layers. On a GPU also "sparse_graph_ms":
-        the sparse side by a `DecodingGraph`, or None for a model that has none.
+        As `compare_decoding`, with "pass" "generation" or "compiled_generation"; the bytes are of all layers. On a GPU
+        also "sparse_graph_ms", unless compiled: the sparse side by a `DecodingGraph`, None for a model that has none.
     """
-    cache = SparseCache(model.config)
+    steps = 1 + 2 * (WARM_STEPS + 8 * repeats)
+    cache: SparseCache | SparseStaticCache = SparseCache(model.config)
+    step: Callable[..., Any] = model
+    if compiled:
+        cache = SparseStaticCache(model.config, max_cache_len=input_ids.shape[1] + steps)
+        step = torch.compile(model.forward)
     logits = model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1).logits
     spent: dict[str, list[float]] = {"sparse": [], "sdpa": []}
     try:
         with record_density(model) as counted:
             logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
-        held = cache.nbytes
-        dense_bytes = sum(x.nbytes for layer in cache for x in layer[:2] if x is not None)
+        layers: list[Any] = cache.layers
+        held = sum(map(layer_bytes, layers))
+        dense_bytes = sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
         for _ in range(WARM_STEPS + 8 * repeats):
             for implementation, seconds in spent.items():
                 model.set_attn_implementation(implementation)
                 synchronize(input_ids.device)
                 start = time.perf_counter()
-                logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
+                logits = step(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits
                 synchronize(input_ids.device)
                 seconds.append(time.perf_counter() - start)
     finally:
         model.set_attn_implementation("sparse")
     graph: dict[str, float | None] = {}
-    if input_ids.device.type == "cuda":
+    if input_ids.device.type == "cuda" and isinstance(cache, SparseCache):
         graph["sparse_graph_ms"] = graph_milliseconds(model, cache, logits[:, -1:].argmax(-1), repeats)
     sparse_ms, dense_ms = (1e3 * statistics.median(seconds[WARM_STEPS:]) for seconds in spent.values())
     return {
-        "pass": "generation",
+        "pass": "compiled_generation" if compiled else "generation",
         "seq_len": input_ids.shape[1],
         "dense_ms": dense_ms,
         "sparse_ms": sparse_ms,

@@ -2,5 +2,6 @@
 
 from hf_sparse_attn.cache.layers import EvictingLayer, SparseLayer, layer_bytes
 from hf_sparse_attn.cache.sparse_cache import SparseCache, _Memory
+from hf_sparse_attn.cache.static import SparseStaticCache
 
-__all__ = ["EvictingLayer", "SparseCache", "SparseLayer", "_Memory", "layer_bytes"]
+__all__ = ["EvictingLayer", "SparseCache", "SparseLayer", "SparseStaticCache", "_Memory", "layer_bytes"]

@@ -41,8 +41,8 @@ class FixedStep(NamedTuple):
 class KeyIndexes:
     """One index for each row of a batch, of the document that its last keys belong to.
 
-    The attention function finds it at the key tensor of a `SparseCache`. An index is started anew where anything does
-    not fit: another document, other padding, another configuration.
+    The attention function finds it at the key tensor of a `SparseCache` or `SparseStaticCache`. An index is started
+    anew where anything does not fit: another document, other padding, another configuration.
     """
 
     def __init__(self) -> None:
@@ -73,6 +73,8 @@ class KeyIndexes:
             if index is None:
                 return None
             self._of_row[place] = first, pattern, index
+        if self.step is None:  # whatever stood where the queries' own keys stand now is overwritten
+            index.crop(document.query_offset - document.key_offset)
         if marked is not None:  # those of keys that the index has yet to take in, too
             index.pattern = dataclasses.replace(pattern, marked=marked)
         return index

@@ -254,6 +254,7 @@ def _cropped_length(length: int, tokens_to_remove: int) -> int:
 
 def layer_bytes(layer: Any) -> int:
     """Bytes that a cache layer of any kind holds."""
-    if isinstance(layer, (SparseLayer, EvictingLayer)):
-        return layer.nbytes
+    own: int | None = getattr(layer, "nbytes", None)
+    if own is not None:
+        return own
     return sum(x.nbytes for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None)

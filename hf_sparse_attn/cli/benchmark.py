@@ -22,8 +22,8 @@ from hf_sparse_attn.config import text_config
 from hf_sparse_attn.errors import argument
 from hf_sparse_attn.output_files import replaced, write_json
 
-PASSES = ("forward", "forward_backward", "stages", "decode", "prefill", "training_step", "generation")
-OF_A_MODEL = PASSES[4:]
+OF_A_MODEL = ("prefill", "training_step", "generation", "compiled_generation")
+PASSES = ("forward", "forward_backward", "stages", "decode", *OF_A_MODEL)
 SHAPE = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}
 BACKENDS = ("flash", "cudnn", "efficient", "flex")
 
@@ -45,7 +45,7 @@ def make_parser() -> OneLineErrors:
         choices=PASSES,
         help="Measure this pass of the attention: forward, forward_backward, stages (where the time goes, with Numba "
         "on a CPU) or decode (one step over a full cache); or of the whole --model: prefill, training_step or "
-        "generation (one token) (default: %(default)s).",
+        "generation (one token; compiled_generation: by torch.compile) (default: %(default)s).",
     )
     add(
         parser,
@@ -249,8 +249,8 @@ def measure_whole(arguments: Any, model: Any, ids: Any) -> dict[str, Any]:
     from hf_sparse_attn.benchmarking.decoding import compare_generation
     from hf_sparse_attn.benchmarking.speed import compare_model_speed
 
-    if arguments.passes == "generation":
-        return compare_generation(model, ids, arguments.repeats)
+    if arguments.passes.endswith("generation"):
+        return compare_generation(model, ids, arguments.repeats, compiled=arguments.passes == "compiled_generation")
     return compare_model_speed(model, ids, arguments.passes, arguments.repeats)
 
 
@@ -262,7 +262,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     timed = ("dense", "dense_device", *BACKENDS, "sparse", "sparse_device", "sparse_graph", "routing", "floor")
     parts = [part for part in timed if f"{part}_ms" in rows[0]]
     digits = 2 if rows[0]["pass"] == "decode" else 1
-    memory = "cache" if rows[0]["pass"] in ("decode", "generation") else "peak"
+    memory = "cache" if rows[0]["pass"] in ("decode", "generation", "compiled_generation") else "peak"
     sides = (f"{side} {memory} MB" for side in ("dense", "sparse"))
     print_table(
         f"{rows[0]['pass']}: medians",

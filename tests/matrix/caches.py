@@ -9,7 +9,7 @@ from helpers.families import FAMILIES, tiny_model
 from helpers.specification import assert_specified
 from transformers import DynamicCache, StaticCache
 
-from hf_sparse_attn import SparseCache
+from hf_sparse_attn import SparseCache, SparseStaticCache
 from hf_sparse_attn.cache.policies import HeavyHitters, Sinks
 
 
@@ -33,6 +33,10 @@ def new_with_a_policy(config):
 
 def new_static(config):
     return StaticCache(config=config, max_cache_len=64)
+
+
+def new_sparse_static(config):
+    return SparseStaticCache(config, max_cache_len=64)
 
 
 def dynamic_cache(family):
@@ -65,14 +69,23 @@ def policy_cache(family):
 
 def static_cache(family):
     """Prefill in one piece or several, then token by token, with `StaticCache`, up to its last slot."""
+    check_static_cache(family, StaticCache)
+
+
+def sparse_static_cache(family):
+    """The same with `SparseStaticCache`, which keeps the indexes of the keys."""
+    check_static_cache(family, SparseStaticCache)
+
+
+def check_static_cache(family, of_class):
     for sizes in ((40,), (31, 1), (7, 13)):
-        check_chunks(family, sizes, new_cache=new_static)
-    check_chunks(family, (21, 1), 24, lambda config: StaticCache(config=config, max_cache_len=24))
+        check_chunks(family, sizes, new_cache=lambda config: of_class(config=config, max_cache_len=64))
+    check_chunks(family, (21, 1), 24, lambda config: of_class(config=config, max_cache_len=24))
 
 
 def left_padded_cache(family):
     """A batch padded on the left, prefilled and then fed token by token, in each kind of cache."""
-    for new_cache in (new_dynamic, new_keeping_everything, new_static, new_sparse):
+    for new_cache in (new_dynamic, new_keeping_everything, new_static, new_sparse, new_sparse_static):
         check_padded_cache(family, "left", new_cache)
 
 
@@ -84,6 +97,7 @@ def right_padded_cache(family):
         check_padded_cache(family, "right", new_dynamic)
         check_padded_cache(family, "right", new_static)
         check_padded_cache(family, "right", new_sparse)
+        check_padded_cache(family, "right", new_sparse_static)
 
 
 def check_padded_cache(family, side, new_cache):
@@ -154,6 +168,7 @@ PATHS = {
     "sparse cache": sparse_cache,
     "cache with a policy": policy_cache,
     "static cache": static_cache,
+    "sparse static cache": sparse_static_cache,
     "left-padded batch in a cache": left_padded_cache,
     "right-padded batch in a cache": right_padded_cache,
     "cropped cache": cropped_cache,

@@ -5,17 +5,17 @@ from helpers.batches import padded_batch, tokens
 from helpers.families import tiny_model
 from helpers.specification import specified
 
-from hf_sparse_attn import SparseCache
+from hf_sparse_attn import SparseCache, SparseStaticCache
 
 STEPS = 9
 
 
-def check_greedy(family, rows, sparse_cache=False, **options):
+def check_greedy(family, rows, new_cache=None, **options):
     """Rows of one batch, padded on the left where they differ in length."""
     ids, mask, _ = padded_batch(rows, "left", 0)
     model = tiny_model(family)
-    if sparse_cache:
-        options["past_key_values"] = SparseCache(model.config)
+    if new_cache is not None:
+        options["past_key_values"] = new_cache(model.config)
     output = generate(model, ids, mask, **options)
     assert_specified_steps(output, family, rows)
     for row_steps, sequence in zip(torch.stack(output.logits, 1), output.sequences, strict=True):
@@ -30,6 +30,10 @@ def assert_specified_steps(output, family, rows):
         torch.testing.assert_close(row_steps.double(), expected, rtol=1e-5, atol=1e-5)  # generate keeps float32
 
 
+def new_sparse_static(config):
+    return SparseStaticCache(config, max_cache_len=40)
+
+
 def generate(model, ids, mask=None, **options):
     mask = torch.ones_like(ids) if mask is None else mask
     defaults = {"do_sample": False, "output_logits": True, "max_new_tokens": STEPS, "return_dict_in_generate": True}
@@ -42,15 +46,17 @@ def greedy(family):
 
 
 def greedy_static(family):
-    """Greedy search, with a static cache."""
+    """Greedy search, with `StaticCache` and `SparseStaticCache`."""
     check_greedy(family, list(tokens(21, 2)), cache_implementation="static")
+    check_greedy(family, list(tokens(21, 2)), new_cache=new_sparse_static)
 
 
 def greedy_padded(family):
-    """Greedy search over prompts of several lengths, padded on the left; dynamic and static cache."""
+    """Greedy search over prompts of several lengths, padded on the left; dynamic, static and sparse static cache."""
     rows = [tokens(length, seed=length)[0] for length in (23, 13, 2)]
     for cache in ("dynamic", "static"):
         check_greedy(family, rows, cache_implementation=cache)
+    check_greedy(family, rows, new_cache=new_sparse_static)
 
 
 def prefill_in_chunks(family):
@@ -98,12 +104,12 @@ def assisted(family):
 def greedy_sparse(family):
     """Greedy search with `SparseCache`: prompts of one length and of several, in chunks, and with tokens of the prompt
     or of an assistant verified."""
-    check_greedy(family, list(tokens(21, 2)), sparse_cache=True)
-    check_greedy(family, [tokens(length, seed=length)[0] for length in (23, 13, 2)], sparse_cache=True)
-    check_greedy(family, list(tokens(21, 2)), sparse_cache=True, prefill_chunk_size=8)
-    check_greedy(family, list(tokens(5).repeat(1, 5)), sparse_cache=True, prompt_lookup_num_tokens=3)
+    check_greedy(family, list(tokens(21, 2)), new_cache=SparseCache)
+    check_greedy(family, [tokens(length, seed=length)[0] for length in (23, 13, 2)], new_cache=SparseCache)
+    check_greedy(family, list(tokens(21, 2)), new_cache=SparseCache, prefill_chunk_size=8)
+    check_greedy(family, list(tokens(5).repeat(1, 5)), new_cache=SparseCache, prompt_lookup_num_tokens=3)
     assistant = tiny_model(family, window_size=2, key_budget=1)
-    check_greedy(family, list(tokens(21)), sparse_cache=True, assistant_model=assistant)
+    check_greedy(family, list(tokens(21)), new_cache=SparseCache, assistant_model=assistant)
 
 
 PATHS = {

@@ -6,6 +6,7 @@ from helpers.families import tiny_model
 from helpers.specification import assert_specified
 from transformers import StaticCache
 
+from hf_sparse_attn import SparseStaticCache
 from matrix.training import assert_specified_gradients, log_likelihood
 
 
@@ -15,15 +16,17 @@ def compiled(function):
 
 
 def compiled_decode(family):
-    """`torch.compile(fullgraph=True)` of one step with a static cache, after a prefill that is not compiled."""
+    """`torch.compile(fullgraph=True)` of one step with `StaticCache` and `SparseStaticCache`, after a prefill that is
+    not compiled."""
     model, ids = tiny_model(family), tokens(32, 2)
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    step = compiled(model.forward)
-    with torch.no_grad():
-        model(ids[:, :28], past_key_values=cache, use_cache=True)
-        pieces = [step(ids[:, p : p + 1], past_key_values=cache, use_cache=True).logits for p in range(28, 32)]
-    for part, row in zip(torch.cat(pieces, 1), ids, strict=True):
-        assert_specified(part, family, row)
+    for of_class in (StaticCache, SparseStaticCache):
+        cache = of_class(config=model.config, max_cache_len=40)
+        step = compiled(model.forward)
+        with torch.no_grad():
+            model(ids[:, :28], past_key_values=cache, use_cache=True)
+            pieces = [step(ids[:, p : p + 1], past_key_values=cache, use_cache=True).logits for p in range(28, 32)]
+        for part, row in zip(torch.cat(pieces, 1), ids, strict=True):
+            assert_specified(part, family, row)
 
 
 def compiled_training(family):

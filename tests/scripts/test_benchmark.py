@@ -126,7 +126,10 @@ def test_decoding_of_a_model(run_script, tmp_path, tiny_model_path, passes):
         assert 0 < row["density"] < 1
 
 
-@pytest.mark.parametrize("passes", ["prefill", "training_step", "generation"])
+@pytest.mark.parametrize(
+    "passes",
+    ["prefill", "training_step", "generation", pytest.param("compiled_generation", marks=pytest.mark.nightly)],
+)
 def test_of_a_random_model(run_script, tmp_path, monkeypatch, passes, tiny_llama_config):
     fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shape = "llama", {name: getattr(tiny_llama_config, name) for name in fields}

@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 
 from hf_sparse_attn.training import checkpoints, damage
 
-NUM_STEPS, NUM_KILLS = 12, 5
+NUM_KILLS = 5
 
 
-def command(model, dataset, output, *more):
+def command(model, dataset, output, num_steps, context_length, *more):
     options = {
         "--model": model,
         "--dataset": dataset,
-        "--context-length": 48,
+        "--context-length": context_length,
         "--output": output,
-        "--max-steps": NUM_STEPS,
+        "--max-steps": num_steps,
         "--save-steps": 1,
         "--logging-steps": 1,
         "--learning-rate": 1e-2,
@@ -59,8 +59,20 @@ def run_and_kill(arguments, output, when):
 @pytest.mark.nightly
 def test_killed_at_random_moments(tiny_model_path, text_directory, tmp_path):
     """One of them while a checkpoint is being written; at least one whole checkpoint is left each time."""
+    check_kills(tmp_path, tiny_model_path, text_directory, num_steps=12, context_length=48)
+
+
+@pytest.mark.nightly
+@pytest.mark.real_weights
+def test_killed_with_real_weights(tmp_path):
+    fields = '{"dense_below": 256}'
+    check_kills(tmp_path, "demo", "demo", 10, 1024, "--bf16", "true", "--sparse-attention", fields)
+
+
+def check_kills(tmp_path, model, dataset, num_steps, context_length, *options):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(tiny_model_path, text_directory, whole), check=True, capture_output=True)
+    lengths = num_steps, context_length
+    subprocess.run(command(model, dataset, whole, *lengths, *options), check=True, capture_output=True)
 
     drawn = random.Random(0)
     kills = damaged = 0
@@ -80,7 +92,7 @@ def test_killed_at_random_moments(tiny_model_path, text_directory, tmp_path):
                 time.sleep(delay)
                 return True
 
-        if not run_and_kill(command(tiny_model_path, text_directory, killed, *more), killed, when):
+        if not run_and_kill(command(model, dataset, killed, *lengths, *options, *more), killed, when):
             break
         kills += 1
         found = [damage(folder) for folder in checkpoints(killed)]
