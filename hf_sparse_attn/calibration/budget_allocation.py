@@ -322,13 +322,14 @@ def _errors(
     return torch.stack(outputs, 2) - exact, torch.stack(numbers, 2)
 
 
-def allocate(costs: Costs, density: float, key_budget: int) -> Allocation:
+def allocate(costs: Costs, density: float, key_budget: int, fit_min_weight: bool = True) -> Allocation:
     """The choice with the smallest predicted loss under two limits, by Lagrange multipliers.
 
     Args:
         costs: of all layers.
         density: largest share of the admissible pairs that may be read.
         key_budget: largest mean, over layers and KV heads, of the keys that are found for a row.
+        fit_min_weight: False: every key that is found is read.
 
     Raises:
         ValueError: if more than `density` is read even without any routed key.
@@ -339,9 +340,11 @@ def allocate(costs: Costs, density: float, key_budget: int) -> Allocation:
             "window_size or dense_below smaller"
         )
 
+    num_weights = len(MIN_WEIGHTS) if fit_min_weight else 1
+
     def under_budget(read_price: float) -> Allocation:
         """The choice at a price per read pair, with found keys as expensive as their limit makes them."""
-        best = (costs.loss.numpy() + read_price * costs.read.numpy()).min(-1)  # [L, H, B]
+        best = (costs.loss.numpy() + read_price * costs.read.numpy())[..., :num_weights].min(-1)  # [L, H, B]
         best = best.reshape(len(best), -1, costs.group, len(BUDGETS)).sum(2)
         whole = read_price * costs.loss.shape[1] * (costs.admissible - costs.fixed).numpy()
 
@@ -352,7 +355,7 @@ def allocate(costs: Costs, density: float, key_budget: int) -> Allocation:
 
         budget, dense = _cheapest_fit(budgets, lambda choice: _mean_budget(costs, *choice) <= key_budget)
         loss, read = _at_choice(costs, budget)
-        return _allocation(costs, budget, (loss + read_price * read).argmin(-1), dense)
+        return _allocation(costs, budget, (loss + read_price * read)[..., :num_weights].argmin(-1), dense)
 
     return _cheapest_fit(under_budget, lambda choice: choice.density <= density)
 

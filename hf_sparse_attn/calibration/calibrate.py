@@ -56,7 +56,7 @@ class Calibration:
 
     Args:
         config: with hash="calibrated" and the fitted hash, local layers as dense ones; what heads read is still to be
-            chosen.
+            chosen, among choices without smallest weights if `min_weight` is 0.
         costs: of every choice, over all documents.
         local_layers: those whose own small window is read whole.
         old_costs: in a refit, of every choice with the hash that the model has had; else None.
@@ -69,7 +69,7 @@ class Calibration:
 
     def choose(self, density: float, key_budget: int) -> tuple[SparseAttentionConfig, Allocation]:
         """The configuration with the smallest predicted loss; see `allocation.allocate`."""
-        choice = allocate(self.costs, density, key_budget)
+        choice = allocate(self.costs, density, key_budget, fit_min_weight=self.config.min_weight != 0)
         config = self.config.replace(
             key_budget=choice.key_budget,
             min_weight=choice.min_weight,

@@ -14,7 +14,8 @@ from hf_sparse_attn.calibration.budget_allocation import KEY_BUDGET, Allocation,
 from hf_sparse_attn.calibration.calibrate import Calibration, calibrate
 from hf_sparse_attn.config import SparseAttentionConfig
 
-FITTED = ("key_budget", "min_weight", "hash", "calibrated_hash")  # fields that no conversion is given
+# Fields that no conversion is given, but for a min_weight of 0, which stays.
+FITTED = ("key_budget", "min_weight", "hash", "calibrated_hash")
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,10 @@ def refit(
 
 def not_fitted(old: SparseAttentionConfig) -> SparseAttentionConfig:
     """The fields that a refit keeps; `dense_layers` may have been fitted, and is empty."""
-    own = old.to_dict().items()
-    return SparseAttentionConfig.from_dict(
-        {name: value for name, value in own if name not in (*FITTED, "dense_layers")}
-    )
+    kept = {name: value for name, value in old.to_dict().items() if name not in (*FITTED, "dense_layers")}
+    if not np.any(old.min_weight):
+        kept["min_weight"] = 0.0
+    return SparseAttentionConfig.from_dict(kept)
 
 
 def aims_of(calibration: Calibration, old: SparseAttentionConfig) -> tuple[float, int]:

@@ -35,7 +35,8 @@ class ConversionSettings:
             from rising by more, in nats per token; greater than 0.
         key_budget: largest mean, over layers and KV heads, of the candidates of a row; at least 1. None is KEY_BUDGET;
             in a refit, the mean of the model's old choice if that is larger.
-        sparse_attention: fields of `SparseAttentionConfig`, other than those that the conversion fits.
+        sparse_attention: fields of `SparseAttentionConfig`, other than those that the conversion fits. A `min_weight`
+            of 0 stays: all keys that are found are read, which costs a GPU less than to leave light ones out.
         dense_below: rows at earlier positions read everything; "auto" measures from which length on sparse attention is
             faster on this machine. None takes it from `sparse_attention`; where that does not say it, it is the default
             one, or smaller if such rows would take over a sixth of `target_density`.
@@ -87,9 +88,11 @@ class ConversionSettings:
         if self.dense_below not in (None, AUTO):
             check_integer("dense_below", self.dense_below, 0)
         for name in FITTED:
-            if name in self.sparse_attention:
+            unfitted = name == "min_weight" and self.sparse_attention.get(name) == 0
+            if name in self.sparse_attention and not unfitted:
                 others = ("target_density", "max_loss", "key_budget")
                 told = f"{name} is what the conversion fits; use {', '.join(f'{{{other}}}' for other in others)}"
+                told += ", or a min_weight of 0" if name == "min_weight" else ""
                 raise ArgumentError("sparse_attention", told, others=others)
         with argument("sparse_attention"):
             self.base_config()

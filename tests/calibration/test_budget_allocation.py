@@ -405,6 +405,15 @@ class TestAllocate:
             assert (choice.density, choice.loss, choice.mean_key_budget) == pytest.approx(summed(costs, choice))
             assert [len(layer) for layer in choice.key_budget] == [6 // group] * 4
 
+    @pytest.mark.parametrize("density", [0.03, 0.13, 0.7])
+    def test_without_smallest_weights(self, density):
+        costs = drawn_costs(4, 6, 2)
+        choice = allocate(costs, density, UNLIMITED, fit_min_weight=False)
+        alone = replace(costs, loss=costs.loss[..., :1], read=costs.read[..., :1])
+        assert choice == allocate(alone, density, UNLIMITED)
+        assert not any(map(any, choice.min_weight))
+        assert choice.loss > allocate(costs, density, UNLIMITED).loss
+
     def test_more_density_never_costs_more(self):
         costs = drawn_costs(4, 6, 2)
         found = [allocate(costs, 0.0167 + i / 100, UNLIMITED) for i in range(0, 99, 3)]

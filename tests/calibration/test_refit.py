@@ -8,7 +8,7 @@ from helpers.small_choices import CONFIG, LENGTH, choose_from_few
 
 from hf_sparse_attn.calibration.budget_allocation import allocation_of
 from hf_sparse_attn.calibration.calibrate import calibrate, num_steps
-from hf_sparse_attn.calibration.refit import MovedLayer, compare
+from hf_sparse_attn.calibration.refit import MovedLayer, compare, not_fitted
 
 KEY_BUDGET = 1000
 
@@ -67,6 +67,17 @@ def test_nothing_moves_in_a_model_that_was_not_trained(family, density):
     assert torch.equal(calibration.old_costs.loss, calibration.costs.loss)
     assert {layer.num_changed for layer in moved.layers} == {0}
     assert all(layer.old_loss == layer.new_loss and layer.was_dense == layer.is_dense for layer in moved.layers)
+
+
+def test_a_smallest_weight_of_0_stays():
+    """In the conversion, and in a refit of a model that has none."""
+    model, old, choice = converted(min_weight=0)
+    assert old.min_weight == choice.min_weight == ((0.0,) * NUM_HEADS,) * NUM_LAYERS
+    assert not_fitted(old).min_weight == 0
+    assert not_fitted(old.replace(min_weight=[[0.0, *[1e-3] * (NUM_HEADS - 1)]] * NUM_LAYERS)).min_weight > 0
+    move_queries_and_keys(model)
+    calibration = calibrate(model, documents(), not_fitted(old), old=old)
+    assert not any(map(any, calibration.choose(0.3, KEY_BUDGET)[1].min_weight))
 
 
 def test_losses_of_layers_add_up():
