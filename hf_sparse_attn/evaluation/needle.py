@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_sparse_attn.cache import SparseCache, SparseLayer
 from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, by_sdpa
 from hf_sparse_attn.evaluation.haystack import SEVERAL, SINGLE, Context
 from hf_sparse_attn.integration import record
@@ -24,7 +25,8 @@ from hf_sparse_attn.tracing import input_device
 
 TASK_TITLES = {SINGLE: "one fact", SEVERAL: "several facts"}
 NUM_RESAMPLES = 10_000
-_REPLACING = (DynamicLayer, DynamicSlidingWindowLayer)
+# Layers of which a shallow copy can go on by itself: they replace their tensors, or write after their own tokens.
+_SHARED = (DynamicLayer, DynamicSlidingWindowLayer, SparseLayer)
 
 
 def compare_retrieval(
@@ -98,7 +100,7 @@ def retrieve(
     """Ask for every needle of a context, with one prefill for all of them.
 
     Args:
-        cache: an empty one to be filled with the context; None: a new `DynamicCache`.
+        cache: an empty one to be filled with the context; None: a new `SparseCache`.
         chunk_size: tokens of the context in one forward; None: all of them.
 
     Returns:
@@ -126,8 +128,8 @@ def retrieve(
 def read_context(
     model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache | None = None, chunk_size: int | None = None
 ) -> DynamicCache:
-    """A cache (a new `DynamicCache`, or the empty one given) filled with tokens, all or `chunk_size` in one forward."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
+    """A cache (a new `SparseCache`, or the empty one given) filled with tokens, all or `chunk_size` in one forward."""
+    cache = SparseCache(model.config) if cache is None else cache
     input_ids = torch.tensor([tokens], device=input_device(model))
     for chunk in input_ids.split(chunk_size or input_ids.shape[1], dim=1):
         hidden_states_and_head(model, input_ids=chunk, past_key_values=cache, use_cache=True)
@@ -162,8 +164,8 @@ def answer_likelihoods(
 
 
 def _copied(cache: DynamicCache) -> DynamicCache:
-    """A cache to go on with; its tensors are shared where layers replace theirs and never write into them."""
-    if type(cache) is not DynamicCache or any(type(layer) not in _REPLACING for layer in cache.layers):
+    """A cache to go on with, until the next one is copied; tensors are shared where what the copy adds hurts none."""
+    if any(type(layer) not in _SHARED for layer in cache.layers):
         return copy.deepcopy(cache)
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]

@@ -344,6 +344,7 @@ def bwd_dkv_window(
         value_grad,
         num_rows=query.shape[1],
         num_warps=8,
+        num_stages=triton_launch.stages_of_key_gradients(query, most=3),
         **_of_keys(keys),
         **span.place,
         **constants._asdict(),
@@ -385,7 +386,7 @@ def bwd_dkv_older(
         NUM_BUCKETS=keys.num_buckets,
         NUM_RANDOM=drawn.shape[1],
         num_warps=8,
-        num_stages=2,  # three do not fit into shared memory
+        num_stages=triton_launch.stages_of_key_gradients(query, most=2),  # three do not fit into shared memory
         **_of_keys(keys),
         **constants._asdict(),
     )

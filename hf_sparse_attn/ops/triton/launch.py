@@ -53,6 +53,20 @@ def _has_little_memory(device: torch.device) -> bool:
     return bool(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] < 200 * 1024)
 
 
+def stages_of_key_gradients(x: Tensor, most: int) -> int:
+    """Steps of a loop that are loaded ahead, up to `most`, in a program that sums the gradients of a block of keys.
+
+    One where products take their operands from shared memory, in which two steps' would not fit: on Blackwell's GPUs
+    for data centers.
+    """
+    return 1 if _multiplies_from_shared_memory(x.device) else most
+
+
+@cache
+def _multiplies_from_shared_memory(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+
+
 def precision(dtype: torch.dtype) -> str:
     """How products of inputs of a dtype are formed."""
     return "tf32x3" if dtype == torch.float32 else "ieee"
