@@ -209,8 +209,7 @@ def report(result: dict[str, Any], output: Path | None, show: Callable[[dict[str
 
     Its "command" is the one that made it: that of the module with `show`, and the arguments of this process.
     """
-    name = show.__module__.rpartition(".")[2].replace("_", "-")
-    result = result | {"command": shlex.join(["hf-sparse-attn", name, *sys.argv[1:]])}
+    result = result | {"command": this_command(show)}
     if output is not None:
         write_json(output, result)
     try:
@@ -220,6 +219,12 @@ def report(result: dict[str, Any], output: Path | None, show: Callable[[dict[str
         if output is None:
             add_note(error, f"the results are {write_elsewhere(result)}")
         raise
+
+
+def this_command(show: Callable[[dict[str, Any]], None]) -> str:
+    """The command of the module with `show`, with the arguments of this process."""
+    name = show.__module__.rpartition(".")[2].replace("_", "-")
+    return shlex.join(["hf-sparse-attn", name, *sys.argv[1:]])
 
 
 def origin(arguments: Any, sparse_attention: dict[str, Any], device: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from hf_sparse_attn.cli.argument_types import positive_int
-from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, print_table, refuse_token_ids
+from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, print_table, refuse_token_ids, this_command
 from hf_sparse_attn.cli.options import MODEL_HELP, SUFFIXES, add, command_parser
 from hf_sparse_attn.config import text_config
 from hf_sparse_attn.errors import argument
@@ -154,6 +154,7 @@ def main() -> None:
             if arguments.output:  # each time: the next length may need more memory than there is
                 result = {"rows": rows, "source": source | {"dtype": arguments.dtype}}
                 result |= {"sparse_attention": config.to_dict(), "environment": describe_environment(device)}
+                result["command"] = this_command(print_result)
                 write_json(arguments.output, result)
     finally:
         if rows:
@@ -252,6 +253,10 @@ def measure_whole(arguments: Any, model: Any, ids: Any) -> dict[str, Any]:
     if arguments.passes.endswith("generation"):
         return compare_generation(model, ids, arguments.repeats, compiled=arguments.passes == "compiled_generation")
     return compare_model_speed(model, ids, arguments.passes, arguments.repeats)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    print_rows(result["rows"])
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:

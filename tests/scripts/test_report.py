@@ -12,12 +12,15 @@ SCRIPT = "report.py"
 
 @pytest.fixture
 def measured(run_script, tiny_model_path, text_directory, tmp_path):
-    """A directory with the reports of two commands, a picture and a file that is no report."""
+    """A directory with the reports of three commands, a picture and a file that is no report."""
     folder = tmp_path / "measured"
     same = ["--model", tiny_model_path, "--dataset", text_directory, "--context-length", 64]
     for script, name in (("leak_test.py", "leak"), ("eval_perplexity.py", "perplexity")):
         finished = run_script(script, *same, "--output", folder / f"{name}.json")
         assert finished.status == 0, finished.stderr
+    options = ["--model", tiny_model_path, "--seq-lens", 64, "--repeats", 1, "--output", folder / "speed.json"]
+    finished = run_script("benchmark.py", *options)
+    assert finished.status == 0, finished.stderr
     (folder / "trade.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (folder / "other.json").write_text('{"command": "rm -rf ."}')
     (folder / "config.json").write_text("{}")
@@ -28,18 +31,19 @@ def test_page(run_script, measured, tmp_path):
     page = tmp_path / "report.html"
     finished = run_script(SCRIPT, measured, "--output", page, "--title", "A <model>")
     assert finished.status == 0, finished.stderr
-    assert "2 reports and 1 pictures" in finished.stdout
+    assert "3 reports and 1 pictures" in finished.stdout
     assert finished.stderr.count("is no report") == 1
     assert "other.json" in finished.stderr
     text = page.read_text()
     assert "<h1>A &lt;model&gt;</h1>" in text
     # In the order of the commands, not of the files.
-    assert re.findall(r"<h2>([^:<]*)", text) == ["eval-perplexity", "leak-test", "Pictures"]
+    assert re.findall(r"<h2>([^:<]*)", text) == ["eval-perplexity", "leak-test", "benchmark", "Pictures"]
     perplexity = json.loads((measured / "perplexity.json").read_text())
     for figure in (f"{perplexity['perplexity_ratio']:.4f}", f"{perplexity['top1_agreement']:.4f}"):
         assert f"<td>{figure}</td>" in text
     assert "where sparse lost most" in text.lower()
     assert "hf-sparse-attn eval-perplexity --model" in text
+    assert ">speedup<" in text
     assert "data:image/svg+xml;base64," in text
     assert not re.search(r'(src|href)="(?!#|data:)', text)  # nothing is loaded from elsewhere
 
