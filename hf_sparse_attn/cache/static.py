@@ -33,7 +33,18 @@ class SparseStaticLayer(StaticLayer):
         self._announce()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [batch, num_key_value_heads, new tokens, head_dim]; returns all slots."""
+        """Write new keys and values [batch, num_key_value_heads, new tokens, head_dim]; returns all slots.
+
+        Raises:
+            ValueError: there is no room for them; on a GPU, which would have to be waited for, only where a call alone
+                has too many.
+        """
+        if not is_traced(key_states):
+            held = int(self.cumulative_length) if self.cumulative_length.device.type == "cpu" else 0
+            if held + key_states.shape[-2] > self.max_cache_len:
+                raise ValueError(
+                    f"max_cache_len={self.max_cache_len} leaves no room for {key_states.shape[-2]} tokens after {held}"
+                )
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         self._announce()
         return keys, values

@@ -184,3 +184,13 @@ def test_memory_is_counted():
 def test_bad_lengths(length):
     with pytest.raises(ArgumentError, match="max_cache_len: must be an integer of at least 1"):
         SparseStaticCache(tiny_model().config, max_cache_len=length)
+
+
+def test_too_many_tokens():
+    model, ids = tiny_model(), tokens(LENGTH + 1)
+    with pytest.raises(ValueError, match="max_cache_len=40 leaves no room for 41 tokens after 0"):
+        prefill(model, new_cache(model), ids)
+    cache = new_cache(model)
+    prefill(model, cache, ids[:, :LENGTH])
+    with pytest.raises(ValueError, match="max_cache_len=40 leaves no room for 1 tokens after 40"):
+        prefill(model, cache, ids[:, LENGTH:])
