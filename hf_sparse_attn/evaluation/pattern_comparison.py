@@ -200,7 +200,7 @@ def plot_comparison(results: Mapping[int, Mapping[str, Sequence[dict[str, Any]]]
     FigureCanvasAgg(figure)
     names = list(dict.fromkeys(name for patterns in results.values() for name in patterns))
     colours = matplotlib.color_sequences["tab20"]
-    panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(results), squeeze=False, sharex=True, sharey=True)[0]
     for panel, (length, patterns) in zip(panels, results.items(), strict=True):
         for name, found in patterns.items():
             points = sorted((result["density"], result["ratio"] - 1) for result in found)
@@ -213,10 +213,12 @@ def plot_comparison(results: Mapping[int, Mapping[str, Sequence[dict[str, Any]]]
                 label=name if is_causal else f"{name} (not causal)",
             )
         panel.axhline(0, color="black", linewidth=0.8)
-        panel.set_yscale("symlog", linthresh=1e-2)
-        panel.set_ylim(bottom=min(0, *(result["ratio"] - 1 for found in patterns.values() for result in found)) - 1e-3)
         panel.set_title(f"{length} tokens")
         panel.set_xlabel("density: pairs of rows and keys that are read")
+    lost = [result["ratio"] - 1 for patterns in results.values() for found in patterns.values() for result in found]
+    panels[0].set_xlim(left=0)  # all panels share their axes
+    panels[0].set_yscale("symlog", linthresh=1e-2)
+    panels[0].set_ylim(min(0, *lost) - 1e-3, max(0, *lost) * 1.2 + 1e-3)
     panels[0].set_ylabel("perplexity over that of dense attention, less 1")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path)

@@ -4,13 +4,21 @@ import json
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
 from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.calibration import budget_allocation as allocation
 from hf_sparse_attn.calibration import convert as conversion
 from hf_sparse_attn.cli import compare_patterns
 from hf_sparse_attn.evaluation import pattern_comparison
-from hf_sparse_attn.evaluation.pattern_comparison import BLOCK_VOTES, CHOOSERS, KNOBS, expected_density, pattern_at
+from hf_sparse_attn.evaluation.pattern_comparison import (
+    BLOCK_VOTES,
+    CHOOSERS,
+    KNOBS,
+    expected_density,
+    pattern_at,
+    plot_comparison,
+)
 from hf_sparse_attn.presets import PRESETS
 
 SCRIPT = "compare_patterns.py"
@@ -200,3 +208,21 @@ def test_bad_input(run_script, arguments, option, value, told):
     assert finished.status == 2
     assert told in finished.stderr
     assert finished.stderr.count("\n") <= 2
+
+
+def test_every_point_is_in_the_picture(monkeypatch, tmp_path):
+    """Panels share their axes, and the first one may have the best points."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))
+
+    def point(density, ratio):
+        return {"density": density, "ratio": ratio, "is_causal": True}
+
+    results = {2048: {"ssa": [point(0.3, 1.0001)]}, 4096: {"ssa": [point(0.13, 1.16), point(0.3, 0.99)]}}
+    plot_comparison(results, tmp_path / "picture.png")
+    (figure,) = figures
+    for panel in figure.axes:
+        (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+        for x, y in panel.lines[0].get_xydata():
+            assert left < x < right
+            assert bottom < y < top
