@@ -110,7 +110,8 @@ def attention(
         pattern = dataclasses.replace(pattern, sliding_window=window)
     by_gradients = carries_gradients(query, key, value, inputs.sinks)
     if indexes is not None and (by_gradients or choose is not None or not pattern.is_causal):
-        indexes.clear()  # which hear nothing of the keys that are written now
+        for document in every:
+            indexes.take_back(document, pattern.layer_idx)  # they hear nothing of the keys that are written now
         indexes = None
     if kept is not None:
         if not pattern.is_causal:

@@ -79,6 +79,12 @@ class KeyIndexes:
             index.pattern = dataclasses.replace(pattern, marked=marked)
         return index
 
+    def take_back(self, document: Document, layer_idx: int) -> None:
+        """Forget the keys that stood where a document's queries have theirs, for a call that uses no index."""
+        if (document.batch, layer_idx) in self._of_row:
+            index = self._of_row[document.batch, layer_idx][2]
+            index.crop(max(document.query_offset - index.key_offset, 0))
+
     def is_ready(self, num_slots: int, room: int, padding: list[int], layers: Iterable[int]) -> bool:
         """Whether all indexes are ready for a `FixedStep`; they make room for it.
 

@@ -120,6 +120,21 @@ def test_slots_that_are_written_again(kept, is_compiled):
     assert_each_specified(torch.cat([first, steps(forward, cache, other, PROMPT + 5)], 1), other)
 
 
+def test_slots_that_are_written_again_with_gradients():
+    """In a call that uses no index."""
+    model, ids, other = tiny_model(), tokens(PROMPT), tokens(LENGTH, seed=1)
+    other[:, :9] = ids[:, :9]
+    cache = new_cache(model)
+    prefill(model, cache, ids)
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(9)
+    first = model(other[:, 9:PROMPT], past_key_values=cache, use_cache=True).logits.detach()
+    assert first.isfinite().all()
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    assert_each_specified(torch.cat([first, steps(model.forward, cache, other)], 1), other)
+
+
 def test_reordered_rows():
     model, ids = tiny_model(), tokens(LENGTH, 3)
     cache = new_cache(model)
