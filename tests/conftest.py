@@ -64,6 +64,14 @@ def poisoned_memory(monkeypatch):
     poison(monkeypatch)
 
 
+@pytest.fixture
+def fresh_graphs():
+    """Nothing that was compiled before, or stays."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """One token per byte."""

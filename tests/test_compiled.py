@@ -20,12 +20,7 @@ from hf_sparse_attn.side_channels import WATCHED
 
 CALIBRATED = {"hash": "calibrated", "calibrated_hash": calibrated_hash_text(), "key_budget": [[0, 3], 4]}
 
-
-@pytest.fixture(autouse=True)
-def fresh_graphs():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 def compiled(model):

@@ -168,12 +168,13 @@ def compare_generation(
         As `compare_decoding`, with "pass" "generation" or "compiled_generation"; the bytes are of all layers. On a GPU
         also "sparse_graph_ms", unless compiled: the sparse side by a `DecodingGraph`, None for a model that has none.
     """
-    steps = 1 + 2 * (WARM_STEPS + 8 * repeats)
-    cache: SparseCache | SparseStaticCache = SparseCache(model.config)
-    step: Callable[..., Any] = model
+    step: Callable[..., Any] = torch.compile(model.forward) if compiled else model
+    cache: SparseCache | SparseStaticCache
     if compiled:
-        cache = SparseStaticCache(model.config, max_cache_len=input_ids.shape[1] + steps)
-        step = torch.compile(model.forward)
+        num_tokens = input_ids.shape[1] + 1 + 2 * (WARM_STEPS + 8 * repeats)
+        cache = SparseStaticCache(model.config, max_cache_len=num_tokens)
+    else:
+        cache = SparseCache(model.config)
     logits = model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1).logits
     spent: dict[str, list[float]] = {"sparse": [], "sdpa": []}
     try:

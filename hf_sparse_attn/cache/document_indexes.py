@@ -73,14 +73,14 @@ class KeyIndexes:
             if index is None:
                 return None
             self._of_row[place] = first, pattern, index
-        if self.step is None:  # whatever stood where the queries' own keys stand now is overwritten
-            index.crop(document.query_offset - document.key_offset)
+        if self.step is None:
+            self.take_back(document, pattern.layer_idx)
         if marked is not None:  # those of keys that the index has yet to take in, too
             index.pattern = dataclasses.replace(pattern, marked=marked)
         return index
 
     def take_back(self, document: Document, layer_idx: int) -> None:
-        """Forget the keys that stood where a document's queries have theirs, for a call that uses no index."""
+        """Forget what stood where a document's queries have their own keys now, which have overwritten it."""
         if (document.batch, layer_idx) in self._of_row:
             index = self._of_row[document.batch, layer_idx][2]
             index.crop(max(document.query_offset - index.key_offset, 0))

@@ -18,12 +18,7 @@ from hf_sparse_attn.errors import ArgumentError
 
 NUM_LAYERS, LENGTH, PROMPT = 2, 40, 28
 
-
-@pytest.fixture(autouse=True)
-def fresh_graphs():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 def compiled(model, backend="eager"):
@@ -72,7 +67,7 @@ def test_a_step_hashes_its_own_key_alone(backend, monkeypatch):
         assert hashed[:NUM_LAYERS] == [PROMPT + 1] * NUM_LAYERS
         hashed[:NUM_LAYERS] = [1] * NUM_LAYERS
     assert hashed == [1] * NUM_LAYERS * (LENGTH - PROMPT)
-    assert_nearly_specified(found, ids)
+    (assert_nearly_specified if backend == "inductor" else assert_each_specified)(found, ids)
     stock = StaticCache(config=model.config, max_cache_len=LENGTH)
     prefill(model, stock, ids[:, :PROMPT])
     hashed.clear()

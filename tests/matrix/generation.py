@@ -5,7 +5,8 @@ from helpers.batches import padded_batch, tokens
 from helpers.families import tiny_model
 from helpers.specification import specified
 
-from hf_sparse_attn import SparseCache, SparseStaticCache
+from hf_sparse_attn import SparseCache
+from matrix.caches import new_sparse_static
 
 STEPS = 9
 
@@ -28,10 +29,6 @@ def assert_specified_steps(output, family, rows):
         steps = len(row_steps)
         expected = specified(family, torch.cat([row, sequence[-steps:]])[:-1])[-steps:]
         torch.testing.assert_close(row_steps.double(), expected, rtol=1e-5, atol=1e-5)  # generate keeps float32
-
-
-def new_sparse_static(config):
-    return SparseStaticCache(config, max_cache_len=40)
 
 
 def generate(model, ids, mask=None, **options):
