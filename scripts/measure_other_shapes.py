@@ -117,6 +117,7 @@ def main() -> None:
             length = ["--context-length", arguments.train_length, "--max-steps", arguments.max_steps]
             dense = ["--sparse-attention", json.dumps({"dense_below": 10**9})]
             rates = ["--learning-rate", 1e-4, "--lr-scheduler-type", "cosine", "--save-strategy", "no", "--seed", 0]
+            rates += ["--bf16", "true"]
             _run("finetune", start, *length, *dense, *rates, "--dataset", arguments.dataset, "--output", trained)
         same = ["--context-length", arguments.context_length]
         if not converted.exists():

@@ -144,10 +144,13 @@ def run_script(monkeypatch, capsys):
     def run(name: str, *arguments: object) -> Finished:
         monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
+        status = 0
+        try:
             runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        except SystemExit as exit_:
+            status = exit_.code
         captured = capsys.readouterr()
-        return Finished(exit_.value.code, captured.out, captured.err)
+        return Finished(status, captured.out, captured.err)
 
     return run
 

@@ -9,13 +9,15 @@ Patterns are the presets of docs/patterns.md, each with the number that brings i
 
   converted    what `convert` fits on --calibration-dataset
   block-votes  the blocks of minference-like beside the window and the leading keys of ssa
+  ssa-votes    the buckets of ssa, with a vote: the rows of a block all read what most of them find
   quest-like   the window and the leading keys of ssa, and pages with the largest bounds of a score, as in Quest
   oracle       the same, and the keys with the largest weights of the dense softmax
 
-minference-like and block-votes look at later tokens, so that their perplexity is no measure; the last two compute every
-score to choose by, so that they say what could be had, and their time nothing. The table has the perplexity over that
-of dense attention, the mean KL(dense || sparse) in nats, how often both expect the same token most, the share of dense
-attention's mass that is read, the task of docs/tasks.md that loses most, and the speed over that of dense attention.
+minference-like, block-votes and ssa-votes look at later tokens, so that their perplexity is no measure: each pattern is
+put to a leak test. The last three are here to say what could be had, and their time means nothing. The table has the
+perplexity over that of dense attention, the mean KL(dense || sparse) in nats, how often both expect the same token
+most, the share of dense attention's mass that is read, how far earlier logits move when a later token is changed, the
+task of docs/tasks.md that loses most, and the speed over that of dense attention.
 Results that --output holds already, made with the same options, are kept.
 """
 
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from hf_sparse_attn.ops import Chooser
 
 CONVERTED = "converted"
-NAMES = (CONVERTED, *PRESETS, "block-votes", "quest-like", "oracle")
+NAMES = (CONVERTED, *PRESETS, "block-votes", "ssa-votes", "quest-like", "oracle")
 
 
 def make_parser() -> OneLineErrors:
@@ -250,13 +252,11 @@ def print_result(result: dict[str, Any]) -> None:
             figures += [f"{row['kl']['mean']:.3g}", f"{row['top1_agreement']:.4f}"]
             speed = f"{row['dense_seconds'] / row['seconds']:.2f}" if row["seconds"] else "-"
             shown = name if row["is_causal"] else f"{name} (not causal)"
-            rows.append([shown, *figures, f"{row['kept_mass']:.4f}", *worst_task(row["tasks"]), speed])
-        print_table(
-            f"{result['settings']['model']}: {len(dense['nll'])} documents of {length} tokens; dense perplexity "
-            f"{dense['perplexity']:.4f}",
-            ["pattern", "density", "ratio", "95%, nats", "KL", "top-1", "mass", "worst task", "points", "speed"],
-            rows,
-        )
+            figures += [f"{row['kept_mass']:.4f}", f"{row['leak']:.2g}" if "leak" in row else "-"]
+            rows.append([shown, *figures, *worst_task(row["tasks"]), speed])
+        columns = ["pattern", "density", "ratio", "95%, nats", "KL", "top-1", "mass", "leak", "worst task", "points"]
+        told = f"{result['settings']['model']}: {len(dense['nll'])} documents of {length} tokens; "
+        print_table(f"{told}dense perplexity {dense['perplexity']:.4f}", [*columns, "speed"], rows)
 
 
 def worst_task(tasks: dict[str, Any] | None) -> list[str]:

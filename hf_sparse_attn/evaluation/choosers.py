@@ -1,4 +1,4 @@
-"""Other ways to choose the keys that the buckets would give a row, to be compared with: they see every score.
+"""Other ways to choose the keys that the buckets would give a row, to be compared with.
 
 Our own implementations of the rules, with what the comparison needs: the query heads of a KV head share their keys, and
 a row chooses as many as its head's `key_budget` of those that neither its window nor the static keys give it.
@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_sparse_attn.ops import AttentionCall
+from hf_sparse_attn.ops import AttentionCall, find_candidates
 from hf_sparse_attn.ops.common.chunked import cap
 from hf_sparse_attn.patterns import static_positions
 
 PAGE_SIZE = 16
+NUM_VOTERS = 64
 _CHUNK_PAIRS = 2**24  # of rows and keys of a head, whose scores exist at once
 
 # Query heads of a KV head [group, R, head_dim], its keys [N, head_dim], which keys rows may see [R, N] -> [R, pages].
@@ -38,6 +39,27 @@ def quest(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
     return _chosen(query, key, call, _page_bounds, PAGE_SIZE)
 
 
+@torch.no_grad()
+def voted(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
+    """The keys that most rows of a block of 64 find through their buckets, for all of its rows; see `ops.Chooser`.
+
+    Not causal: later rows have a vote on what earlier ones read, so that a loss with it means nothing. It is there to
+    show how much better such a loss looks than that of the same buckets asked row by row.
+    """
+    pattern, num_keys = call.pattern, key.shape[1]
+    own = find_candidates(query, key, pattern=pattern, query_offset=call.query_offset, key_offset=call.key_offset)
+    free = _Free(call, num_keys, key.device)
+    found = torch.full_like(own, -1)
+    for rows in torch.arange(query.shape[1], device=key.device).split(NUM_VOTERS):
+        others, _ = free.of(rows)
+        for kv_head, budget in enumerate(pattern.budgets):
+            ballots = own[kv_head, rows]
+            votes = ballots[ballots >= 0].bincount(minlength=num_keys)
+            best = votes.argsort(descending=True, stable=True)[: min(budget, int((votes > 0).sum()))]
+            found[kv_head, rows, : len(best)] = best.int().masked_fill(~others[:, best], -1)
+    return found
+
+
 def _weights(query: Tensor, key: Tensor, admissible: Tensor, call: AttentionCall) -> Tensor:
     scores = cap(query @ key.T * call.scaling, call.softcap)
     return scores.masked_fill_(~admissible, -math.inf).softmax(-1).sum(0)
@@ -55,19 +77,13 @@ def _page_bounds(query: Tensor, key: Tensor, admissible: Tensor, call: Attention
 def _chosen(query: Tensor, key: Tensor, call: AttentionCall, score: Scores, page_size: int = 1) -> Tensor:
     """The pages of keys with the largest scores: see `ops.Chooser`."""
     pattern, (num_kv_heads, num_keys, _) = call.pattern, key.shape
-    window, grouped = pattern.window(num_keys), query.unflatten(0, (num_kv_heads, -1))
-    older_keys = torch.arange(num_keys, device=key.device) + call.key_offset
-    static = static_positions(pattern.config, call.key_offset + num_keys, key.device, marked=pattern.marked)
-    static = static[static >= call.key_offset] - call.key_offset
+    grouped, free = query.unflatten(0, (num_kv_heads, -1)), _Free(call, num_keys, key.device)
     num_pages, in_page = num_keys // page_size, torch.arange(page_size, device=key.device)
     width = min(max(pattern.budgets) // page_size, num_pages) * page_size
     found = torch.full((num_kv_heads, query.shape[1], width), -1, dtype=torch.int32, device=key.device)
     size = max(1, _CHUNK_PAIRS // (num_keys * grouped.shape[1]))
     for rows in torch.arange(query.shape[1], device=key.device).split(size):
-        older = rows[:, None] + call.query_offset - older_keys
-        admissible = pattern.admissible(older)
-        others = admissible & (older >= window)
-        others[:, static] = False
+        others, admissible = free.of(rows)
         pages = others[:, : num_pages * page_size].unflatten(1, (num_pages, page_size)).any(-1)
         for kv_head, budget in enumerate(pattern.budgets):
             scores = score(grouped[kv_head, :, rows], key[kv_head], admissible, call).masked_fill_(~pages, -math.inf)
@@ -76,3 +92,23 @@ def _chosen(query: Tensor, key: Tensor, call: AttentionCall, score: Scores, page
             chosen = others.gather(1, keys) & (values > -math.inf).repeat_interleave(page_size, 1)
             found[kv_head, rows, : keys.shape[1]] = keys.int().masked_fill_(~chosen, -1)
     return found
+
+
+class _Free:
+    """Which keys rows may choose: those that they may see, without those that their window and the static keys give."""
+
+    def __init__(self, call: AttentionCall, num_keys: int, device: torch.device) -> None:
+        self._pattern, self._window = call.pattern, call.pattern.window(num_keys)
+        self._first = call.query_offset - call.key_offset
+        self._keys = torch.arange(num_keys, device=device)
+        end = call.key_offset + num_keys
+        static = static_positions(self._pattern.config, end, device, marked=self._pattern.marked)
+        self._static = static[static >= call.key_offset] - call.key_offset
+
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The free keys of rows and all that they may see: [R, num_keys] bool twice."""
+        older = rows[:, None] + self._first - self._keys
+        admissible: Tensor = self._pattern.admissible(older)
+        others = admissible & (older >= self._window)
+        others[:, self._static] = False
+        return others, admissible

@@ -17,6 +17,7 @@ from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.evaluation import choosers
 from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE
 from hf_sparse_attn.evaluation.divergence import compare_predictions, joined, summarize
+from hf_sparse_attn.evaluation.leak_test import find_leaks, places
 from hf_sparse_attn.evaluation.perplexity import paired_difference
 from hf_sparse_attn.evaluation.tasks.asking import ask, paired
 from hf_sparse_attn.evaluation.tasks.paired import summarize as summarize_tasks
@@ -24,17 +25,21 @@ from hf_sparse_attn.evaluation.tasks.prompts import Prompt
 from hf_sparse_attn.integration import choosing, configured, record
 from hf_sparse_attn.logits import Head, hidden_states_and_head
 from hf_sparse_attn.ops import Chooser, document_attention
-from hf_sparse_attn.pattern_fields import looks_ahead
 from hf_sparse_attn.patterns import layer_pattern
 from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.statistics import AttentionStatistics
 from hf_sparse_attn.tracing import input_device
 
 _LEAST_STRIDE = 64
+_LEAK_TOKENS, _LEAK_PLACES = 1024, 4
 Fields = Callable[[int], dict[str, Any]]
 BLOCK_VOTES = "block-votes"  # no preset: those of minference-like beside a window and leading keys
-# No patterns: what they read beside the window and the leading keys of ssa is chosen by dense scores.
-CHOOSERS: dict[str, Chooser] = {"quest-like": choosers.quest, "oracle": choosers.oracle}
+# No patterns: what they read beside the window and the leading keys of ssa is chosen in another way.
+CHOOSERS: dict[str, Chooser] = {
+    "ssa-votes": choosers.voted,
+    "quest-like": choosers.quest,
+    "oracle": choosers.oracle,
+}
 _PRESETS = {BLOCK_VOTES: "minference-like"} | dict.fromkeys(CHOOSERS, "ssa")  # under another name
 # Of each pattern, the number that sets its density, as fields, and the least and the most that it may be.
 _BUDGET: tuple[Fields, int, None] = (lambda n: {"key_budget": n, "min_weight": 0.0, "dense_below": 0}, 0, None)
@@ -120,8 +125,9 @@ def compare_patterns(
         "seconds" of a forward of the first document (None where dense scores choose the keys). Of a variant also
         "density", "kept_mass" (share of the dense softmax on the keys that rows read), "ratio" (of perplexities),
         "delta_nll" (see `paired_difference`), "kl" and "top1_agreement" (see `divergence.summarize`), "tasks" (see
-        `tasks.paired.summarize`; None without prompts), "dense_seconds" (measured beside "seconds") and "is_causal":
-        whether its losses mean anything.
+        `tasks.paired.summarize`; None without prompts), "dense_seconds" (measured beside "seconds"), "leak" (how far
+        the logits of the first 1024 tokens move when a later one of them is changed, see `find_leaks`) and "is_causal":
+        whether nothing moves, so that its losses mean anything.
     """
     rows = [torch.tensor([document["input_ids"]], device=input_device(model)) for document in documents]
     known = known or {}
@@ -155,6 +161,8 @@ def compare_patterns(
                 "seconds": None if choose is not None else _seconds(model, rows[0]),
             }
             if config is not None:
+                beginning = rows[0][0, :_LEAK_TOKENS].tolist()
+                leaks = find_leaks(model, beginning, places(len(beginning), min(_LEAK_PLACES, len(beginning) // 2)))
                 statistics = AttentionStatistics(num_rows)
                 with record(model, statistics):
                     model.base_model(input_ids=rows[0], use_cache=False)
@@ -170,7 +178,8 @@ def compare_patterns(
                     "delta_nll": difference,
                     **summarize(predictions),
                     "tasks": summarize_tasks(asked) if asked else None,
-                    "is_causal": not looks_ahead(config),
+                    "leak": leaks["largest_difference"],
+                    "is_causal": not leaks["leaks"],
                 }
                 model.set_attn_implementation(DENSE)
                 result["dense_seconds"] = _seconds(model, rows[0])

@@ -8,9 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hf_sparse_attn import SparseAttentionConfig
-from hf_sparse_attn.evaluation.choosers import PAGE_SIZE, oracle, quest
+from hf_sparse_attn.evaluation.choosers import NUM_VOTERS, PAGE_SIZE, oracle, quest, voted
 from hf_sparse_attn.integration import choosing
-from hf_sparse_attn.ops import AttentionCall, document_attention
+from hf_sparse_attn.ops import AttentionCall, document_attention, find_candidates
 from hf_sparse_attn.patterns import layer_pattern
 from hf_sparse_attn.recording import DensityRecorder
 
@@ -87,6 +87,29 @@ def test_quest(tensors):
             best = max({column // PAGE_SIZE for column in whole}, key=lambda page: bounds[page], default=None)
             chosen = found[kv_head, row]
             assert chosen[chosen >= 0].tolist() == [column for column in whole if column // PAGE_SIZE == best]
+
+
+@pytest.mark.parametrize("offset", [0, 20])
+def test_voted(tensors, offset):
+    """Counted by hand; each row may read what most rows of its block found, and nothing that it may not see."""
+    query, key, _ = tensors
+    pattern = pattern_of(7, window=5)
+    given = {"pattern": pattern, "query_offset": offset, "key_offset": 0}
+    own = find_candidates(query[:, offset:], key, **given)
+    found = voted(query[:, offset:], key, AttentionCall(pattern, offset, scaling=SCALING))
+    assert found.dtype == torch.int32
+    differing = 0
+    for kv_head in range(2):
+        for start in range(0, N - offset, NUM_VOTERS):
+            rows = range(start, min(start + NUM_VOTERS, N - offset))
+            ballots = [column for row in rows for column in own[kv_head, row].tolist() if column >= 0]
+            elected = sorted(set(ballots), key=lambda column: (-ballots.count(column), column))[:7]
+            for row in rows:
+                chosen = found[kv_head, row]
+                expected = set(elected) & set(free(row + offset, 5))
+                assert set(chosen[chosen >= 0].tolist()) == expected
+                differing += expected != set(own[kv_head, row].tolist()) - {-1}
+    assert differing > 50
 
 
 @pytest.mark.parametrize("choose", [oracle, quest])

@@ -75,7 +75,7 @@ def test_expected_density_is_the_share_of_pairs():
 def test_writes_the_report_the_table_and_the_picture(run_script, arguments, monkeypatch):
     monkeypatch.setattr(allocation, "BUDGETS", (0, 16, 64, 256))
     monkeypatch.setattr(allocation, "MIN_WEIGHTS", (0.0, 1e-2))
-    arguments["--patterns"] = ["converted", "streaming-llm", "minference-like", "oracle", "ssa"]
+    arguments["--patterns"] = ["converted", "streaming-llm", "minference-like", "ssa-votes", "oracle", "ssa"]
     arguments["--calibration-dataset"] = arguments["--dataset"]
     arguments["--sparse-attention"] = ['{"window_size": 16, "num_global_tokens": 2, "dense_below": 32}']
     arguments["--densities"] = [0.6]
@@ -85,7 +85,10 @@ def test_writes_the_report_the_table_and_the_picture(run_script, arguments, monk
     results = result["results"]["900"]
     assert set(results) == {"dense", *(f"{name} 0.6" for name in arguments["--patterns"])}
     assert result["documents"] == {"900": ["0.txt", "1.txt"]}
-    assert {name for name, found in results.items() if not found.get("is_causal", True)} == {"minference-like 0.6"}
+    assert {name for name, found in results.items() if found.get("is_causal") is False} == {
+        "minference-like 0.6",
+        "ssa-votes 0.6",
+    }
     dense = results.pop("dense")
     assert len(dense["nll"]) == 2
     assert results["ssa 0.6"]["density"] == pytest.approx(results["oracle 0.6"]["density"], abs=1e-4)
@@ -103,7 +106,7 @@ def test_writes_the_report_the_table_and_the_picture(run_script, arguments, monk
         assert (cell["task"], cell["samples"], cell["context_length"]) == ("qa1", 8, 900)
         assert 0.2 < found["tasks"]["density"] < 0.9
         assert min(found["seconds"] or 1, found["dense_seconds"]) > 0
-    assert finished.stdout.count("(not") == 1  # the table marks what looks at later tokens
+    assert finished.stdout.count("(not") == 2  # the table marks what looks at later tokens
     assert arguments["--picture"][0].stat().st_size > 5000
 
 

@@ -44,7 +44,7 @@ def test_writes_the_report_and_the_picture_and_names_the_worst_task(run_script, 
     assert set(result["results"]) == {f"{task} {LENGTH} {i}" for task in ("niah_single", "qa1") for i in range(2)}
     assert result["sparse_attention"]["window_size"] == 4
     summary = result["summary"]
-    assert [(cell["task"], cell["samples"]) for cell in summary["cells"]] == [("niah_single", 16), ("qa1", 16)]
+    assert [(cell["task"], cell["samples"]) for cell in summary["cells"]] == [("niah_single", 32), ("qa1", 16)]
     assert 0 < summary["density"] < 0.1
     assert arguments["--picture"][0].read_bytes().startswith(b"\x89PNG")
     assert "Worst task: " in finished.stdout

@@ -64,11 +64,15 @@ def test_yarn_knows_four_times_the_context(llama):
 
 
 @pytest.mark.nightly
-def test_whole(run_script, tiny_model_path, text_directory, tmp_path):
+def test_whole(run_script, tiny_model_path, tmp_path):
     """Trained, converted and evaluated; a second run makes nothing again."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for index in range(4):
+        (texts / f"{index}.txt").write_text(" ".join(f"document {index} says {number}." for number in range(900)))
     arguments = {
         "--model": tiny_model_path,
-        "--dataset": text_directory,
+        "--dataset": texts,
         "--shapes": "one-kv-head",
         "--models": tmp_path / "models",
         "--max-steps": 1,
@@ -79,6 +83,9 @@ def test_whole(run_script, tiny_model_path, text_directory, tmp_path):
     }
     given = [part for pair in arguments.items() for part in pair]
     assert run_script(SCRIPT, *given).status == 0
+    made = (tmp_path / "models" / "one-kv-head" / "trained" / "model.safetensors").stat().st_mtime_ns
+    assert run_script(SCRIPT, *given).status == 0
+    assert (tmp_path / "models" / "one-kv-head" / "trained" / "model.safetensors").stat().st_mtime_ns == made
     found = json.loads((tmp_path / "shapes.json").read_text())["shapes"]["one-kv-head"]
     assert found["converted"]["sparse"]["density"] < 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "one-kv-head" / "converted")

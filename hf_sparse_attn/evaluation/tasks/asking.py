@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -37,12 +39,18 @@ def ask(model: PreTrainedModel, prompt: Prompt) -> list[dict[str, Any]]:
     return found
 
 
-def ask_both(model: PreTrainedModel, prompt: Prompt, sparse_first: bool = False) -> dict[str, Any]:
-    """Ask dense (SDPA) and sparse.
+def ask_both(
+    model: PreTrainedModel,
+    prompt: Prompt,
+    sparse_first: bool = False,
+    dense_attention: Callable[[PreTrainedModel], AbstractContextManager[None]] = by_sdpa,
+) -> dict[str, Any]:
+    """Ask dense and sparse.
 
     Args:
         model: what `load_sparse_model` returns; it is left with sparse attention.
         sparse_first: whoever goes first pays for cold caches, so let them take turns.
+        dense_attention: a block in which the model's attention is dense.
 
     Returns:
         What `paired` returns, with "dense_seconds" and "sparse_seconds".
@@ -50,7 +58,7 @@ def ask_both(model: PreTrainedModel, prompt: Prompt, sparse_first: bool = False)
     answers, seconds, density = {}, {}, DensityRecorder()
     model.set_attn_implementation(SPARSE)
     for side in (SPARSE, DENSE) if sparse_first else (DENSE, SPARSE):
-        with record(model, density) if side == SPARSE else by_sdpa(model):
+        with record(model, density) if side == SPARSE else dense_attention(model):
             started = time.perf_counter()
             answers[side] = ask(model, prompt)
             seconds[side] = time.perf_counter() - started

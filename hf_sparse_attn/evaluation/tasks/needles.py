@@ -12,7 +12,6 @@ from hf_sparse_attn.evaluation.haystack import CITIES, NAMES, SURNAMES
 from hf_sparse_attn.evaluation.tasks.prompts import Draft, Question
 from hf_sparse_attn.evaluation.tasks.vocabulary import NOUNS, Vocabulary
 
-NUM_QUESTIONS = 8
 NUM_KEYS = 16
 NUM_ALTERNATIVES = 20
 NUM_VALUES = 4  # of a key with several
@@ -23,22 +22,25 @@ _FACT = "The special magic word of {key} is: {value}."
 KINDS = (
     *("password of the old lighthouse", "name of the grey donkey", "code word of the night ferry"),
     *("gift for the youngest guest", "sign above the hidden door", "answer to the third riddle"),
-    *("label on the green box", "mark on the pirate map"),
+    *("label on the green box", "mark on the pirate map", "subject of the torn letter"),
+    *("favourite toy of the twins", "theme of the winter play", "emblem on the royal flag"),
+    *("title of the unfinished poem", "prize of the village fair", "cargo of the sunken ship"),
+    *("reward for the brave knight",),
 )
 
 
 def single(generator: random.Random, vocabulary: Vocabulary, room: int) -> Draft:
-    """One fact of each of eight kinds; a model that finds any of the eight values has one in eight right."""
-    kinds = generator.sample(KINDS, NUM_QUESTIONS)
+    """One fact of each of sixteen kinds; a model that finds any of their values has one in sixteen right."""
+    kinds = generator.sample(KINDS, NUM_KEYS)
     words = generator.sample(vocabulary.alike(NOUNS, NUM_ALTERNATIVES), NUM_ALTERNATIVES)
-    values = words[:NUM_QUESTIONS]
+    values = words[:NUM_KEYS]
     questions = [
         Question(
             f"Question: What is the {kind}?\nAnswer: The {kind} is:",
             [f" {values[index]}"],
             [f" {word}" for word in words if word != values[index]],
             index,
-            1 / NUM_QUESTIONS,
+            1 / NUM_KEYS,
         )
         for index, kind in enumerate(kinds)
     ]
@@ -48,7 +50,7 @@ def single(generator: random.Random, vocabulary: Vocabulary, room: int) -> Draft
 
 
 def multikey(generator: random.Random, vocabulary: Vocabulary, room: int) -> Draft:
-    """Sixteen facts of one kind, of which eight are asked for."""
+    """Sixteen facts of one kind."""
     keys, values, facts = _facts(generator, vocabulary)
     questions = [
         Question(
@@ -57,13 +59,13 @@ def multikey(generator: random.Random, vocabulary: Vocabulary, room: int) -> Dra
             *_answers(values, [values[index]]),
             index,
         )
-        for index in generator.sample(range(NUM_KEYS), NUM_QUESTIONS)
+        for index in generator.sample(range(NUM_KEYS), NUM_KEYS)
     ]
     return Draft(_INTRO, questions, facts)
 
 
 def multivalue(generator: random.Random, vocabulary: Vocabulary, room: int) -> Draft:
-    """Four keys with four values each; all values of two keys are asked for one after the other, in any order."""
+    """Four keys with four values each; all values of a key are asked for one after the other, in any order."""
     values = generator.sample(vocabulary.alike(NOUNS, NUM_KEYS), NUM_KEYS)
     keys = _keys(generator, NUM_KEYS // NUM_VALUES)
     own = [values[NUM_VALUES * index :][:NUM_VALUES] for index in range(len(keys))]
@@ -75,7 +77,7 @@ def multivalue(generator: random.Random, vocabulary: Vocabulary, room: int) -> D
             f"Answer: The {NUM_VALUES} special magic words of {key} are:{listed(its_values[:known])}",
             *_answers(values, its_values[known:], without=its_values[:known]),
         )
-        for key, its_values in list(zip(keys, own, strict=True))[: NUM_QUESTIONS // NUM_VALUES]
+        for key, its_values in zip(keys, own, strict=True)
         for known in range(NUM_VALUES)
     ]
     facts = [f"One of the special magic words of {key} is: {value}." for key, value in stated]
@@ -83,11 +85,11 @@ def multivalue(generator: random.Random, vocabulary: Vocabulary, room: int) -> D
 
 
 def multiquery(generator: random.Random, vocabulary: Vocabulary, room: int) -> Draft:
-    """Sixteen facts of one kind; twice, four of them are asked for at once and answered one after the other."""
+    """Sixteen facts of one kind; four at a time are asked for at once and answered one after the other."""
     keys, values, facts = _facts(generator, vocabulary)
-    asked = generator.sample(range(NUM_KEYS), NUM_QUESTIONS)
+    asked = generator.sample(range(NUM_KEYS), NUM_KEYS)
     questions = []
-    for start in range(0, NUM_QUESTIONS, NUM_ASKED_TOGETHER):
+    for start in range(0, NUM_KEYS, NUM_ASKED_TOGETHER):
         chosen = asked[start : start + NUM_ASKED_TOGETHER]
         text = f"Question: What are the special magic words of {joined([keys[index] for index in chosen])}?\nAnswer:"
         for index in chosen:

@@ -33,7 +33,7 @@ def likelihoods(model, tokens, answers):
 def test_answers_are_those_of_whole_forwards(sparse_model, prompt, implementation):
     sparse_model.set_attn_implementation(implementation)
     answers = ask(sparse_model, prompt)
-    assert len(answers) == 8
+    assert len(answers) == 16
     for index in (0, 3, 6):
         num_right = len(prompt.questions[index].right)
         tokens = prompt.input_ids + prompt.question_ids[index]

@@ -106,7 +106,7 @@ def test_single_facts_are_stated_once(prompts):
         statement = question.text.rsplit("Answer: ", 1)[1]
         assert prompt.text.count(f"\n{statement}{question.right[0]}.\n") == 1
         assert prompt.text.count(statement) == 1
-        assert question.chance == 1 / 8
+        assert question.chance == 1 / 16
 
 
 @pytest.mark.parametrize("task", ["niah_multikey", "niah_multiquery"])
