@@ -21,11 +21,12 @@ from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from hf_sparse_attn.cli.argument_types import json_object
-from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, argument, print_table, warn
+from hf_sparse_attn.cli.arguments import OneLineErrors, UserError, argument, print_table, report, warn
 from hf_sparse_attn.cli.options import DATASETS_HELP, FIELDS_HELP, MODEL_HELP, description_and_epilog
 from hf_sparse_attn.cli.training_rows import SourceOfRows
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.data import parse_mixture
+from hf_sparse_attn.environment import describe_environment
 from hf_sparse_attn.errors import OtherProcessError, is_first_process, one_line
 from hf_sparse_attn.loading import library_errors, load_model, parse_dtype, read_checkpoint
 from hf_sparse_attn.memory import ModelSize
@@ -307,7 +308,14 @@ def main() -> None:
         print(*facts, sep="\n", flush=True)
     results = train(trainer)
     if trainer.is_world_process_zero():
-        print_table(f"Saved to {training.output_dir}", ["", ""], result_rows(results, num_eval_rows))
+        output = Path(str(training.output_dir))
+        results |= {"output": str(output), "eval_rows": num_eval_rows}
+        results |= {"environment": describe_environment(training.device)}
+        report(results, output / "all_results.json", print_result)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    print_table(f"Saved to {result['output']}", ["", ""], result_rows(result, result["eval_rows"]))
 
 
 def result_rows(results: dict[str, Any], num_eval_rows: int) -> list[list[str]]:

@@ -48,6 +48,22 @@ def test_page(run_script, measured, tmp_path):
     assert not re.search(r'(src|href)="(?!#|data:)', text)  # nothing is loaded from elsewhere
 
 
+def test_a_tuned_model(run_script, tiny_model_path, text_directory, tmp_path):
+    """Losses before and after are shown as `finetune` tells them, also one that is not finite."""
+    output, page = tmp_path / "tuned", tmp_path / "report.html"
+    same = ["--model", tiny_model_path, "--dataset", text_directory, "--context-length", 64, "--eval-dataset"]
+    finished = run_script("finetune.py", *same, text_directory, "--max-steps", 2, "--output", output)
+    assert finished.status == 0, finished.stderr
+    assert run_script(SCRIPT, output, "--output", page).status == 0
+    results = json.loads((output / "all_results.json").read_text())
+    text = page.read_text()
+    assert f"<td>{results['eval_loss_before']:.4f} -&gt; {results['eval_loss_after']:.4f}</td>" in text
+    assert "hf-sparse-attn finetune --model" in text
+    (output / "all_results.json").write_text(json.dumps(results | {"eval_loss_before": None}))
+    assert run_script(SCRIPT, output, "--output", page).status == 0
+    assert f"<td>not logged -&gt; {results['eval_loss_after']:.4f}</td>" in page.read_text()
+
+
 def test_model_card(run_script, measured, tmp_path):
     """Tables come to its end; those of an earlier report are replaced."""
     card = tmp_path / "README.md"
