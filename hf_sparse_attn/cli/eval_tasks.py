@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hf_sparse_attn.evaluation
-from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report, resumed
+from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report, resumed, warn
 from hf_sparse_attn.cli.options import DATASET_HELP, SUFFIXES, add, command_parser
 from hf_sparse_attn.errors import argument
 from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Prompt, Vocabulary, prompt_of
@@ -96,6 +96,8 @@ def main() -> None:
     result |= {"sparse_attention": written_fields(fields), "environment": describe_environment(device)}
     with argument("model", arguments.model):
         dense = fastest(model, made(next(iter(tasks)), lengths[0], 0).input_ids) if arguments.fast_dense else by_sdpa
+    if arguments.fast_dense and dense is by_sdpa:
+        warn("--fast-dense has no effect: dense attention is SDPA's, as loops are for float32 on a CPU with Numba")
     result["dense_attention"] = "SDPA" if dense is by_sdpa else "compiled loops"
     asked = [(sample, length, task) for sample in range(arguments.num_samples) for length in lengths for task in tasks]
     with argument("model", arguments.model):
