@@ -18,6 +18,7 @@ from hf_sparse_attn.benchmarking.speed import check_rows, synchronize
 from hf_sparse_attn.cache import SparseCache, SparseLayer, SparseStaticCache, layer_bytes
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.decoding_graph import DecodingGraph
+from hf_sparse_attn.evaluation.dense_attention import SPARSE, dense_implementation
 from hf_sparse_attn.integration import record_density
 from hf_sparse_attn.ops import compute_dtype
 from hf_sparse_attn.patterns import layer_pattern
@@ -176,7 +177,7 @@ def compare_generation(
     else:
         cache = SparseCache(model.config)
     logits = model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1).logits
-    spent: dict[str, list[float]] = {"sparse": [], "sdpa": []}
+    spent: dict[str, list[float]] = {SPARSE: [], dense_implementation(model): []}
     try:
         with record_density(model) as counted:
             logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache).logits

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_attn.attention import Inputs, attention
 from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.evaluation.dense_attention import dense_implementation
 from hf_sparse_attn.integration import observe, record_density
 from hf_sparse_attn.ops import compute_dtype, find_keys
 from hf_sparse_attn.patterns import LayerPattern, layer_pattern
@@ -276,8 +277,9 @@ def compare_model_speed(
     densities: list[tuple[float, float]] = []
     device = input_ids.device
     try:
-        peaks = {"dense": peak_bytes(partial(run, "sdpa"), device), "sparse": peak_bytes(sparse, device)}
-        timed: dict[str, Callable[[], None]] = {"dense": partial(run, "sdpa"), "sparse": partial(run, "sparse")}
+        dense = partial(run, dense_implementation(model))
+        peaks = {"dense": peak_bytes(dense, device), "sparse": peak_bytes(sparse, device)}
+        timed: dict[str, Callable[[], None]] = {"dense": dense, "sparse": partial(run, "sparse")}
         row = _compared(timed, device, repeats, peaks)
     finally:
         model.set_attn_implementation("sparse")

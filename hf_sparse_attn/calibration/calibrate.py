@@ -28,7 +28,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
 from hf_sparse_attn.calibration.kept_results import KeptResults
 from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.errors import ArgumentError
-from hf_sparse_attn.evaluation.dense_attention import fastest
+from hf_sparse_attn.evaluation.dense_attention import dense_side
 from hf_sparse_attn.evaluation.perplexity import compare_perplexity
 from hf_sparse_attn.hashing import BucketHash, encode_calibrated_hash, layer_hash
 from hf_sparse_attn.hashing.product_quantizer import fit_hash
@@ -381,7 +381,7 @@ def choose_by_loss(
     """
     factor = LOSS_FACTOR
     rows = [{"name": "calibration", "input_ids": document.tolist()}]
-    dense = fastest(model, document.tolist())
+    dense = dense_side(model, document.tolist(), fast=True)
     best: tuple[SparseAttentionConfig, Allocation] | None = None
     for _ in range(_MAX_MEASUREMENTS):
         config, choice = _smallest_density(calibration, max_loss / factor, key_budget)

@@ -28,7 +28,7 @@ from hf_sparse_attn.config import SparseAttentionConfig, text_config
 from hf_sparse_attn.environment import describe_environment
 from hf_sparse_attn.errors import RunError, argument, one_line
 from hf_sparse_attn.evaluation import perplexity
-from hf_sparse_attn.evaluation.dense_attention import fastest
+from hf_sparse_attn.evaluation.dense_attention import dense_side
 from hf_sparse_attn.offloading import offload_folder, save_pretrained
 from hf_sparse_attn.output_files import (
     check_output_directory,
@@ -237,7 +237,7 @@ def _evaluate(model: Any, documents: list[dict[str, Any]], tokenizer: Any, progr
             documents,
             tokenizer=tokenizer,
             progress=counted(progress, "evaluating"),
-            dense_attention=fastest(model, documents[0]["input_ids"]),
+            dense_attention=dense_side(model, documents[0]["input_ids"], fast=True),
         )
     except ValueError as error:
         logger.warning("not evaluated: %s", one_line(error))

@@ -69,10 +69,11 @@ def main() -> None:
 
     from hf_sparse_attn.data import stream_documents
     from hf_sparse_attn.environment import describe_environment, written_fields
-    from hf_sparse_attn.evaluation.dense_attention import by_sdpa, fastest
+    from hf_sparse_attn.evaluation.dense_attention import dense_implementation, dense_side
     from hf_sparse_attn.evaluation.tasks.asking import ask_both
     from hf_sparse_attn.evaluation.tasks.paired import summarize
     from hf_sparse_attn.evaluation.tasks.picture import plot_tasks
+    from hf_sparse_attn.integration import reading_everything
     from hf_sparse_attn.loading import load_model, parse_device, parse_dtype, read_checkpoint
 
     device, dtype = parse_device(arguments.device), parse_dtype(arguments.dtype)
@@ -95,10 +96,11 @@ def main() -> None:
     )
     result |= {"sparse_attention": written_fields(fields), "environment": describe_environment(device)}
     with argument("model", arguments.model):
-        dense = fastest(model, made(next(iter(tasks)), lengths[0], 0).input_ids) if arguments.fast_dense else by_sdpa
-    if arguments.fast_dense and dense is by_sdpa:
-        warn("--fast-dense has no effect: dense attention is SDPA's, as loops are for float32 on a CPU with Numba")
-    result["dense_attention"] = "SDPA" if dense is by_sdpa else "compiled loops"
+        tokens = made(next(iter(tasks)), lengths[0], 0).input_ids
+        dense = dense_side(model, tokens, fast=arguments.fast_dense)
+    if arguments.fast_dense and dense is not reading_everything:
+        warn("--fast-dense has no effect: it is for float32 on a CPU with Numba")
+    result["dense_attention"] = "own" if dense is reading_everything else dense_implementation(model)
     asked = [(sample, length, task) for sample in range(arguments.num_samples) for length in lengths for task in tasks]
     with argument("model", arguments.model):
         for turn, (sample, length, task) in enumerate(tqdm(asked, desc="asking", unit="prompt")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,13 @@ from hf_sparse_attn.cache.policies import (
     UniformBudget,
 )
 from hf_sparse_attn.config import layer_shape, text_config
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, dense_side
 from hf_sparse_attn.evaluation.haystack import Context
 from hf_sparse_attn.evaluation.needle import mean_answers, retrieve
 from hf_sparse_attn.evaluation.perplexity import paired_difference
 from hf_sparse_attn.logits import token_losses
 from hf_sparse_attn.tracing import input_device
 
-DENSE, SPARSE = "dense", "sparse"
 PEAK_OVER_BUDGET = 1.08  # the most that a cache may hold at any time, over what it is to keep
 
 
@@ -178,13 +179,14 @@ def compare_policies(
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     peaks: dict[str, list[tuple[int, int]]] = {name: [] for name in sides}  # bytes held, length
     seconds = {name: [0.0, 0.0] for name in sides}
-    try:
-        for item, name in progress([(item, name) for item in (*documents, *contexts) for name in sides]):
-            model.set_attn_implementation("sdpa" if name == DENSE else "sparse")
-            is_context = isinstance(item, Context)
-            length = item.context_length if is_context else context_length
-            cache = make_cache(model, name, tokens[length], chunk_size)
-            started = time.perf_counter()
+    model.set_attn_implementation(SPARSE)
+    dense = dense_side(model, documents[0]["input_ids"])
+    for item, name in progress([(item, name) for item in (*documents, *contexts) for name in sides]):
+        is_context = isinstance(item, Context)
+        length = item.context_length if is_context else context_length
+        cache = make_cache(model, name, tokens[length], chunk_size)
+        started = time.perf_counter()
+        with dense(model) if name == DENSE else nullcontext():
             if is_context:
                 found = retrieve(model, item, cache, chunk_size)
                 answers[name] += [
@@ -192,16 +194,13 @@ def compare_policies(
                     for needle, answer in zip(item.needles, found, strict=True)
                 ]
             else:
-                losses = cached_nll(
-                    model, torch.tensor([item["input_ids"]], device=input_device(model)), cache, chunk_size
-                )
+                ids = torch.tensor([item["input_ids"]], device=input_device(model))
+                losses = cached_nll(model, ids, cache, chunk_size)
                 if not losses.isfinite().all():
                     raise ValueError(f"the loss of document {item['name']!r} is not finite with {name}")
                 nll[name].append(losses)
-            seconds[name][is_context] += time.perf_counter() - started
-            peaks[name].append((_peak_bytes(cache), length))
-    finally:
-        model.set_attn_implementation("sparse")
+        seconds[name][is_context] += time.perf_counter() - started
+        peaks[name].append((_peak_bytes(cache), length))
 
     per_token = peaks[DENSE][0][0] / context_length
     losses_of = {name: torch.stack(found) for name, found in nll.items()}  # [documents, N - 1]

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_sparse_attn.cache import SparseCache, SparseLayer
-from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, by_sdpa
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, dense_side
 from hf_sparse_attn.evaluation.haystack import SEVERAL, SINGLE, Context
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.logits import hidden_states_and_head
@@ -32,7 +32,7 @@ _SHARED = (DynamicLayer, DynamicSlidingWindowLayer, SparseLayer)
 def compare_retrieval(
     model: PreTrainedModel, contexts: Sequence[Context], progress: Callable[[list[Any]], Iterable[Any]] = iter
 ) -> dict[str, Any]:
-    """Ask the same weights for every needle of every context with dense (SDPA) and with sparse attention.
+    """Ask the same weights for every needle of every context with dense and with sparse attention.
 
     Args:
         model: what `load_sparse_model` returns; it is left with sparse attention.
@@ -54,19 +54,20 @@ def compare_retrieval(
     seconds: dict[str, dict[int, float]] = {DENSE: {}, SPARSE: {}}
     density = DensityRecorder()
     model.set_attn_implementation(SPARSE)
+    dense = dense_side(model, contexts[0].input_ids)
     # Whoever goes first on a context pays for cold caches: they take turns.
     turns = [(DENSE, SPARSE), (SPARSE, DENSE)]
     for index, side in progress([(i, side) for i in range(len(contexts)) for side in turns[i % 2]]):
-        with record(model, density) if side == SPARSE else by_sdpa(model):
+        with record(model, density) if side == SPARSE else dense(model):
             started = time.perf_counter()
             answers[side][index] = retrieve(model, contexts[index])
             seconds[side][index] = time.perf_counter() - started
 
     asked = [
         {"task": context.task, "context_length": context.context_length, "depth": needle.depth}
-        | {"dense": dense, "sparse": sparse}
+        | {"dense": expected, "sparse": found}
         for index, context in enumerate(contexts)
-        for needle, dense, sparse in zip(context.needles, answers[DENSE][index], answers[SPARSE][index], strict=True)
+        for needle, expected, found in zip(context.needles, answers[DENSE][index], answers[SPARSE][index], strict=True)
     ]
     result = _summary(asked) | {"difference": paired_difference(asked)}
     result["dense"]["seconds"] = sum(seconds[DENSE].values())

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse_attn.config import SparseAttentionConfig
 from hf_sparse_attn.evaluation import choosers
-from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE
+from hf_sparse_attn.evaluation.dense_attention import SPARSE, dense_side
 from hf_sparse_attn.evaluation.divergence import compare_predictions, joined, summarize
 from hf_sparse_attn.evaluation.leak_test import find_leaks, places
 from hf_sparse_attn.evaluation.perplexity import paired_difference
@@ -131,6 +131,8 @@ def compare_patterns(
     """
     rows = [torch.tensor([document["input_ids"]], device=input_device(model)) for document in documents]
     known = known or {}
+    model.set_attn_implementation(SPARSE)
+    read_densely = dense_side(model, documents[0]["input_ids"])
     dense: list[tuple[Tensor, Head]] = []
     dense_answers: list[list[dict[str, Any]]] = []
     for name in progress(["dense", *variants]):
@@ -143,7 +145,8 @@ def compare_patterns(
                 stack.enter_context(configured(model, config.to_dict()))
             if choose is not None:
                 stack.enter_context(choosing(model, choose))
-            model.set_attn_implementation(DENSE if config is None else SPARSE)
+            if config is None:
+                stack.enter_context(read_densely(model))
             density, asked_density = DensityRecorder(), DensityRecorder()
             with record(model, density):
                 sides = [hidden_states_and_head(model, input_ids=row, use_cache=False) for row in rows]
@@ -181,9 +184,8 @@ def compare_patterns(
                     "leak": leaks["largest_difference"],
                     "is_causal": not leaks["leaks"],
                 }
-                model.set_attn_implementation(DENSE)
-                result["dense_seconds"] = _seconds(model, rows[0])
-        model.set_attn_implementation(SPARSE)
+                with read_densely(model):
+                    result["dense_seconds"] = _seconds(model, rows[0])
         yield name, result
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.data import IGNORED_LABEL
-from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, by_sdpa
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, Block, dense_side
 from hf_sparse_attn.evaluation.divergence import Predictions, compare_predictions, joined, summarize, worst_tokens
 from hf_sparse_attn.integration import record
 from hf_sparse_attn.logits import hidden_states_and_head, token_losses
@@ -89,7 +88,7 @@ def compare_perplexity(
     *,
     tokenizer: Any = None,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
-    dense_attention: Callable[[PreTrainedModel], AbstractContextManager[None]] = by_sdpa,
+    dense_attention: Block | None = None,
 ) -> dict[str, Any]:
     """Evaluate the same weights with dense and sparse attention over the same documents.
 
@@ -98,7 +97,7 @@ def compare_perplexity(
         documents: dicts with "name" and "input_ids", all of one length N >= 2.
         tokenizer: shows the worst tokens in their text; None leaves the text out.
         progress: wraps the iteration over the forwards (two a document), to show how far it is.
-        dense_attention: a block in which the model's attention is dense.
+        dense_attention: a block in which the model's attention is dense; None: that of `dense_side`.
 
     Returns:
         A JSON-ready dict: "context_length" (N), "tokens" (predicted ones, N - 1 a document), "dense" and "sparse"
@@ -115,6 +114,7 @@ def compare_perplexity(
     rows = [torch.tensor([document["input_ids"]], device=input_device(model)) for document in documents]
 
     model.set_attn_implementation(SPARSE)
+    read_densely = dense_attention or dense_side(model, documents[0]["input_ids"])
     pairs: list[Predictions] = []
     found: dict[str, Any] = {}
     seconds = {DENSE: 0.0, SPARSE: 0.0}
@@ -122,7 +122,7 @@ def compare_perplexity(
     # Whoever goes first on a document pays for cold caches: they take turns.
     turns = [(DENSE, SPARSE), (SPARSE, DENSE)]
     for index, implementation in progress([(i, turn) for i in range(len(rows)) for turn in turns[i % 2]]):
-        with record(model, density) if implementation == SPARSE else dense_attention(model):
+        with record(model, density) if implementation == SPARSE else read_densely(model):
             started = time.perf_counter()
             found[implementation] = hidden_states_and_head(model, input_ids=rows[index], use_cache=False)
             found[implementation][0][0, -1, 0].item()  # wait for the device, so that the time is all of it

@@ -145,7 +145,7 @@ def test_two_tokens_are_enough(tiny_model_path):
 def test_loss_that_is_not_finite_names_the_document(tiny_model_path):
     model = load_sparse_model(str(tiny_model_path))
     torch.nn.init.constant_(model.lm_head.weight, float("inf"))
-    with pytest.raises(ValueError, match="the loss of document 'document 0' is not finite with sdpa attention"):
+    with pytest.raises(ValueError, match="the loss of document 'document 0' is not finite with dense attention"):
         compare_perplexity(model, random_documents(1, 20))
 
 

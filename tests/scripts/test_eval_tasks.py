@@ -71,7 +71,7 @@ def test_goes_on_where_it_was_interrupted(run_script, arguments):
     assert json.loads(output.read_text())["results"][f"qa1 {LENGTH} 0"]["attended"] != 1234
 
 
-@pytest.mark.parametrize(("dtype", "told"), [("float32", "compiled loops"), ("float64", "SDPA")])
+@pytest.mark.parametrize(("dtype", "told"), [("float32", "own"), ("float64", "sdpa")])
 def test_the_dense_side_by_loops(run_script, arguments, dtype, told):
     """The same answers; where there are no loops, a warning and SDPA."""
     pytest.importorskip("numba")
@@ -83,7 +83,7 @@ def test_the_dense_side_by_loops(run_script, arguments, dtype, told):
         assert finished.status == 0, finished.stderr
         found.append(json.loads(arguments["--output"][0].read_text()))
         assert ("--fast-dense has no effect" in finished.stderr) == bool(options and dtype == "float64")
-    assert [result["dense_attention"] for result in found] == ["SDPA", told]
+    assert [result["dense_attention"] for result in found] == ["sdpa", told]
     margins = [[q["dense"]["margin"] for q in r["results"][f"qa1 {LENGTH} 0"]["questions"]] for r in found]
     assert margins[0] == pytest.approx(margins[1], abs=1e-3)
     assert all(result["results"][f"qa1 {LENGTH} 0"]["attended"] for result in found)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, by_sdpa
+from hf_sparse_attn.evaluation.dense_attention import DENSE, SPARSE, Block, dense_side
 from hf_sparse_attn.evaluation.needle import answer_likelihoods, read_context
 from hf_sparse_attn.evaluation.tasks.prompts import Prompt
 from hf_sparse_attn.integration import record
@@ -43,22 +41,23 @@ def ask_both(
     model: PreTrainedModel,
     prompt: Prompt,
     sparse_first: bool = False,
-    dense_attention: Callable[[PreTrainedModel], AbstractContextManager[None]] = by_sdpa,
+    dense_attention: Block | None = None,
 ) -> dict[str, Any]:
     """Ask dense and sparse.
 
     Args:
         model: what `load_sparse_model` returns; it is left with sparse attention.
         sparse_first: whoever goes first pays for cold caches, so let them take turns.
-        dense_attention: a block in which the model's attention is dense.
+        dense_attention: a block in which the model's attention is dense; None: that of `dense_side`.
 
     Returns:
         What `paired` returns, with "dense_seconds" and "sparse_seconds".
     """
     answers, seconds, density = {}, {}, DensityRecorder()
     model.set_attn_implementation(SPARSE)
+    dense = dense_attention or dense_side(model, prompt.input_ids)
     for side in (SPARSE, DENSE) if sparse_first else (DENSE, SPARSE):
-        with record(model, density) if side == SPARSE else dense_attention(model):
+        with record(model, density) if side == SPARSE else dense(model):
             started = time.perf_counter()
             answers[side] = ask(model, prompt)
             seconds[side] = time.perf_counter() - started
