@@ -9,7 +9,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -186,16 +186,28 @@ def collected_tables() -> Iterator[list[ShownTable]]:
         _TABLES.reset(before)
 
 
-def resumed(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], None]]:
+def resumed(
+    arguments: argparse.Namespace, may_differ: Collection[str] = (), **fixed: Any
+) -> tuple[dict[str, Any], Callable[[], None]]:
     """The report that an interrupted run with the same options has left in its --output, or a new one, and what writes
-    it there."""
+    it there.
+
+    Args:
+        may_differ: options that decide how much is measured, and not what a single result is.
+        fixed: entries of the report that have to be the same beside the options.
+    """
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "picture", "device")}
-    output, result = arguments.output, {"settings": settings, "results": {}}
+    output, result = arguments.output, {"settings": settings, "results": {}, **fixed}
+
+    def deciding(report: dict[str, Any]) -> list[Any]:
+        options = {name: value for name, value in report["settings"].items() if name not in may_differ}
+        return [options, *(report.get(name) for name in fixed)]
+
     if output is not None and output.is_file():
-        with suppress(ValueError, OSError):
+        with suppress(ValueError, OSError, LookupError, TypeError, AttributeError):  # what is no such report
             found = json.loads(output.read_text(encoding="utf-8"))
-            if isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings)):
-                result = found
+            if deciding(found) == deciding(json.loads(json.dumps(result))) and isinstance(found["results"], dict):
+                result = found | {"settings": settings}
 
     def keep() -> None:
         if output is not None:

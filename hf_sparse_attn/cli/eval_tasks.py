@@ -7,7 +7,8 @@
 A sample is one text with up to 16 questions, which share its prefill. Each is answered by the log-likelihood of the
 right answers against wrong ones and by greedy decoding. A task in which the dense model is not better than chance says
 nothing about sparse attention and is left out where the worst task is named. Prompts that --output holds already, asked
-with the same options, are kept. docs/tasks.md describes each task, and how lm-evaluation-harness runs the same ones.
+with the same other options, are not asked again: tasks, lengths and samples can be added. docs/tasks.md describes each
+task, and how lm-evaluation-harness runs the same ones.
 """
 
 from pathlib import Path
@@ -90,11 +91,13 @@ def main() -> None:
     for length in lengths:
         for task in tasks:
             made(task, length, 0)
-    result, keep = resumed(arguments)
+    result, keep = resumed(
+        arguments, ("tasks", "context_lengths", "num_samples"), sparse_attention=written_fields(fields)
+    )
     model = load_model(
         arguments.model, path, arguments.sparse_attention, device=device, num_tokens=lengths[-1], dtype=dtype
     )
-    result |= {"sparse_attention": written_fields(fields), "environment": describe_environment(device)}
+    result |= {"environment": describe_environment(device)}
     with argument("model", arguments.model):
         tokens = made(next(iter(tasks)), lengths[0], 0).input_ids
         dense = dense_side(model, tokens, fast=arguments.fast_dense)
@@ -110,7 +113,8 @@ def main() -> None:
             prompt = made(task, length, sample)
             result["results"][name] = ask_both(model, prompt, turn % 2 == 1, dense)
             keep()
-    result["summary"] = summarize(list(result["results"].values()))
+    names = [f"{task} {length} {sample}" for sample, length, task in asked]
+    result["summary"] = summarize([result["results"][name] for name in names])
     report(result, arguments.output, print_result)
     if arguments.picture:
         with replaced(arguments.picture) as picture:

@@ -67,6 +67,23 @@ def test_goes_on_where_it_was_interrupted(run_script, arguments):
     assert found[f"qa1 {LENGTH} 0"]["attended"] == 1234
     again, before = (results[f"qa1 {LENGTH} 1"]["questions"] for results in (found, whole["results"]))
     assert [q["sparse"]["margin"] for q in again] == pytest.approx([q["sparse"]["margin"] for q in before])
+    more = arguments | {"--num-samples": [3], "--tasks": ["qa1"]}
+    assert run_script(SCRIPT, *flat(more)).status == 0
+    found = json.loads(output.read_text())
+    assert set(found["results"]) == {*whole["results"], f"qa1 {LENGTH} 2"}
+    assert found["results"][f"qa1 {LENGTH} 0"]["attended"] == 1234
+    assert [(cell["task"], cell["prompts"]) for cell in found["summary"]["cells"]] == [("qa1", 3)]
+    fields = ["--sparse-attention", '{"window_size": 9}']
+    for options in (["--seed", 1], fields):
+        found["results"][f"qa1 {LENGTH} 0"]["attended"] = 1234
+        output.write_text(json.dumps(found))
+        assert run_script(SCRIPT, *flat(arguments), *options).status == 0
+        assert json.loads(output.read_text())["results"][f"qa1 {LENGTH} 0"]["attended"] != 1234
+    output.write_text(json.dumps(whole | {"sparse_attention": {}}))  # the model was converted anew
+    assert run_script(SCRIPT, *flat(arguments)).status == 0
+    assert json.loads(output.read_text())["sparse_attention"] == whole["sparse_attention"]
+    output.write_text("[1, 2]")
+    assert run_script(SCRIPT, *flat(arguments)).status == 0
     assert run_script(SCRIPT, *flat(arguments | {"--seed": [1]})).status == 0
     assert json.loads(output.read_text())["results"][f"qa1 {LENGTH} 0"]["attended"] != 1234
 
