@@ -17,7 +17,8 @@ from typing import Any
 import hf_sparse_attn.evaluation
 from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report, resumed, warn
 from hf_sparse_attn.cli.options import DATASET_HELP, SUFFIXES, add, command_parser
-from hf_sparse_attn.errors import argument
+from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.errors import ArgumentError, argument
 from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Prompt, Vocabulary, prompt_of
 from hf_sparse_attn.output_files import replaced
 
@@ -88,9 +89,14 @@ def main() -> None:
         with argument("context_lengths", f"{length} of {task}"):
             return prompt_of(task, length, sample, vocabulary, haystack, arguments.seed)
 
+    dense_below = SparseAttentionConfig.from_dict(fields).dense_below
     for length in lengths:
         for task in tasks:
-            made(task, length, 0)
+            first_question = len(made(task, length, 0).input_ids)
+            if first_question < dense_below:
+                least = length + dense_below - first_question
+                problem = f"must be at least {least}: questions at positions under {dense_below=} read everything"
+                raise ArgumentError("context_lengths", problem, f"{length} of {task}")
     result, keep = resumed(
         arguments, ("tasks", "context_lengths", "num_samples"), sparse_attention=written_fields(fields)
     )

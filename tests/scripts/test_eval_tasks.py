@@ -123,6 +123,10 @@ def test_the_line_of_the_worst_task():
         ({"--tasks": ["niah"]}, ["--tasks", "'niah'"]),
         ({"--context-lengths": [LENGTH, 300]}, ["--context-lengths 300 of niah_single", "too short for"]),
         ({"--context-lengths": [100_000]}, ["--context-lengths 100000", "more than its documents have"]),
+        (
+            {"--context-lengths": [2060]},
+            ["--context-lengths 2060 of niah_single", "must be at least", "dense_below=2048"],
+        ),
         ({"--num-samples": [0]}, ["--num-samples", "'0'"]),
         ({"--sparse-attention": ['{"windw_size": 4}']}, ["--sparse-attention", "windw_size"]),
         ({"--device": ["gpu"]}, ["--device", "'gpu'"]),
