@@ -124,7 +124,7 @@ def test_the_line_of_the_worst_task():
         ({"--context-lengths": [LENGTH, 300]}, ["--context-lengths 300 of niah_single", "too short for"]),
         ({"--context-lengths": [100_000]}, ["--context-lengths 100000", "more than its documents have"]),
         (
-            {"--context-lengths": [2060]},
+            {"--context-lengths": [2060], "--sparse-attention": ['{"dense_below": 2048}']},
             ["--context-lengths 2060 of niah_single", "must be at least", "dense_below=2048"],
         ),
         ({"--num-samples": [0]}, ["--num-samples", "'0'"]),
