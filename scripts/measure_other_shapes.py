@@ -5,7 +5,8 @@
 Each is made of a LLaMA model's weights, trained for a few steps with dense attention, converted with the defaults and
 evaluated on held-out documents, converted and not:
 
-  one-kv-head  all query heads share one KV head, the mean of the model's own (Ainslie et al. 2023, arXiv 2305.13245)
+  one-kv-head  all query heads share one KV head, the mean of the model's own (Ainslie et al. 2023, arXiv 2305.13245);
+               another function, and so trained for longer, on shorter rows
   wide-heads   head_dim is twice as large; the new channels begin at 0
   hybrid       Qwen2's: biases of queries, keys and values, drawn at random; three of four layers have a window of 512
   yarn         positions scaled to four times the context (YaRN), as in a model that was extended
@@ -18,7 +19,9 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +89,28 @@ def yarn(model: LlamaForCausalLM) -> PreTrainedModel:
     return _loaded(LlamaForCausalLM(config), model.state_dict())
 
 
-SHAPES = {"one-kv-head": one_kv_head, "wide-heads": wide_heads, "hybrid": hybrid, "yarn": yarn}
+class Shape(NamedTuple):
+    """How a model of another shape is made, and the training that it needs.
+
+    Args:
+        make: from the model; shares its weights.
+        max_steps: of one row each.
+        train_length: tokens of a row.
+        learning_rate: its peak.
+    """
+
+    make: Callable[[LlamaForCausalLM], PreTrainedModel]
+    max_steps: int = 20
+    train_length: int = 2048
+    learning_rate: float = 1e-4
+
+
+SHAPES = {
+    "one-kv-head": Shape(one_kv_head, max_steps=200, train_length=1024, learning_rate=5e-4),
+    "wide-heads": Shape(wide_heads),
+    "hybrid": Shape(hybrid),
+    "yarn": Shape(yarn),
+}
 
 
 def _loaded(model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
@@ -100,8 +124,8 @@ def main() -> None:
     parser.add_argument("--dataset", default="demo", help="Hub id, file, directory, or demo (default: demo)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="which ones (default: all)")
     parser.add_argument("--models", type=Path, required=True, help="directory for the models")
-    parser.add_argument("--max-steps", type=positive_int, default=20, help="steps of training (default: %(default)s)")
-    parser.add_argument("--train-length", type=positive_int, default=2048, help="tokens (default: %(default)s)")
+    parser.add_argument("--max-steps", type=positive_int, help="steps of training (default: by shape, 20 or 200)")
+    parser.add_argument("--train-length", type=positive_int, help="tokens (default: by shape, 2048 or 1024)")
     parser.add_argument("--context-length", type=positive_int, default=4096, help="tokens (default: %(default)s)")
     parser.add_argument("--max-documents", type=positive_int, default=4, help="documents (default: %(default)s)")
     parser.add_argument("--output", type=output_file, required=True, help="JSON file to write")
@@ -109,27 +133,36 @@ def main() -> None:
     result = {"settings": {name: str(value) for name, value in vars(arguments).items() if name != "output"}}
     result |= {"environment": describe_environment(torch.device("cpu")), "shapes": {}}
     for shape in arguments.shapes:
-        folder = arguments.models / shape
+        folder, needs = arguments.models / shape, SHAPES[shape]
         trained, converted = folder / "trained", folder / "converted"
         if not trained.exists():
             start = folder / "start"
             _write(arguments.model, shape, start)
-            length = ["--context-length", arguments.train_length, "--max-steps", arguments.max_steps]
-            dense = ["--sparse-attention", json.dumps({"dense_below": 10**9})]
-            rates = ["--learning-rate", 1e-4, "--lr-scheduler-type", "cosine", "--save-strategy", "no", "--seed", 0]
-            rates += ["--bf16", "true"]
-            _run("finetune", start, *length, *dense, *rates, "--dataset", arguments.dataset, "--output", trained)
-        same = ["--context-length", arguments.context_length]
+            _run(
+                "finetune",
+                model=start,
+                dataset=arguments.dataset,
+                context_length=arguments.train_length or needs.train_length,
+                max_steps=arguments.max_steps or needs.max_steps,
+                learning_rate=needs.learning_rate,
+                lr_scheduler_type="cosine",
+                sparse_attention=json.dumps({"dense_below": 10**9}),
+                bf16="true",
+                save_strategy="no",
+                seed=0,
+                output=trained,
+            )
+        length = arguments.context_length
         if not converted.exists():
-            data = ["--calibration-dataset", arguments.dataset, "--num-evaluation-documents", 0]
-            _run("convert", trained, *same, *data, "--output", converted)
+            data = {"calibration_dataset": arguments.dataset, "num_evaluation_documents": 0}
+            _run("convert", model=trained, context_length=length, **data, output=converted)
         found = {}
         for name in ("trained", "converted"):
             report = folder / f"{name}.json"
-            data = ["--dataset", arguments.dataset, "--max-documents", arguments.max_documents]
-            default = ["--sparse-attention", json.dumps({"dense_below": SparseAttentionConfig.dense_below})]
-            own = default if name == "trained" else []  # it was trained dense
-            _run("eval-perplexity", folder / name, *same, *data, *own, "--output", report)
+            data = {"dataset": arguments.dataset, "max_documents": arguments.max_documents}
+            if name == "trained":  # dense
+                data["sparse_attention"] = json.dumps({"dense_below": SparseAttentionConfig.dense_below})
+            _run("eval-perplexity", model=folder / name, context_length=length, **data, output=report)
             found[name] = json.loads(report.read_text())
         result["shapes"][shape] = found
         write_json(arguments.output, result)
@@ -140,12 +173,12 @@ def _write(model: str, shape: str, path: Path) -> None:
     """The model of another shape, before its training."""
     source, _, tokenizer, _ = read_checkpoint(model)
     loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    SHAPES[shape](loaded).save_pretrained(path)
+    SHAPES[shape].make(loaded).save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
-def _run(command: str, model: Path, *options: object) -> None:
-    given = ["--model", str(model), *map(str, options)]
+def _run(command: str, **options: object) -> None:
+    given = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     subprocess.run([sys.executable, "-m", "hf_sparse_attn", command, *given], check=True)
 
 
