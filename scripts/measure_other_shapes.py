@@ -5,13 +5,13 @@
 Each is made of a LLaMA model's weights, trained for a few steps with dense attention, converted with the defaults and
 evaluated on held-out documents, converted and not:
 
-  one-kv-head  all query heads share one KV head, the mean of the model's own (Ainslie et al. 2023, arXiv 2305.13245);
-               another function, and so trained for longer, on shorter rows
+  one-kv-head  all query heads share one KV head, the mean of the model's own (Ainslie et al. 2023, arXiv 2305.13245)
   wide-heads   head_dim is twice as large; the new channels begin at 0
   hybrid       Qwen2's: biases of queries, keys and values, drawn at random; three of four layers have a window of 512
   yarn         positions scaled to four times the context (YaRN), as in a model that was extended
 
-What stands in --models already is not made again.
+One KV head and drawn biases make another function: these models are trained for longer, on shorter rows. What stands in
+--models already is not made again.
 """
 
 import argparse
@@ -108,7 +108,7 @@ class Shape(NamedTuple):
 SHAPES = {
     "one-kv-head": Shape(one_kv_head, max_steps=200, train_length=1024, learning_rate=5e-4),
     "wide-heads": Shape(wide_heads),
-    "hybrid": Shape(hybrid),
+    "hybrid": Shape(hybrid, max_steps=200, train_length=1024, learning_rate=5e-4),
     "yarn": Shape(yarn),
 }
 
