@@ -252,7 +252,7 @@ def print_result(result: dict[str, Any]) -> None:
             figures += [f"{row['kl']['mean']:.3g}", f"{row['top1_agreement']:.4f}"]
             speed = f"{row['dense_seconds'] / row['seconds']:.2f}" if row["seconds"] else "-"
             shown = name if row["is_causal"] else f"{name} (not causal)"
-            figures += [f"{row['kept_mass']:.4f}", f"{row['leak']:.2g}" if "leak" in row else "-"]
+            figures += [f"{row['kept_mass']:.4f}", "-" if row.get("leak") is None else f"{row['leak']:.2g}"]
             rows.append([shown, *figures, *worst_task(row["tasks"]), speed])
         columns = ["pattern", "density", "ratio", "95%, nats", "KL", "top-1", "mass", "leak", "worst task", "points"]
         told = f"{result['settings']['model']}: {len(dense['nll'])} documents of {length} tokens; "

@@ -44,7 +44,7 @@ def voted(query: Tensor, key: Tensor, call: AttentionCall) -> Tensor:
     """The keys that most rows of a block of 64 find through their buckets, for all of its rows; see `ops.Chooser`.
 
     Not causal: later rows have a vote on what earlier ones read, so that a loss with it means nothing. It is there to
-    show how much better such a loss looks than that of the same buckets asked row by row.
+    be compared with the same buckets asked row by row, and to be found out by a leak test.
     """
     pattern, num_keys = call.pattern, key.shape[1]
     own = find_candidates(query, key, pattern=pattern, query_offset=call.query_offset, key_offset=call.key_offset)

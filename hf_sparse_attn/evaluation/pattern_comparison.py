@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse_attn.config import SparseAttentionConfig
+from hf_sparse_attn.errors import RunError
 from hf_sparse_attn.evaluation import choosers
 from hf_sparse_attn.evaluation.dense_attention import SPARSE, dense_side
 from hf_sparse_attn.evaluation.divergence import compare_predictions, joined, summarize
@@ -25,6 +26,7 @@ from hf_sparse_attn.evaluation.tasks.prompts import Prompt
 from hf_sparse_attn.integration import choosing, configured, record
 from hf_sparse_attn.logits import Head, hidden_states_and_head
 from hf_sparse_attn.ops import Chooser, document_attention
+from hf_sparse_attn.pattern_fields import looks_ahead
 from hf_sparse_attn.patterns import layer_pattern
 from hf_sparse_attn.recording import DensityRecorder
 from hf_sparse_attn.statistics import AttentionStatistics
@@ -126,8 +128,8 @@ def compare_patterns(
         "density", "kept_mass" (share of the dense softmax on the keys that rows read), "ratio" (of perplexities),
         "delta_nll" (see `paired_difference`), "kl" and "top1_agreement" (see `divergence.summarize`), "tasks" (see
         `tasks.paired.summarize`; None without prompts), "dense_seconds" (measured beside "seconds"), "leak" (how far
-        the logits of the first 1024 tokens move when a later one of them is changed, see `find_leaks`) and "is_causal":
-        whether nothing moves, so that its losses mean anything.
+        the logits of the first 1024 tokens move when a later one of them is changed, see `find_leaks`; None where
+        forwards repeat too badly to tell) and "is_causal": whether nothing moves, so that its losses mean anything.
     """
     rows = [torch.tensor([document["input_ids"]], device=input_device(model)) for document in documents]
     known = known or {}
@@ -164,8 +166,7 @@ def compare_patterns(
                 "seconds": None if choose is not None else _seconds(model, rows[0]),
             }
             if config is not None:
-                beginning = rows[0][0, :_LEAK_TOKENS].tolist()
-                leaks = find_leaks(model, beginning, places(len(beginning), min(_LEAK_PLACES, len(beginning) // 2)))
+                leak = _leak(model, rows[0][0, :_LEAK_TOKENS].tolist())
                 statistics = AttentionStatistics(num_rows)
                 with record(model, statistics):
                     model.base_model(input_ids=rows[0], use_cache=False)
@@ -181,12 +182,21 @@ def compare_patterns(
                     "delta_nll": difference,
                     **summarize(predictions),
                     "tasks": summarize_tasks(asked) if asked else None,
-                    "leak": leaks["largest_difference"],
-                    "is_causal": not leaks["leaks"],
+                    "leak": leak,
+                    "is_causal": not (looks_ahead(config) if leak is None else leak),
                 }
                 with read_densely(model):
                     result["dense_seconds"] = _seconds(model, rows[0])
         yield name, result
+
+
+def _leak(model: PreTrainedModel, document: list[int]) -> float | None:
+    """How far a later token moves earlier logits; 0.0 where they move no further than those of the same input."""
+    try:
+        found = find_leaks(model, document, places(len(document), min(_LEAK_PLACES, len(document) // 2)))
+    except RunError:
+        return None
+    return float(found["largest_difference"]) if found["leaks"] else 0.0
 
 
 def _seconds(model: PreTrainedModel, input_ids: Tensor) -> float:

@@ -10,6 +10,7 @@ from hf_sparse_attn import SparseAttentionConfig
 from hf_sparse_attn.calibration import budget_allocation as allocation
 from hf_sparse_attn.calibration import convert as conversion
 from hf_sparse_attn.cli import compare_patterns
+from hf_sparse_attn.errors import RunError
 from hf_sparse_attn.evaluation import pattern_comparison
 from hf_sparse_attn.evaluation.pattern_comparison import (
     BLOCK_VOTES,
@@ -229,3 +230,19 @@ def test_every_point_is_in_the_picture(monkeypatch, tmp_path):
         for x, y in panel.lines[0].get_xydata():
             assert left < x < right
             assert bottom < y < top
+
+
+@pytest.mark.parametrize("name", ["streaming-llm", "minference-like"])
+def test_without_a_leak_test_the_pattern_says_what_it_is(run_script, arguments, monkeypatch, name):
+    """Where forwards do not repeat, as on some GPUs."""
+
+    def does_not_repeat(*_, **__):
+        raise RunError("logits of the same input differ")
+
+    monkeypatch.setattr(pattern_comparison, "find_leaks", does_not_repeat)
+    del arguments["--picture"]
+    finished = run_script(SCRIPT, *flat(arguments | {"--patterns": [name], "--tasks": []}))
+    assert finished.status == 0, finished.stderr
+    found = json.loads(arguments["--output"][0].read_text())["results"]["900"][f"{name} 0.5"]
+    assert found["leak"] is None
+    assert found["is_causal"] == (name == "streaming-llm")
