@@ -18,7 +18,8 @@ import hf_sparse_attn.evaluation
 from hf_sparse_attn.cli.arguments import OneLineErrors, print_table, report, resumed, warn
 from hf_sparse_attn.cli.options import DATASET_HELP, SUFFIXES, add, command_parser
 from hf_sparse_attn.config import SparseAttentionConfig
-from hf_sparse_attn.errors import ArgumentError, argument
+from hf_sparse_attn.errors import argument
+from hf_sparse_attn.evaluation.haystack import check_questions
 from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Prompt, Vocabulary, prompt_of
 from hf_sparse_attn.output_files import replaced
 
@@ -92,11 +93,9 @@ def main() -> None:
     dense_below = SparseAttentionConfig.from_dict(fields).dense_below
     for length in lengths:
         for task in tasks:
-            first_question = len(made(task, length, 0).input_ids)
-            if first_question < dense_below:
-                least = length + dense_below - first_question
-                problem = f"must be at least {least}: questions at positions under {dense_below=} read everything"
-                raise ArgumentError("context_lengths", problem, f"{length} of {task}")
+            first = made(task, length, 0).input_ids
+            with argument("context_lengths", f"{length} of {task}"):
+                check_questions(length, len(first), dense_below)
     result, keep = resumed(
         arguments, ("tasks", "context_lengths", "num_samples"), sparse_attention=written_fields(fields)
     )
@@ -105,22 +104,19 @@ def main() -> None:
     )
     result |= {"environment": describe_environment(device)}
     with argument("model", arguments.model):
-        tokens = made(next(iter(tasks)), lengths[0], 0).input_ids
-        dense = dense_side(model, tokens, fast=arguments.fast_dense)
+        dense = dense_side(model, first, fast=arguments.fast_dense)
     if arguments.fast_dense and dense is not reading_everything:
         warn("--fast-dense has no effect: it is for float32 on a CPU with Numba")
     result["dense_attention"] = "own" if dense is reading_everything else dense_implementation(model)
-    asked = [(sample, length, task) for sample in range(arguments.num_samples) for length in lengths for task in tasks]
+    samples = range(arguments.num_samples)
+    asked = {f"{task} {length} {i}": (task, length, i) for i in samples for length in lengths for task in tasks}
     with argument("model", arguments.model):
-        for turn, (sample, length, task) in enumerate(tqdm(asked, desc="asking", unit="prompt")):
-            name = f"{task} {length} {sample}"
+        for turn, (name, prompt) in enumerate(tqdm(asked.items(), desc="asking", unit="prompt")):
             if name in result["results"]:
                 continue
-            prompt = made(task, length, sample)
-            result["results"][name] = ask_both(model, prompt, turn % 2 == 1, dense)
+            result["results"][name] = ask_both(model, made(*prompt), turn % 2 == 1, dense)
             keep()
-    names = [f"{task} {length} {sample}" for sample, length, task in asked]
-    result["summary"] = summarize([result["results"][name] for name in names])
+    result["summary"] = summarize([result["results"][name] for name in asked])
     report(result, arguments.output, print_result)
     if arguments.picture:
         with replaced(arguments.picture) as picture:

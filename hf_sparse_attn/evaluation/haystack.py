@@ -127,13 +127,21 @@ def make_contexts(
         )
         for task, sample, chosen in kinds
     ]
-    first_question = min(len(context.input_ids) for context in contexts)
-    if first_question < config.dense_below:
-        raise ValueError(
-            f"must be at least {context_length + config.dense_below - first_question}: questions at positions under "
-            f"dense_below={config.dense_below} read everything"
-        )
+    check_questions(context_length, min(len(context.input_ids) for context in contexts), config.dense_below)
     return contexts
+
+
+def check_questions(context_length: int, first_question: int, dense_below: int) -> None:
+    """Make sure that rows of questions at positions from `first_question` on can be sparse.
+
+    Raises:
+        ValueError: they read everything because of `dense_below`; saying which context_length they need.
+    """
+    if first_question < dense_below:
+        raise ValueError(
+            f"must be at least {context_length + dense_below - first_question}: questions at positions under "
+            f"{dense_below=} read everything"
+        )
 
 
 def hide_needles(
