@@ -5,13 +5,13 @@
 Each is made of a LLaMA model's weights, trained for a few steps with dense attention, converted with the defaults and
 evaluated on held-out documents, converted and not:
 
-  one-kv-head  all query heads share one KV head, the mean of the model's own (Ainslie et al. 2023, arXiv 2305.13245)
+  one-kv-head  all query heads share one KV head, the model's own side by side: head_dim is as many times as large
   wide-heads   head_dim is twice as large; the new channels begin at 0
-  hybrid       Qwen2's: biases of queries, keys and values, drawn at random; three of four layers have a window of 512
+  hybrid       Qwen2's: biases of queries, keys and values, drawn at random; three of four layers have a window of 512.
+               The biases make another function: it is trained for longer
   yarn         positions scaled to four times the context (YaRN), as in a model that was extended
 
-One KV head and drawn biases make another function: these models are trained for longer, on shorter rows. What stands in
---models already is not made again.
+What stands in --models already is not made again.
 """
 
 import argparse
@@ -35,16 +35,29 @@ from hf_sparse_attn.loading import read_checkpoint
 from hf_sparse_attn.output_files import write_json
 from hf_sparse_attn.training import extend_context
 
-BIAS = 0.5  # standard deviation of the biases that are drawn
+BIASES = {"q_proj": 0.5, "k_proj": 0.5, "v_proj": 0.05}  # standard deviations of the biases that are drawn
 SLIDING_WINDOW = 512
 
 
 def one_kv_head(model: LlamaForCausalLM) -> PreTrainedModel:
+    """Nearly the same function: each query reads the channels of its own KV head, and is 0 in all others'.
+
+    The channels of a rotary frequency, one for each KV head, lie beside each other, at frequencies next to it.
+    """
     config, weights = copy.deepcopy(model.config), model.state_dict()
-    for name in weights:
-        if "k_proj" in name or "v_proj" in name:
-            weights[name] = weights[name].unflatten(0, (config.num_key_value_heads, -1)).mean(0)
-    config.num_key_value_heads = 1
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    group = config.num_attention_heads // heads
+    own = torch.eye(heads)  # [KV head of a query, KV head of a channel]
+    for name, weight in weights.items():
+        if "q_proj" in name:  # scores are divided by sqrt(head_dim)
+            queries = weight.view(heads, group, 2, head_dim // 2, -1) * heads**0.5
+            weights[name] = torch.einsum("hgacm,hk->hgackm", queries, own).flatten(0, -2)
+        elif "k_proj" in name:
+            weights[name] = weight.view(heads, 2, head_dim // 2, -1).permute(1, 2, 0, 3).flatten(0, 2)
+        elif "o_proj" in name:
+            outputs = weight.view(-1, heads, group, head_dim)
+            weights[name] = torch.einsum("mhgc,hk->mhgkc", outputs, own).flatten(1)
+    config.num_key_value_heads, config.head_dim = 1, heads * head_dim
     return _loaded(LlamaForCausalLM(config), weights)
 
 
@@ -80,7 +93,10 @@ def hybrid(model: LlamaForCausalLM) -> PreTrainedModel:
     )
     new, generator = Qwen2ForCausalLM(config), torch.Generator().manual_seed(0)
     biases = {name: value for name, value in new.state_dict().items() if name.endswith("_proj.bias")}
-    drawn = {name: BIAS * torch.randn(value.shape, generator=generator) for name, value in biases.items()}
+    drawn = {
+        name: BIASES[name.split(".")[-2]] * torch.randn(value.shape, generator=generator)
+        for name, value in biases.items()
+    }
     return _loaded(new, weights | drawn)
 
 
@@ -95,20 +111,16 @@ class Shape(NamedTuple):
     Args:
         make: from the model; shares its weights.
         max_steps: of one row each.
-        train_length: tokens of a row.
-        learning_rate: its peak.
     """
 
     make: Callable[[LlamaForCausalLM], PreTrainedModel]
     max_steps: int = 20
-    train_length: int = 2048
-    learning_rate: float = 1e-4
 
 
 SHAPES = {
-    "one-kv-head": Shape(one_kv_head, max_steps=200, train_length=1024, learning_rate=5e-4),
+    "one-kv-head": Shape(one_kv_head),
     "wide-heads": Shape(wide_heads),
-    "hybrid": Shape(hybrid, max_steps=200, train_length=1024, learning_rate=5e-4),
+    "hybrid": Shape(hybrid, max_steps=60),
     "yarn": Shape(yarn),
 }
 
@@ -124,8 +136,8 @@ def main() -> None:
     parser.add_argument("--dataset", default="demo", help="Hub id, file, directory, or demo (default: demo)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="which ones (default: all)")
     parser.add_argument("--models", type=Path, required=True, help="directory for the models")
-    parser.add_argument("--max-steps", type=positive_int, help="steps of training (default: by shape, 20 or 200)")
-    parser.add_argument("--train-length", type=positive_int, help="tokens (default: by shape, 2048 or 1024)")
+    parser.add_argument("--max-steps", type=positive_int, help="steps of training (default: by shape, 20 or 60)")
+    parser.add_argument("--train-length", type=positive_int, default=2048, help="tokens (default: %(default)s)")
     parser.add_argument("--context-length", type=positive_int, default=4096, help="tokens (default: %(default)s)")
     parser.add_argument("--max-documents", type=positive_int, default=4, help="documents (default: %(default)s)")
     parser.add_argument("--output", type=output_file, required=True, help="JSON file to write")
@@ -133,7 +145,7 @@ def main() -> None:
     result = {"settings": {name: str(value) for name, value in vars(arguments).items() if name != "output"}}
     result |= {"environment": describe_environment(torch.device("cpu")), "shapes": {}}
     for shape in arguments.shapes:
-        folder, needs = arguments.models / shape, SHAPES[shape]
+        folder = arguments.models / shape
         trained, converted = folder / "trained", folder / "converted"
         if not trained.exists():
             start = folder / "start"
@@ -142,9 +154,9 @@ def main() -> None:
                 "finetune",
                 model=start,
                 dataset=arguments.dataset,
-                context_length=arguments.train_length or needs.train_length,
-                max_steps=arguments.max_steps or needs.max_steps,
-                learning_rate=needs.learning_rate,
+                context_length=arguments.train_length,
+                max_steps=arguments.max_steps or SHAPES[shape].max_steps,
+                learning_rate=1e-4,
                 lr_scheduler_type="cosine",
                 sparse_attention=json.dumps({"dense_below": 10**9}),
                 bf16="true",

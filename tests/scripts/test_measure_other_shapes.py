@@ -35,15 +35,17 @@ def test_wide_heads_are_the_same_function(llama):
     assert torch.allclose(logits(wide), logits(llama), atol=1e-5)
 
 
-def test_one_kv_head_is_the_mean(llama):
-    for name, weight in llama.named_parameters():
-        if "k_proj" in name or "v_proj" in name:
-            heads = weight.data.unflatten(0, (llama.config.num_key_value_heads, -1))
-            heads[:] = heads[:1].clone()
-    one = measure_other_shapes.one_kv_head(llama)
+def test_one_kv_head_is_the_same_function(tiny_llama_config):
+    """At one rotary frequency for all channels; else nearly."""
+    config = copy.deepcopy(tiny_llama_config)
+    config.rope_parameters["rope_theta"] = 1.0
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    one = measure_other_shapes.one_kv_head(model)
+    assert model.config.num_key_value_heads > 1
     assert one.config.num_key_value_heads == 1
-    assert llama.config.num_key_value_heads > 1
-    assert torch.allclose(logits(one), logits(llama), atol=1e-5)
+    assert one.config.head_dim == config.num_key_value_heads * config.head_dim
+    assert torch.allclose(logits(one), logits(model), atol=1e-5)
 
 
 def test_hybrid_is_the_same_function_without_biases(llama, monkeypatch):
@@ -52,7 +54,7 @@ def test_hybrid_is_the_same_function_without_biases(llama, monkeypatch):
     assert found.config.layer_types[0] == "sliding_attention"
     assert found.model.layers[0].self_attn.q_proj.bias.std() > 0.2
     assert not torch.allclose(logits(found), logits(llama), atol=1e-2)
-    monkeypatch.setattr(measure_other_shapes, "BIAS", 0.0)
+    monkeypatch.setattr(measure_other_shapes, "BIASES", dict.fromkeys(measure_other_shapes.BIASES, 0.0))
     assert torch.allclose(logits(measure_other_shapes.hybrid(llama)), logits(llama), atol=1e-5)
 
 
