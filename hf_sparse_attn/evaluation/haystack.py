@@ -10,7 +10,8 @@ and asked for by its first half, so that a model without any instruction tuning 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -213,16 +214,34 @@ def comparable_words(tokenizer: Any, key: str, at_least: int) -> dict[str, list[
         ValueError: there are no `at_least` words with the same number of tokens.
     """
     question = _encode(tokenizer, QUESTION.format(key=key))
+    answers = {word: _encode(tokenizer, f"{QUESTION.format(key=key)} {word}") for word in WORDS}
+    return split_alike(question, answers, at_least)
+
+
+def split_alike(before: Sequence[int], texts: Mapping[str, Sequence[int]], at_least: int) -> dict[str, list[int]]:
+    """Words that have equally many tokens after what stands before them, each others than all the rest.
+
+    Of all numbers of tokens that enough words have, the smallest is taken.
+
+    Args:
+        before: tokens of what comes before a word.
+        texts: word -> tokens of it and of what comes before it.
+
+    Raises:
+        ValueError: there are no `at_least` words with the same number of tokens.
+    """
+    answers = {word: list(tokens[len(before) :]) for word, tokens in texts.items() if tokens[: len(before)] == before}
+    same = Counter(map(tuple, answers.values()))  # unknown words may all be one token
     by_count: dict[int, dict[str, list[int]]] = {}
-    for word in WORDS:
-        tokens = _encode(tokenizer, f"{QUESTION.format(key=key)} {word}")
-        answer = tokens[len(question) :]
-        if answer and tokens[: len(question)] == question:
+    for word, answer in answers.items():
+        if answer and same[tuple(answer)] == 1:
             by_count.setdefault(len(answer), {})[word] = answer
     for count in sorted(by_count):
         if len(by_count[count]) >= at_least:
             return by_count[count]
-    raise ValueError(f"its tokenizer does not split {at_least} of the words to be found into equally many tokens")
+    raise ValueError(
+        f"its tokenizer does not split {at_least} of the words needed into equally many tokens that tell them apart"
+    )
 
 
 def _places(depths: Sequence[float], length: int, first: int, end: int) -> list[int]:

@@ -151,6 +151,8 @@ def _encode(vocabulary: Vocabulary, question: Question) -> tuple[list[int], list
     is_prefix = all(tokens[: len(asked)] == asked for tokens in answered) and asked[: len(line)] == line
     if not is_prefix or len({len(answer) for answer in answers}) > 1 or not answers[0]:
         raise ValueError(f"its tokenizer does not split the answers to {question.text!r} into equally many tokens")
+    if len(set(map(tuple, answers))) < len(answers):
+        raise ValueError(f"its tokenizer does not tell the answers to {question.text!r} apart")
     return asked[len(line) :], answers
 
 

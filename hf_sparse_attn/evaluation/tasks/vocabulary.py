@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from hf_sparse_attn.evaluation.haystack import CITIES, NAMES, SURNAMES, THINGS, TRADES, WORDS
+from hf_sparse_attn.evaluation.haystack import CITIES, NAMES, SURNAMES, THINGS, TRADES, WORDS, split_alike
 
 NOUNS = tuple(dict.fromkeys(WORDS + TRADES + THINGS))
 ALL_WORDS = (*NOUNS, *NAMES, *SURNAMES, *CITIES)
@@ -42,28 +42,16 @@ class Vocabulary:
         return self.count(sample) / max(1, len(sample))
 
     def alike(self, words: Sequence[str], at_least: int) -> list[str]:
-        """Those of `words` that have equally many tokens after a space.
-
-        Of all numbers of tokens that enough words have, the smallest is taken: with most tokenizers it is one.
+        """Those of `words` that have equally many tokens after a space: with most tokenizers, one (`split_alike`).
 
         Raises:
             ValueError: there are no `at_least` words with the same number of tokens.
         """
         key = (tuple(words), at_least)
         if key not in self._alike:
-            self._alike[key] = self._smallest_group(words, at_least)
+            before, *texts = self.encode([":", *(f": {word}" for word in words)])
+            self._alike[key] = list(split_alike(before, dict(zip(words, texts, strict=True)), at_least))
         return self._alike[key]
-
-    def _smallest_group(self, words: Sequence[str], at_least: int) -> list[str]:
-        before, *after = self.encode([":", *(f": {word}" for word in words)])
-        by_count: dict[int, list[str]] = {}
-        for word, tokens in zip(words, after, strict=True):
-            if tokens[: len(before)] == before:
-                by_count.setdefault(len(tokens) - len(before), []).append(word)
-        for count in sorted(by_count):
-            if count and len(by_count[count]) >= at_least:
-                return by_count[count]
-        raise ValueError(f"its tokenizer does not split {at_least} of the words needed into equally many tokens")
 
     @cached_property
     def coded_words(self) -> list[str]:

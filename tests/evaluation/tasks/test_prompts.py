@@ -5,6 +5,10 @@ import re
 from collections import Counter
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from hf_sparse_attn.evaluation.tasks import TASKS, Haystack, Vocabulary, needles, prompt_of
 from hf_sparse_attn.evaluation.tasks.variables import interleaved
@@ -235,6 +239,17 @@ def test_alike_takes_the_smallest_number_of_tokens(vocabulary):
     assert vocabulary.alike(["abc", "ab", "bc", "a", "cde"], 2) == ["ab", "bc"]
     with pytest.raises(ValueError, match="does not split 4 of the words"):
         vocabulary.alike(["abc", "ab", "bc", "a", "cde"], 4)
+
+
+def test_words_that_a_tokenizer_does_not_know_are_not_asked_for(haystack):
+    """They all are the same token, so that any answer would be as likely as any other."""
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, ":": 1, "tiger": 2, "piano": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    vocabulary = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    assert vocabulary.alike(["zebra", "tiger", "lion", "piano"], 2) == ["tiger", "piano"]
+    for task in TASKS:
+        with pytest.raises(ValueError, match="apart"):
+            prompt_of(task, LENGTH, 0, vocabulary, haystack)
 
 
 def test_keys_share_no_word():
