@@ -31,6 +31,7 @@ MIN_WEIGHTS = (0.0, 1e-5, 3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
 KEY_BUDGET = 1536  # largest mean of a row's candidates that is chosen unless another one is asked for
 NUM_SAMPLED_ROWS = 64
 FIXED = "dense rows and layers, windows, static keys and rows' own"  # what is read in any case
+_SMALLEST_WINDOW = 64
 _BLOCK_ROWS = 8
 _COUNTED_ROWS = 1024  # whose own keys are written out together
 _STEPS = 40  # of each bisection
@@ -178,6 +179,19 @@ def least_density(config: SparseAttentionConfig, windows: Mapping[int, int | Non
     config, position = config.replace(global_token_ids=()), torch.arange(num_tokens)
     fixed = sum(fixed_pairs(config, layer, num_tokens, window) for layer, window in windows.items())
     return fixed / sum(admissible_pairs(position, window) for window in windows.values())
+
+
+def fitting_window_size(config: SparseAttentionConfig, num_tokens: int, density: float) -> int:
+    """`window_size`, halved until the window takes at most a sixth of the pairs that may be read; at least 64 keys.
+
+    Args:
+        config, num_tokens: as for `least_density`.
+        density: share of a document's admissible pairs that may be read.
+    """
+    window_size = config.window_size
+    while 1 - (1 - window_size / num_tokens) ** 2 > density / 6 and window_size // 2 >= _SMALLEST_WINDOW:
+        window_size //= 2
+    return window_size
 
 
 def fitting_dense_below(

@@ -17,6 +17,7 @@ from hf_sparse_attn.calibration import budget_allocation, calibrate
 from hf_sparse_attn.calibration.budget_allocation import (
     FIXED,
     fitting_dense_below,
+    fitting_window_size,
     least_density,
 )
 from hf_sparse_attn.calibration.calibrate import minimum_tokens
@@ -76,8 +77,7 @@ def prepare(
     old = _converted(model, own) if settings.refit else None
     base = settings.base_config(old)
     windows = sliding_windows(config)
-    if settings.fits_dense_below:
-        base = _with_fitting_dense_below(base, windows, settings, tell)
+    base = _fitted_to_density(base, windows, settings, tell)
     _check_context_length(settings.context_length, base)
     documents = _calibration_documents(settings, texts, tokenizer)
     _check_density(settings, base, windows)
@@ -109,20 +109,26 @@ def _converted(model: str, own: dict[str, Any]) -> SparseAttentionConfig:
     return config
 
 
-def _with_fitting_dense_below(
+def _fitted_to_density(
     base: SparseAttentionConfig,
     windows: Mapping[int, int | None],
     settings: ConversionSettings,
     tell: Callable[[str], None],
 ) -> SparseAttentionConfig:
-    fitting = fitting_dense_below(base, windows, settings.context_length, settings.density)
-    if fitting == base.dense_below:
-        return base
-    tell(
-        f"rows at positions under {fitting} read everything, not under {base.dense_below}: that would take too much of "
-        f"density {settings.density:g} at {settings.context_length} tokens"
-    )
-    return base.replace(dense_below=fitting)
+    """With the window and the dense rows that leave most of the density to keys which rows choose."""
+    density, num_tokens = settings.density, settings.context_length
+    of_it = f"that would take too much of density {density:g} at {num_tokens} tokens"
+    if settings.follows_from_density("window_size"):
+        fitting = fitting_window_size(base, num_tokens, density)
+        if fitting != base.window_size:
+            tell(f"rows have a window of {fitting} keys, not of {base.window_size}: {of_it}")
+        base = base.replace(window_size=fitting)
+    if settings.follows_from_density("dense_below"):
+        fitting = fitting_dense_below(base, windows, num_tokens, density)
+        if fitting != base.dense_below:
+            tell(f"rows at positions under {fitting} read everything, not under {base.dense_below}: {of_it}")
+        base = base.replace(dense_below=fitting)
+    return base
 
 
 def _check_context_length(context_length: int, config: SparseAttentionConfig) -> None:

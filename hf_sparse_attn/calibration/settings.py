@@ -36,7 +36,9 @@ class ConversionSettings:
         key_budget: largest mean, over layers and KV heads, of the candidates of a row; at least 1. None is KEY_BUDGET;
             in a refit, the mean of the model's old choice if that is larger.
         sparse_attention: fields of `SparseAttentionConfig`, other than those that the conversion fits. A `min_weight`
-            of 0 stays: all keys that are found are read, which costs a GPU less than to leave light ones out.
+            of 0 stays: all keys that are found are read, which costs a GPU less than to leave light ones out. A
+            `window_size` that is not given is the default one, or smaller if it would take over a sixth of
+            `target_density`.
         dense_below: rows at earlier positions read everything; "auto" measures from which length on sparse attention is
             faster on this machine. None takes it from `sparse_attention`; where that does not say it, it is the default
             one, or smaller if such rows would take over a sixth of `target_density`.
@@ -128,11 +130,10 @@ class ConversionSettings:
         """Whether the old choice says what to aim at."""
         return self.refit and self.target_density is None and self.max_loss is None
 
-    @property
-    def fits_dense_below(self) -> bool:
-        """Whether `dense_below` follows from the density."""
-        given = self.refit or self.dense_below is not None or "dense_below" in self.sparse_attention
-        return not given and self.max_loss is None
+    def follows_from_density(self, name: str) -> bool:
+        """Whether `name`, which is dense_below or window_size, is not given."""
+        given = {name, "preset"} & set(self.sparse_attention) or getattr(self, name, None) is not None
+        return not (given or self.refit or self.max_loss is not None)
 
     def base_config(self, old: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
         """What is not fitted; `dense_below="auto"` is still to be measured.

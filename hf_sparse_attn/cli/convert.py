@@ -70,7 +70,8 @@ def make_parser() -> OneLineErrors:
         type=share,
         metavar="SHARE",
         help=f"Let at most this share of the (row, key) pairs be read, from 0 to 1 (default: {TARGET_DENSITY}; with "
-        "--refit, the share that the model reads as it is).",
+        "--refit, the share that the model reads as it is). A window that is not given has 256 keys, or less, down to "
+        "64, if it would take over a sixth of that.",
     )
     aim.add_argument(
         "--max-loss",

@@ -18,6 +18,7 @@ from hf_sparse_attn.calibration.budget_allocation import (
     by_head,
     first_row,
     fitting_dense_below,
+    fitting_window_size,
     least_density,
     measure_layer,
     sampled_blocks,
@@ -250,6 +251,28 @@ def test_least_density_counts_dense_rows_window_and_globals(fields):
 def test_dense_rows_take_a_sixth_at_most(num_tokens, density, own_window, expected):
     windows = {0: None, 1: own_window}
     assert fitting_dense_below(SparseAttentionConfig(), windows, num_tokens, density) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "density", "expected"),
+    [
+        (8192, 1.0, 256),
+        (8192, 0.37, 256),  # takes 0.0615
+        (8192, 0.36, 128),
+        (8192, 0.19, 128),
+        (8192, 0.12, 64),
+        (8192, 0.001, 64),
+        (4096, 0.19, 64),
+        (131072, 0.03, 256),
+    ],
+)
+def test_the_window_takes_a_sixth_at_most(num_tokens, density, expected):
+    assert fitting_window_size(SparseAttentionConfig(), num_tokens, density) == expected
+
+
+@pytest.mark.parametrize("window_size", [100, 64, 1])
+def test_the_window_is_made_no_larger_and_not_less_than_64(window_size):
+    assert fitting_window_size(SparseAttentionConfig(window_size=window_size), 8192, 0.001) == window_size
 
 
 def test_dense_below_is_never_made_larger():
