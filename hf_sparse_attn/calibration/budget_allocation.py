@@ -188,10 +188,7 @@ def fitting_window_size(config: SparseAttentionConfig, num_tokens: int, density:
         config, num_tokens: as for `least_density`.
         density: share of a document's admissible pairs that may be read.
     """
-    window_size = config.window_size
-    while 1 - (1 - window_size / num_tokens) ** 2 > density / 6 and window_size // 2 >= _SMALLEST_WINDOW:
-        window_size //= 2
-    return window_size
+    return _halved(config.window_size, _SMALLEST_WINDOW, lambda size: 1 - (1 - size / num_tokens) ** 2, density)
 
 
 def fitting_dense_below(
@@ -207,10 +204,14 @@ def fitting_dense_below(
         density: share of a document's admissible pairs that may be read.
     """
     least = max([config.window_size, *(window for window in windows.values() if window and is_local(config, window))])
-    dense_below = config.dense_below
-    while (dense_below / num_tokens) ** 2 > density / 6 and dense_below // 2 >= least:
-        dense_below //= 2
-    return dense_below
+    return _halved(config.dense_below, least, lambda rows: (rows / num_tokens) ** 2, density)
+
+
+def _halved(number: int, least: int, share: Callable[[int], float], density: float) -> int:
+    """`number`, halved until its share of the pairs is at most a sixth of `density`, but never to less than `least`."""
+    while share(number) > density / 6 and number // 2 >= least:
+        number //= 2
+    return number
 
 
 def first_row(config: SparseAttentionConfig) -> int:

@@ -131,9 +131,9 @@ class ConversionSettings:
         return self.refit and self.target_density is None and self.max_loss is None
 
     def follows_from_density(self, name: str) -> bool:
-        """Whether `name`, which is dense_below or window_size, is not given."""
-        given = {name, "preset"} & set(self.sparse_attention) or getattr(self, name, None) is not None
-        return not (given or self.refit or self.max_loss is not None)
+        """Whether `name`, which is "dense_below" or "window_size", is not given."""
+        given = {*self.sparse_attention} | ({"dense_below"} if self.dense_below is not None else set())
+        return not (given & {name, "preset"} or self.refit or self.max_loss is not None)
 
     def base_config(self, old: SparseAttentionConfig | None = None) -> SparseAttentionConfig:
         """What is not fitted; `dense_below="auto"` is still to be measured.
